@@ -1,0 +1,297 @@
+"""The typed configuration of everything keyreid does.
+
+A configuration is YAML. `extends: other.yaml` (a path relative to the file) starts from another one; what follows
+overrides it, and dotted overrides from the command line (`loss.alpha=0.6`) come last. Merging is OmegaConf's, types
+and bounds are pydantic's. An unknown key is an error that names the nearest known one. The defaults are the published
+recipe of KeyRe-ID (arXiv 2507.07393) unless a comment says otherwise.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from keyreid.errors import ConfigError
+
+
+class Section(BaseModel):
+    """One part of the configuration: unknown keys are refused, and values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ClipConfig(Section):
+    """The shape of one model input: a clip of T frames."""
+
+    frames: int = Field(4, ge=1, description="T: frames a clip")
+    height: int = Field(256, ge=16, description="pixels; a multiple of the patch size")
+    width: int = Field(128, ge=16, description="pixels; a multiple of the patch size")
+
+
+class AugmentConfig(Section):
+    """Random changes of a training frame, each drawn for every frame on its own."""
+
+    flip_probability: float = Field(0.5, ge=0, le=1)
+    pad_pixels: int = Field(10, ge=0, description="zero border added on each side before the random crop")
+    erase_probability: float = Field(0.5, ge=0, le=1)
+    erase_area: tuple[float, float] = Field((0.02, 0.4), description="share of the picture, least and most")
+    erase_aspect: tuple[float, float] = Field((0.3, 3.3), description="height over width, least and most")
+
+
+class DataConfig(Section):
+    """Where the shards are, how batches are drawn from them, and who reads them."""
+
+    shards: str = Field(description="folder or URL (s3://, gs://, https://) that `keyreid shard` wrote")
+    split_number: int = Field(0, ge=0, description="which of the dataset's train/test splits (iLIDS-VID, PRID2011: 0..9)")
+    holdout: float = Field(
+        0.0, ge=0, lt=1, description="share of the training identities kept out of training, for choosing hyperparameters"
+    )
+    reader: Literal["dali", "plain"] = Field("dali", description="plain: PyTorch workers, for machines without DALI")
+    workers: int = Field(2, ge=1, description="decoding threads (DALI) or processes (plain) of each rank")
+    prefetch: int = Field(2, ge=1, description="batches decoded ahead")
+    identities: int = Field(4, ge=1, description="P: identities a global batch, over all ranks together")
+    tracklets: int = Field(4, ge=1, description="K: tracklets an identity in a batch")
+    sampler: Literal["identity", "frames", "camera"] = Field(
+        "identity",
+        description="identity: each identity equally often; frames: tracklets drawn by their length; "
+        "camera: the K tracklets of an identity from as many cameras as it has",
+    )
+    guidance_from: Literal["heatmaps", "keypoints"] = Field(
+        "heatmaps", description="packed part heatmaps, or rendered anew from the packed keypoints"
+    )
+    on_fault: Literal["stop", "skip"] = Field("stop", description="what a sample that cannot be read does to the run")
+    max_faults: int = Field(100, ge=0, description="with on_fault: skip, how many before the run stops all the same")
+    cache_dir: str = Field("~/.cache/keyreid/shards", description="where remote shards are kept")
+    cache_gigabytes: float = Field(200.0, gt=0, description="bound of that cache")
+    augment: AugmentConfig = AugmentConfig()
+
+    @property
+    def batch_size(self) -> int:
+        """Clips a global batch, over all ranks."""
+        return self.identities * self.tracklets
+
+
+class TcssConfig(Section):
+    """Temporal clip shift and shuffle of the local branch's rows."""
+
+    enabled: bool = True
+    shift: int = Field(4, ge=0, description="rows that move from the front to the end")
+    groups: int = Field(2, ge=1, description="parts that the shifted rows are cut into before they are interleaved")
+
+
+class ModelConfig(Section):
+    """The network: a timm VisionTransformer with a global and a keypoint-guided local branch."""
+
+    backbone: str = Field("vit_base_patch16_224", description="name of any timm VisionTransformer")
+    weights: str | None = Field(
+        None,
+        description="initial backbone: a file (.pth, .safetensors), `timm` for timm's own download of the backbone, "
+        "or nothing for random weights",
+    )
+    depth: int | None = Field(None, ge=2, description="blocks of the backbone that are used; default all")
+    patch_stride: int | None = Field(None, ge=1, description="pixels between patches; default the patch size")
+    guidance: Literal["aligned", "released"] = Field(
+        "aligned", description="released: the published code's local branch, for its checkpoints; see docs/model.md"
+    )
+    guidance_epsilon: float = Field(1e-2, gt=0, description="aligned: e in the attention's log(guidance + e)")
+    parts: Literal[3, 4, 6] = Field(6, description="body parts of the local branch")
+    local_heads: int = Field(12, ge=1, description="attention heads of the local branch; divide frames x width")
+    camera_embedding: float = Field(3.0, ge=0, description="factor on the camera embedding; 0: none")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth at the last block")
+    tcss: TcssConfig = TcssConfig()
+
+
+class LossConfig(Section):
+    """L = alpha L_global + (1 - alpha) mean_p L_part + attention * L_attention; see keyreid/losses.py."""
+
+    alpha: float = Field(0.75, ge=0, le=1, description="weight of the global branch against the local one")
+    identity: float = Field(1.0, ge=0, description="weight of the cross entropy")
+    triplet: float = Field(1.0, ge=0, description="weight of the batch-hard triplet loss")
+    centre: float = Field(5e-4, ge=0, description="weight of the centre loss")
+    attention: float = Field(1.0, ge=0, description="weight of the loss that turns attention from erased frames")
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    triplet_margin: float | None = Field(None, ge=0, description="margin; default the soft margin")
+    centre_rate: float = Field(0.5, ge=0, description="learning rate of the class centres")
+    centres: Literal["all", "released"] = Field("all", description="released: one local table, never learnt")
+
+
+class OptimizerConfig(Section):
+    """SGD with momentum (published), or AdamW."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(0.008, gt=0)
+    bias_lr_factor: float = Field(2.0, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="adamw")
+    weight_decay: float = Field(1e-4, ge=0)
+
+
+class ScheduleConfig(Section):
+    """Cosine learning rate with a linear warm-up, by timm's scheduler."""
+
+    epochs: int = Field(120, ge=1)
+    warmup_epochs: int = Field(5, ge=0)
+    warmup_lr: float = Field(8e-5, ge=0)
+    floor_lr: float = Field(1.6e-5, ge=0)
+    steps_per_epoch: int | None = Field(None, ge=1, description="default: every training identity's turn")
+
+
+class TrainingConfig(Section):
+    """The DeepSpeed engine, checkpoints and what is reported."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    casting: Literal["autocast", "engine"] = Field(
+        "autocast", description="autocast keeps fp32 weights and casts operations; engine casts the weights"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed shards: 1 optimizer, 2 + gradients, 3 + weights")
+    deepspeed: str | dict[str, Any] | None = Field(None, description="DeepSpeed configuration: a JSON file or its content")
+    accumulation: int = Field(1, ge=1, description="micro-batches a step; the losses still see the whole batch")
+    clip_gradient_norm: float = Field(0.0, ge=0, description="0: none")
+    activation_checkpointing: bool = False
+    compile: bool = Field(False, description="torch.compile the network")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="average of the weights, evaluated and saved")
+    log_every_steps: int = Field(20, ge=1)
+    checkpoint_every_steps: int | None = Field(None, ge=1, description="beside the one after each epoch")
+    checkpoint_every_epochs: int = Field(1, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="newest ones kept, beside the best")
+    keep_every_epochs: int | None = Field(None, ge=1, description="also keep each k-th epoch's for ever")
+    max_bad_steps: int = Field(20, ge=1, description="steps in a row whose loss is not finite before training stops")
+    profile_steps: int = Field(0, ge=0, description="steps that torch.profiler records, from the tenth on")
+
+
+class EvaluationConfig(Section):
+    """How the test split is embedded and judged."""
+
+    every_epochs: int = Field(10, ge=0, description="0: only after the last")
+    protocol: Literal["torchreid", "official", "inclusive", "released"] = "torchreid"
+    distance: Literal["euclidean", "cosine", "visible"] = Field(
+        "euclidean", description="visible: a part counts by both sides' visibility"
+    )
+    clips: int | None = Field(None, ge=1, description="evenly spaced clips of each tracklet; default all its frames")
+    clips_per_batch: int = Field(16, ge=1, description="of each rank")
+    rerank: bool = Field(False, description="k-reciprocal re-ranking")
+    pictures: int = Field(8, ge=0, description="queries in the ranked picture, of each kind (best, worst, random)")
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str | None = Field(None, description="tracking server or store; default SQLite in the output folder")
+    experiment: str = "keyreid"
+    system_metrics: bool = True
+
+
+class Config(Section):
+    """All of one run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run and its folder")
+    output: str = Field("runs", description="folder that holds the runs and the MLflow store")
+    seed: int = Field(1234, ge=0)
+    data: DataConfig
+    clip: ClipConfig = ClipConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of this run: configuration, checkpoints, logs, pictures."""
+        return Path(self.output).expanduser() / self.name
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if self.data.batch_size % self.training.accumulation:
+            raise ValueError(
+                f"training.accumulation={self.training.accumulation} does not divide the batch of "
+                f"{self.data.batch_size} clips (data.identities x data.tracklets)"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read, merge and check a configuration file.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value` strings, values in YAML (`data.augment.erase_area=[0.02,0.3]`).
+
+    Raises:
+        ConfigError: a file is missing or not YAML, a key is unknown (with the nearest known one), a value is wrong.
+    """
+    merged = OmegaConf.merge(_read_with_parents(Path(path), ()), _parse_overrides(overrides))
+    return check_config(OmegaConf.to_container(merged, resolve=True), str(path))
+
+
+def check_config(values: Any, source: str) -> Config:
+    """Type and check merged values; `source` names them in errors."""
+    try:
+        return Config.model_validate(values)
+    except pydantic.ValidationError as error:
+        lines = [_explain(detail) for detail in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration; `load_config` reads it back as it was."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _read_with_parents(path: Path, children: tuple[Path, ...]) -> Any:
+    path = path.expanduser().resolve()
+    if path in children:
+        raise ConfigError(f"{children[-1]}: `extends` goes in a circle through {path}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}" + (f", named by `extends` in {children[-1]}" if children else "")) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of sections, this is a {type(values).__name__}")
+    parent = values.pop("extends", None)
+    own = OmegaConf.create(values)
+    if parent is None:
+        return own
+    return OmegaConf.merge(_read_with_parents(path.parent / str(parent), (*children, path)), own)
+
+
+def _parse_overrides(overrides: Sequence[str]) -> Any:
+    for text in overrides:
+        if "=" not in text:
+            raise ConfigError(f"override {text!r} is not of the form section.key=value")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"overrides {list(overrides)}: {error}") from None
+
+
+def _explain(detail: Any) -> str:
+    """One line for one pydantic error, with the nearest known name for an unknown key."""
+    place = ".".join(str(step) for step in detail["loc"])
+    if detail["type"] != "extra_forbidden":
+        message = detail["msg"].removeprefix("Value error, ")
+        return f"{place}: {message} (got {detail['input']!r})" if place and detail["type"] != "missing" else f"{place}: {message}".lstrip(": ")
+    known = _known_keys(Config)
+    near = difflib.get_close_matches(place, known, n=1, cutoff=0.0)[0]
+    return f"unknown key {place!r}; the nearest known one is {near!r}"
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,1 @@
+"""Readers of datasets: each turns pictures on disk into tracklets."""

@@ -1,0 +1,17 @@
+"""The errors that a user can mend. The command line prints them as one message, without a traceback."""
+
+
+class KeyreidError(Exception):
+    """Bad input or an environment that cannot do what was asked; the message says which and what to do."""
+
+
+class DataError(KeyreidError):
+    """A dataset, shard or picture that is missing, damaged or inconsistent; names the file, the sample and the member."""
+
+
+class ConfigError(KeyreidError):
+    """A configuration that cannot be used; names the key."""
+
+
+class CheckpointError(KeyreidError):
+    """A checkpoint or a weights file that cannot be used; names the file."""

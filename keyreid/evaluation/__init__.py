@@ -1,0 +1,1 @@
+"""Vectors, distances and the protocols that judge them."""

@@ -1,0 +1,1 @@
+"""The KeyRe-ID network."""

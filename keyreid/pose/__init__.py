@@ -1,0 +1,1 @@
+"""Keypoints and the part heatmaps that are drawn from them."""

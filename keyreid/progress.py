@@ -1,0 +1,62 @@
+"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere (logs, SLURM)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+Item = TypeVar("Item")
+PLAIN_LINE_SECONDS = 10.0
+
+
+class _Rate(ProgressColumn):
+    """Items a second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task) -> Text:
+        """The rate so far, empty before the first item."""
+        return Text(f"{task.speed:.1f} {self.unit}/s" if task.speed else "")
+
+
+def track(
+    items: Iterable[Item], total: int | None, description: str, unit: str = "items", quiet: bool = False
+) -> Iterator[Item]:
+    """Pass items through and show how many of `total` are done, the rate and the time left, on standard error.
+
+    Args:
+        quiet: show nothing (ranks other than the first).
+    """
+    if quiet:
+        yield from items
+    elif sys.stderr.isatty():
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            yield from progress.track(items, total=total, description=description)
+    else:
+        yield from _plain_lines(items, total, description, unit)
+
+
+def _plain_lines(items: Iterable[Item], total: int | None, description: str, unit: str) -> Iterator[Item]:
+    start = last = time.monotonic()
+    done = 0
+    for item in items:
+        yield item
+        done += 1
+        now = time.monotonic()
+        if now - last >= PLAIN_LINE_SECONDS:
+            last = now
+            rate = done / (now - start)
+            left = f", {(total - done) / rate:.0f} s left" if total else ""
+            print(f"{description}: {done}/{total or '?'} {unit}, {rate:.1f}/s{left}", file=sys.stderr, flush=True)
+    elapsed = time.monotonic() - start
+    if elapsed >= PLAIN_LINE_SECONDS:
+        print(f"{description}: {done} {unit} in {elapsed:.0f} s", file=sys.stderr, flush=True)

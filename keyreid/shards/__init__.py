@@ -1,0 +1,1 @@
+"""Packed datasets: the format, the order of an epoch, and the readers."""

@@ -1,0 +1,1 @@
+"""The DeepSpeed engine, the loop, and checkpoints."""

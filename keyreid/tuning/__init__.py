@@ -1,0 +1,1 @@
+"""Search of hyperparameters with Ray Tune."""
