@@ -1,0 +1,94 @@
+"""Keypoint files: one `.npz` a tracklet, `DIR/KEY.npz`, that holds what was found in its frames and by what.
+
+Arrays: `keypoints` [T, 17, 3] (float32, or float16 where half the size matters more than a pixel: float16 moves 6 %
+of joints of a 256 x 128 picture across a pixel's border), `scores` float32 [T], `frame_names` [T], `provenance` (a
+JSON object). No pickle. Bytes depend on the content alone, so two runs can be compared by their files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keyreid.errors import DataError
+from keyreid.pose.parts import NUM_KEYPOINTS
+
+
+@dataclass(frozen=True)
+class KeypointFile:
+    """Keypoints of one tracklet.
+
+    Attributes:
+        keypoints: float32 [T, 17, 3]: x, y in pixels of the frame, confidence; COCO order; confidence 0 is missing.
+        scores: float32 [T]: the pose's score; 0 where no person was found (then the frame's keypoints are zeros).
+        frame_names: the frames' file names, in order, so that a file is never joined to other frames.
+        provenance: how the keypoints came about: tool, checkpoint and its hash, settings.
+    """
+
+    keypoints: np.ndarray
+    scores: np.ndarray
+    frame_names: tuple[str, ...]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        frames = len(self.frame_names)
+        if self.keypoints.shape != (frames, NUM_KEYPOINTS, 3) or self.scores.shape != (frames,):
+            raise DataError(
+                f"keypoints {self.keypoints.shape} and scores {self.scores.shape} do not fit {frames} frame names; "
+                f"expected [T, {NUM_KEYPOINTS}, 3] and [T]"
+            )
+
+
+def path_of(directory: Path, key: str) -> Path:
+    """Where the keypoints of the tracklet `key` lie below a folder of keypoint files."""
+    return directory / f"{key}.npz"
+
+
+def save(path: Path, file: KeypointFile, dtype: str = "float32") -> None:
+    """Write a keypoint file; it is either whole or absent, whenever the process is killed.
+
+    Args:
+        dtype: of the stored keypoints, `float32` or `float16`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as stream:
+        np.savez_compressed(
+            stream,
+            keypoints=file.keypoints.astype(dtype),
+            scores=file.scores.astype(np.float32),
+            frame_names=np.array(file.frame_names, dtype=np.str_),
+            provenance=np.array(json.dumps(file.provenance, sort_keys=True)),
+        )
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+def load(path: Path) -> KeypointFile:
+    """Read a keypoint file.
+
+    Raises:
+        DataError: it is missing, damaged or not a keypoint file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return KeypointFile(
+                keypoints=arrays["keypoints"].astype(np.float32),
+                scores=arrays["scores"].astype(np.float32),
+                frame_names=tuple(arrays["frame_names"].tolist()),
+                provenance=json.loads(str(arrays["provenance"])),
+            )
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such keypoint file; make it with `keyreid pose`") from None
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: not a keypoint file ({error}); delete it and run `keyreid pose` again") from None
