@@ -1,0 +1,320 @@
+"""From a distance matrix to mAP, mINP and CMC, under the protocols of video re-identification, by name.
+
+All protocols rank the gallery of a query by distance, leave out the entries of the query's own identity from its own
+camera, and call the entries of its identity from other cameras matches. They differ in what else they do:
+
+- `torchreid`: the gallery is given without the queries; AP is the mean precision at the matches (rectangular).
+- `official`: the evaluation of the MARS authors (liangzheng06/MARS-evaluation): queries stay in the gallery, identity
+  -1 is left out of every ranking, AP is the area under the precision-recall curve by trapezoids.
+- `inclusive`: queries stay in the gallery; rectangular AP.
+- `released`: what the published evaluator of KeyRe-ID computes. It keeps one identity a tracklet but one camera for
+  every frame that its loader yields (clips of 4, the last one padded, at most 41), so that its filter reads, for
+  tracklet i, the i-th frame's camera. Only to compare with numbers published that way.
+
+Ties: of two gallery entries at the same distance the one with the smaller index comes first.
+Queries without a match are not valid: they count in no average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from keyreid.datasets.tracklet import DISTRACTOR_IDENTITY, JUNK_IDENTITY
+from keyreid.errors import ConfigError, DataError
+
+CMC_RANKS = (1, 5, 10, 20)
+RELEASED_CLIP_FRAMES = 4
+RELEASED_MAX_CLIPS = 41
+BLOCK_BYTES = 256 * 2**20
+_PAIR_BYTES = 160  # what one (query, same identity) pair takes while its block is judged, generously
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What distinguishes a protocol from the others.
+
+    Attributes:
+        queries_in_gallery: the queries are gallery entries too.
+        junk_left_out: gallery entries of identity -1 are left out of every ranking.
+        trapezoid: AP by trapezoids instead of rectangles.
+        cameras_by_frame: the published evaluator's camera arrays, see `cameras_as_released`.
+    """
+
+    name: str
+    summary: str
+    queries_in_gallery: bool = False
+    junk_left_out: bool = False
+    trapezoid: bool = False
+    cameras_by_frame: bool = False
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("torchreid", "gallery without the queries, rectangular AP"),
+        Protocol(
+            "official",
+            "queries in the gallery, identity -1 left out, trapezoid AP",
+            queries_in_gallery=True,
+            junk_left_out=True,
+            trapezoid=True,
+        ),
+        Protocol("inclusive", "queries in the gallery, rectangular AP", queries_in_gallery=True),
+        Protocol(
+            "released",
+            "the published evaluator with its faulty camera filter: only to compare with numbers published that way",
+            cameras_by_frame=True,
+        ),
+    )
+}
+
+
+def protocol_named(name: str) -> Protocol:
+    """The protocol of that name.
+
+    Raises:
+        ConfigError: there is none; names those there are.
+    """
+    if name not in PROTOCOLS:
+        raise ConfigError(f"unknown protocol {name!r}; there are {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
+
+
+@dataclass(frozen=True)
+class Side:
+    """The queries, or the gallery, in the order of the distance matrix.
+
+    Attributes:
+        identities: int64 [N].
+        cameras: int64 [N].
+        frames: int64 [N], frames of each tracklet; only `released` needs it.
+    """
+
+    identities: np.ndarray
+    cameras: np.ndarray
+    frames: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.identities)
+
+    def __getitem__(self, rows: np.ndarray) -> Side:
+        return Side(self.identities[rows], self.cameras[rows], None if self.frames is None else self.frames[rows])
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a protocol says of a distance matrix; fractions from 0 to 1.
+
+    Attributes:
+        average_precision: float64 [Q], NaN for queries that are not valid.
+        first_match: int64 [Q], rank of the first match from 1; 0 for queries that are not valid.
+        mean_ap, mean_inp: over the valid queries. INP is the number of matches over the rank of the last one.
+        gallery: entries of the gallery, junk that is left out not counted.
+        junk: gallery entries of identity -1; `junk_left_out` says whether the protocol leaves them out.
+        distractors: gallery entries of identity 0.
+    """
+
+    protocol: str
+    average_precision: np.ndarray
+    first_match: np.ndarray
+    mean_ap: float
+    mean_inp: float
+    gallery: int
+    junk: int
+    distractors: int
+
+    @property
+    def queries(self) -> int:
+        """All queries."""
+        return len(self.first_match)
+
+    @property
+    def valid_queries(self) -> int:
+        """Queries with at least one match."""
+        return int((self.first_match > 0).sum())
+
+    def cmc(self, ranks: int) -> np.ndarray:
+        """float64 [ranks]: the share of valid queries whose first match is at rank 1, 2, ... `ranks` or before."""
+        first = self.first_match[self.first_match > 0]
+        return np.searchsorted(np.sort(first), np.arange(1, ranks + 1), side="right") / len(first)
+
+    def as_dict(self) -> dict[str, str | float | int]:
+        """The scores by the names that tables, JSON files and MLflow use."""
+        cmc = self.cmc(max(CMC_RANKS))
+        return {
+            "protocol": self.protocol,
+            "mAP": self.mean_ap,
+            "mINP": self.mean_inp,
+            **{f"rank{rank}": float(cmc[rank - 1]) for rank in CMC_RANKS},
+            "queries": self.queries,
+            "valid_queries": self.valid_queries,
+            "gallery": self.gallery,
+            "junk": self.junk,
+            "distractors": self.distractors,
+        }
+
+
+def judge(distance: np.ndarray, query: Side, gallery: Side, protocol: str, block_bytes: int = BLOCK_BYTES) -> Scores:
+    """Judge a distance matrix. The gallery is taken as it is: which tracklets it holds is up to the caller.
+
+    Memory beside the matrix: `block_bytes`, and for one query more where a single one needs more; the matrix may be
+    memory-mapped. Time: one sort of each row.
+
+    Args:
+        distance: real [Q, G], smaller is closer.
+        protocol: a name in PROTOCOLS.
+
+    Raises:
+        DataError: shapes do not fit each other, a distance is NaN, or no query has a match.
+    """
+    rules = protocol_named(protocol)
+    if distance.shape != (len(query), len(gallery)):
+        raise DataError(
+            f"distance {distance.shape} does not fit {len(query)} queries and {len(gallery)} gallery entries"
+        )
+    if rules.cameras_by_frame:
+        query, gallery = (cameras_as_released(side, name) for side, name in ((query, "query"), (gallery, "gallery")))
+    junk = gallery.identities == JUNK_IDENTITY
+    columns = None
+    if rules.junk_left_out and junk.any():
+        columns = np.flatnonzero(~junk)
+        gallery = gallery[columns]
+
+    counts = np.zeros((3, len(query)))  # of each query: AP, INP, first match
+    # Entries of one identity are one run of `by_identity`, in ascending order of their index.
+    by_identity = np.argsort(gallery.identities, kind="stable")
+    start = np.searchsorted(gallery.identities, query.identities, side="left", sorter=by_identity)
+    same = np.searchsorted(gallery.identities, query.identities, side="right", sorter=by_identity) - start
+    for rows in _blocks(same, len(gallery), distance.dtype.itemsize, block_bytes):
+        block = _comparable(distance[rows], columns, rows.start)
+        pair_query = np.repeat(np.arange(len(block)), same[rows])
+        pair_offset = np.arange(len(pair_query)) - np.repeat(np.cumsum(same[rows]) - same[rows], same[rows])
+        pair_entry = by_identity[np.repeat(start[rows], same[rows]) + pair_offset]
+        matches = gallery.cameras[pair_entry] != query.cameras[rows][pair_query]
+        position = _positions(block, pair_query, pair_entry)
+        counts[:, rows] = _score(position, pair_query, matches, len(block), rules.trapezoid)
+
+    average_precision, inp, first_match = counts
+    valid = first_match > 0
+    if not valid.any():
+        raise DataError(
+            f"no query has a match under protocol {protocol}: none of {len(query)} queries has an entry of its "
+            f"identity from another camera among {len(gallery)} gallery entries"
+        )
+    average_precision[~valid] = np.nan
+    return Scores(
+        protocol=protocol,
+        average_precision=average_precision,
+        first_match=first_match.astype(np.int64),
+        mean_ap=float(average_precision[valid].mean()),
+        mean_inp=float(inp[valid].mean()),
+        gallery=len(gallery),
+        junk=int(junk.sum()),
+        distractors=int((gallery.identities == DISTRACTOR_IDENTITY).sum()),
+    )
+
+
+def cameras_as_released(side: Side, name: str = "tracklets") -> Side:
+    """The side with the cameras that the published evaluator reads: the first N of the per-frame array.
+
+    Raises:
+        DataError: frame counts are missing.
+    """
+    if side.frames is None:
+        raise DataError(f"protocol released needs the number of frames of every tracklet: {name}_frames is missing")
+    return Side(side.identities, np.repeat(side.cameras, released_entries(side.frames))[: len(side)], side.frames)
+
+
+def released_entries(frames: np.ndarray) -> np.ndarray:
+    """Frames that the published loader yields for tracklets of so many frames: int64 [N] -> int64 [N]."""
+    clips = -(-np.asarray(frames, np.int64) // RELEASED_CLIP_FRAMES)
+    return RELEASED_CLIP_FRAMES * np.minimum(clips, RELEASED_MAX_CLIPS)
+
+
+def _blocks(same: np.ndarray, gallery: int, itemsize: int, block_bytes: int) -> Iterator[slice]:
+    """Consecutive queries whose rows (as read, sorted, with ties ranked) and pairs fit in `block_bytes`."""
+    total = np.cumsum(gallery * (2 * max(itemsize, 4) + 16) + same * _PAIR_BYTES)
+    first = 0
+    while first < len(same):
+        spent = total[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(total, spent + block_bytes, side="right")))
+        yield slice(first, last)
+        first = last
+
+
+def _comparable(block: np.ndarray, columns: np.ndarray | None, first_row: int) -> np.ndarray:
+    """The rows in a type that sorts fast, without loss; refuses NaN, which has no place in an order."""
+    if columns is not None:
+        block = block[:, columns]
+    if block.dtype.kind == "f" and block.dtype.itemsize < 4:
+        block = block.astype(np.float32)
+    if block.dtype.kind == "f" and np.isnan(block).any():
+        row, column = np.argwhere(np.isnan(block))[0]
+        column = column if columns is None else columns[column]
+        raise DataError(f"distance[{first_row + row}, {column}] is not a number")
+    return block
+
+
+def _positions(block: np.ndarray, rows: np.ndarray, entries: np.ndarray) -> np.ndarray:
+    """Where each (row, entry) pair stands in its row's ranking, from 0, all entries counted.
+
+    Sorting values is several times faster than sorting indices, and tells the position wherever a value is unique.
+    Only rows in which some pair is tied are ranked by index as well.
+    """
+    values = block[rows, entries]
+    ordered = np.sort(block, axis=1)
+    position = _search_rows(ordered, rows, values, right=False)
+    tied = _search_rows(ordered, rows, values, right=True) - position > 1
+    if tied.any():
+        tied_rows, within = np.unique(rows[tied], return_inverse=True)
+        order = np.argsort(block[tied_rows], axis=1, kind="stable")
+        rank = np.empty_like(order)
+        np.put_along_axis(rank, order, np.arange(order.shape[1])[None], axis=1)
+        position[tied] = rank[within, entries[tied]]
+    return position
+
+
+def _search_rows(ordered: np.ndarray, rows: np.ndarray, values: np.ndarray, right: bool) -> np.ndarray:
+    """np.searchsorted of values[i] in ordered[rows[i]], for all i at once by bisection."""
+    low = np.zeros(len(rows), np.int64)
+    high = np.full(len(rows), ordered.shape[1])
+    for _ in range(ordered.shape[1].bit_length()):
+        middle = (low + high) // 2
+        probe = ordered[rows, np.minimum(middle, ordered.shape[1] - 1)]
+        below = (probe <= values if right else probe < values) & (low < high)
+        low = np.where(below, middle + 1, low)
+        high = np.where(below, high, middle)
+    return low
+
+
+def _score(position: np.ndarray, rows: np.ndarray, matches: np.ndarray, queries: int, trapezoid: bool) -> np.ndarray:
+    """AP, INP and the first match's rank of each query: float64 [3, queries], zeros without a match.
+
+    Args:
+        position, rows: of the pairs of one identity, see `_positions`.
+        matches: bool, pairs from different cameras; the others are taken out of the ranking.
+    """
+    order = np.lexsort((position, rows))
+    position, rows, matches = position[order], rows[order], matches[order]
+    taken_out = np.cumsum(~matches)
+    first_pair = np.searchsorted(rows, rows)  # where the run of each pair's query begins
+    taken_out_before_run = taken_out[first_pair] - ~matches[first_pair]
+    rank = (position + 1 - (taken_out - taken_out_before_run))[matches]
+    rows = rows[matches]
+
+    count = np.bincount(rows, minlength=queries)
+    begin = np.cumsum(count) - count
+    nth = np.arange(len(rows)) - begin[rows] + 1
+    precision = nth / rank
+    if trapezoid:
+        before = np.where(rank > 1, (nth - 1) / np.maximum(rank - 1, 1), 1.0)
+        precision = (precision + before) / 2
+    result = np.zeros((3, queries))
+    found = count > 0
+    result[0, found] = np.bincount(rows, weights=precision, minlength=queries)[found] / count[found]
+    result[1, found] = count[found] / rank[(begin + count - 1)[found]]
+    result[2, found] = rank[begin[found]]
+    return result
