@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from keyreid.commands import walkers
 from keyreid.errors import KeyreidError
 
 app = typer.Typer(
@@ -14,6 +15,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.command("walkers")(walkers.walkers)
 
 
 def main() -> None:

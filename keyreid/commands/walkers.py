@@ -1,0 +1,44 @@
+"""`keyreid walkers`: draw pedestrians in the layout of MARS."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def walkers(
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    identities: Annotated[int, typer.Option(help="people, training and test together")] = 200,
+    seed: Annotated[int, typer.Option(help="the same seed draws the same pictures")] = 0,
+    cameras: Annotated[int, typer.Option(help="2 to 9")] = 6,
+    tracklets: Annotated[int, typer.Option(help="at most so many of a person at a camera")] = 2,
+    frames: Annotated[tuple[int, int], typer.Option(help="least and most frames of a tracklet")] = (8, 20),
+    test_share: Annotated[float, typer.Option(help="share of the identities kept for testing")] = 0.5,
+    distractors: Annotated[
+        int | None, typer.Option(help="test tracklets of people whom no query looks for; default two a test identity")
+    ] = None,
+    junk: Annotated[int | None, typer.Option(help="badly placed boxes; default a quarter of the distractors")] = None,
+    size: Annotated[tuple[int, int], typer.Option(help="height and width of the pictures, pixels")] = (256, 128),
+    processes: Annotated[int, typer.Option(help="0: one for each CPU core; the pictures do not depend on it")] = 0,
+) -> None:
+    """Draw pedestrians: a dataset in the layout of MARS, with true keypoints in OUT/keypoints."""
+    from keyreid.datasets.walkers import render
+
+    render(
+        out,
+        identities,
+        cameras,
+        seed,
+        processes=processes or len(os.sched_getaffinity(0)),
+        tracklets=tracklets,
+        frames=frames,
+        test_share=test_share,
+        distractors=distractors,
+        junk=junk,
+        height=size[0],
+        width=size[1],
+    )
+    typer.echo(f"{out}: walkers of {identities} identities in MARS's layout; true keypoints in {out}/keypoints")

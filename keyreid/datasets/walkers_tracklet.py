@@ -1,0 +1,196 @@
+"""One rendered tracklet: a person of `walkers_clothes` walks past a camera of `walkers_scene`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from keyreid.datasets import walkers_body as body
+from keyreid.datasets import walkers_drawing as drawing
+from keyreid.datasets import walkers_scene as scene
+from keyreid.datasets.walkers_clothes import Person, dress
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What one tracklet is: encoded pictures and their true keypoints.
+
+    Attributes:
+        pictures: JPEG bytes of each frame.
+        keypoints: float32 [T, 17, 3]: x, y in pixels; confidence 1 seen, 0.5 behind the person's own body, 0 hidden by
+            something else or outside the picture.
+    """
+
+    pictures: list[bytes]
+    keypoints: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """A person set in motion before the camera: what drawing a frame needs."""
+
+    sprites: dict[str, drawing.Sprite]
+    points: np.ndarray  # [T, POINTS, 3]
+    crops: np.ndarray  # [T, 2, 3]
+    scale: float
+
+
+def random_stream(*numbers: int) -> np.random.Generator:
+    """A generator that depends on the numbers alone, so that any process may draw any tracklet."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers])))
+
+
+def render_tracklet(
+    person: Person | None, camera: scene.Camera, frames: int, rng: np.random.Generator, height: int, width: int
+) -> Rendered:
+    """Draw a tracklet.
+
+    Args:
+        person: who walks; None gives a detection that shows no one, or too little of someone (MARS's junk).
+    """
+    junk = person is None
+    yaw = camera.yaw + rng.choice([0.0, np.pi]) + rng.normal(0, 0.22)
+    figure = _enter(person or dress(rng), camera, yaw, frames, rng, height, width, junk)
+    company = None
+    if rng.random() < 0.16:  # someone else in the picture
+        company = _enter(dress(rng), camera, yaw + rng.choice([0.0, np.pi]), frames, rng, height, width, junk=True)
+    company_in_front = rng.random() < 0.3
+    obstacle = scene.occluder(rng, height, width, frames) if rng.random() < 0.22 else None
+    backdrop = _backdrop(camera.street, frames, rng, height, width)
+    develop = _developer(camera, rng, height, width)
+    pictures, keypoints = [], np.zeros((frames, body.KEYPOINTS, 3), np.float32)
+    owner = np.empty((height, width), np.uint8)
+    empty = junk and rng.random() < 0.4
+    for t in range(frames):
+        canvas = next(backdrop)
+        owner[:] = 0
+        if company and not company_in_front:
+            _draw(canvas, owner, company, t)
+            owner[:] = 0
+        if not empty:
+            _shade_ground(canvas, figure, t)
+            _draw(canvas, owner, figure, t)
+        if company and company_in_front:
+            veil = np.zeros_like(owner)
+            _draw(canvas, veil, company, t)
+            owner[veil > 0] = drawing.OCCLUDER
+        if obstacle:
+            _obstruct(canvas, owner, obstacle, t)
+        keypoints[t] = _true_keypoints(figure, t, owner)
+        pictures.append(develop(canvas))
+    if empty:
+        keypoints[:] = 0
+    return Rendered(pictures, keypoints)
+
+
+def _enter(person: Person, camera, yaw: float, frames: int, rng, height: int, width: int, junk: bool) -> _Figure:
+    """Let a person walk through the picture as a detector would frame them: roughly centred, roughly filling it."""
+    steps = np.arange(frames)
+    phase = rng.uniform(0, 2 * np.pi) + person.gait.cadence * rng.uniform(0.9, 1.1) * steps
+    turning = yaw + rng.normal(0, 0.012) * (steps - frames / 2)
+    pitch = float(np.clip(camera.pitch + rng.normal(0, 0.04), 0, 0.6))
+    points = body.look(body.walk(person.build, person.gait, phase), turning, pitch)
+    top, bottom = points[..., 1].min(axis=1).mean(), points[..., 1].max(axis=1).mean()
+    scale = camera.tight * height * np.exp(rng.normal(0, 0.035)) / (bottom - top + 0.03)
+    light = camera.light + rng.normal(0, 0.2, 3)
+    ambient = float(np.clip(camera.ambient + rng.normal(0, 0.08), 0.3, 0.9))
+    sprites = drawing.bake(person, yaw, light / np.linalg.norm(light), ambient, scale)
+    wander = np.cumsum(rng.normal(0, 0.006, (frames, 2)), axis=0)
+    shift = rng.normal(0, (0.04, 0.015), 2)
+    if junk:
+        shift += rng.choice([-1, 1], 2) * rng.uniform((0.3, 0.0), (0.55, 0.35))
+    crops = np.zeros((frames, 2, 3))
+    crops[:, 0, 0] = np.exp(rng.normal(0.08, 0.07))  # boxes are squeezed to the picture's shape
+    crops[:, 1, 1] = 1 + rng.normal(0, 0.006, frames)
+    crops[:, 0, 2] = width * (0.5 + shift[0] + wander[:, 0])
+    crops[:, 1, 2] = height * (0.5 + shift[1] + 0.5 * wander[:, 1]) - 0.5 * (top + bottom) * scale
+    return _Figure(sprites, points, crops, scale)
+
+
+def _backdrop(street: np.ndarray, frames: int, rng, height: int, width: int):
+    """Cut-outs of the street that pass by as the camera follows the person."""
+    speed = rng.choice([-1, 1]) * rng.uniform(0.005, 0.05) * width
+    room = street.shape[1] - width - abs(speed) * frames
+    left = rng.uniform(0, max(room, 1)) + (abs(speed) * frames if speed < 0 else 0)
+    top = int(rng.uniform(0, street.shape[0] - height))
+    for t in range(frames):
+        column = int(np.clip(left + speed * t, 0, street.shape[1] - width))
+        yield street[top : top + height, column : column + width].copy()
+
+
+def _draw(canvas: np.ndarray, owner: np.ndarray, figure: _Figure, t: int) -> None:
+    drawing.draw(canvas, owner, figure.sprites, figure.points[t], figure.crops[t], figure.scale)
+
+
+def _shade_ground(canvas: np.ndarray, figure: _Figure, t: int) -> None:
+    feet = figure.points[t, [body.LEFT_TOE, body.RIGHT_TOE, body.LEFT_HEEL, body.RIGHT_HEEL], :2] * figure.scale
+    feet = feet @ figure.crops[t, :, :2].T + figure.crops[t, :, 2]
+    (left, top), (right, bottom) = feet.min(axis=0), feet.max(axis=0)
+    pad = 0.05 * figure.scale
+    x0, x1 = max(int(left - pad), 0), min(int(right + pad), canvas.shape[1])
+    y0, y1 = max(int(top - 0.3 * pad), 0), min(int(bottom + 0.6 * pad), canvas.shape[0])
+    if x1 > x0 and y1 > y0:
+        mask = np.zeros((y1 - y0, x1 - x0), np.uint8)
+        cv2.ellipse(
+            mask, ((x1 - x0) // 2, (y1 - y0) // 2), ((x1 - x0) // 2, (y1 - y0) // 2), 0, 0, 360, 110, -1, cv2.LINE_AA
+        )
+        drawing.over(canvas[y0:y1, x0:x1], cv2.merge([np.zeros_like(mask)] * 3 + [mask]))
+
+
+def _obstruct(canvas: np.ndarray, owner: np.ndarray, obstacle: scene.Occluder, t: int) -> None:
+    left = round(obstacle.left + obstacle.speed * t)
+    start, end = max(left, 0), min(left + obstacle.layer.shape[1], canvas.shape[1])
+    if end > start:
+        layer = obstacle.layer[:, start - left : end - left]
+        drawing.over(canvas[:, start:end], layer)
+        owner[:, start:end][layer[..., 3] > 127] = drawing.OCCLUDER
+
+
+def _true_keypoints(figure: _Figure, t: int, owner: np.ndarray) -> np.ndarray:
+    points, crop = figure.points[t, : body.KEYPOINTS], figure.crops[t]
+    places = points[:, :2] * figure.scale @ crop[:, :2].T + crop[:, 2]
+    columns, rows = np.floor(places).astype(int).T
+    inside = (columns >= 0) & (columns < owner.shape[1]) & (rows >= 0) & (rows < owner.shape[0])
+    covering = owner[np.where(inside, rows, 0), np.where(inside, columns, 0)]
+    joints = np.arange(body.KEYPOINTS)
+    confidence = np.where((covering == 0) | drawing.SHOWS[covering, joints], 1.0, 0.5)
+    head = figure.points[t, [body.CROWN, body.CHIN], 2].mean()
+    turned_away = (joints <= body.RIGHT_EAR) & (points[:, 2] < head - 0.012)
+    confidence[turned_away] = 0.5
+    confidence[~inside | (covering == drawing.OCCLUDER)] = 0.0
+    return np.column_stack([places, confidence]).astype(np.float32)
+
+
+def _developer(camera: scene.Camera, rng: np.random.Generator, height: int, width: int):
+    """The camera's sensor and encoder under this tracklet's light: drawn picture -> JPEG bytes."""
+    gain = np.exp(rng.normal(0, 0.1) + rng.normal(0, 0.05, 3))
+    matrix = (camera.colour * gain[:, None] * [1, 1, 1, 255]).astype(np.float32)
+    gamma = camera.gamma * np.exp(rng.normal(0, 0.1))
+    curve = (255 * (np.arange(256) / 255) ** gamma + 0.5).astype(np.uint8)
+    across, down = rng.normal(0, 0.14, 2)
+    light = 1 + across * np.linspace(-1, 1, width)[None] + down * np.linspace(-1, 1, height)[:, None]
+    if rng.random() < 0.25:  # the edge of a shadow falls over the picture
+        slope, place, soft = rng.normal(0, 0.4), rng.uniform(0.2, 0.8), rng.uniform(0.02, 0.2)
+        line = np.linspace(0, 1, height)[:, None] + slope * np.linspace(-0.5, 0.5, width)[None] - place
+        light = light * (1 - rng.uniform(0.2, 0.5) / (1 + np.exp(-line / soft)))
+    light = cv2.merge([light.astype(np.float32)] * 3)
+    sigma = camera.blur * height / 256 * np.exp(rng.normal(0, 0.25))
+    detail = float(np.clip(camera.detail * np.exp(rng.normal(0, 0.15)), 0.3, 1.0))
+    small = (max(int(width * detail), 12), max(int(height * detail), 24))
+    grain = np.round(rng.normal(0, camera.noise, (height + 32, width + 32, 3))).astype(np.int16)
+    quality = [cv2.IMWRITE_JPEG_QUALITY, camera.quality]
+
+    def develop(canvas: np.ndarray) -> bytes:
+        picture = cv2.multiply(canvas, light, dtype=cv2.CV_8U)
+        picture = cv2.LUT(cv2.transform(picture, matrix), curve)
+        if sigma > 0.25:
+            picture = cv2.GaussianBlur(picture, (0, 0), sigma)
+        if detail < 0.95:
+            picture = cv2.resize(cv2.resize(picture, small, interpolation=cv2.INTER_AREA), (width, height))
+        top, left = rng.integers(0, 32, 2)
+        picture = cv2.add(picture, grain[top : top + height, left : left + width], dtype=cv2.CV_8U)
+        return cv2.imencode(".jpg", picture, quality)[1].tobytes()
+
+    return develop
