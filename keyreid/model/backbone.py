@@ -1,0 +1,139 @@
+"""The backbone: all blocks but the last of a timm VisionTransformer, with a camera embedding on every token."""
+
+from __future__ import annotations
+
+import difflib
+from functools import lru_cache
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from keyreid.config import ClipConfig, ModelConfig
+from keyreid.errors import ConfigError
+
+
+def patch_grid(model: ModelConfig, clip: ClipConfig) -> tuple[int, int]:
+    """Rows and columns (Hp, Wp) of the patches, without building the network.
+
+    Raises:
+        ConfigError: the backbone is not a VisionTransformer, or its patches do not tile the picture.
+    """
+    patch, stride = patch_size(model)
+    sides = {"clip.height": clip.height, "clip.width": clip.width}
+    for name, pixels in sides.items():
+        excess = (pixels - patch) % stride
+        if pixels < patch or excess:
+            below = max(pixels - excess, patch)
+            raise ConfigError(
+                f"{name}={pixels}: patches of {patch} pixels every {stride} pixels do not tile it; "
+                f"use {below} or {below + stride} with {model.backbone}"
+            )
+    height, width = ((pixels - patch) // stride + 1 for pixels in sides.values())
+    return height, width
+
+
+def patch_size(model: ModelConfig) -> tuple[int, int]:
+    """Side of a patch and step between patches, in pixels."""
+    patch = _native_patch_size(model.backbone)
+    return patch, model.patch_stride or patch
+
+
+def create_vit(model: ModelConfig, clip: ClipConfig) -> VisionTransformer:
+    """The timm network that the branches are cut from, with random weights, at the clip's size.
+
+    Its position embedding fits the patch grid, its patches overlap where `patch_stride` says so, and stochastic depth
+    grows linearly to `drop_path` at the last of the `depth` blocks.
+    """
+    grid = patch_grid(model, clip)
+    settings = {"drop_path_rate": model.drop_path, "img_size": (clip.height, clip.width)}
+    vit = _create(model.backbone, depth=model.depth, **settings)
+    if model.patch_stride:
+        vit.patch_embed.proj.stride = (model.patch_stride, model.patch_stride)
+    vit.patch_embed.grid_size = grid
+    vit.patch_embed.num_patches = grid[0] * grid[1]
+    if vit.pos_embed is not None:
+        tokens = vit.patch_embed.num_patches + (0 if vit.no_embed_class else vit.num_prefix_tokens)
+        vit.pos_embed = nn.Parameter(torch.empty(1, tokens, vit.embed_dim))
+        nn.init.trunc_normal_(vit.pos_embed, std=0.02)
+    return vit
+
+
+class Backbone(nn.Module):
+    """Patch, position and camera embedding and the first depth-1 blocks.
+
+    Args:
+        vit: taken apart: its modules and parameters become this module's.
+        num_cameras: rows of the camera embedding; 0 for none.
+        camera_factor: what the camera embedding is multiplied with (published: 3).
+    """
+
+    def __init__(self, vit: VisionTransformer, num_cameras: int, camera_factor: float):
+        super().__init__()
+        self.patch_embed = vit.patch_embed
+        self.cls_token = vit.cls_token
+        extra = getattr(vit, "dist_token", None)  # DeiT's distillation token is one more register
+        self.reg_token = extra if extra is not None else vit.reg_token
+        self.pos_embed = vit.pos_embed
+        self.embed_prefix = not vit.no_embed_class
+        self.norm_pre = vit.norm_pre
+        self.blocks = vit.blocks[:-1]
+        self.prefix_tokens = vit.num_prefix_tokens
+        self.camera_factor = camera_factor
+        self.camera = None
+        if num_cameras and camera_factor:
+            self.camera = nn.Parameter(torch.empty(num_cameras, vit.embed_dim))
+            nn.init.trunc_normal_(self.camera, std=0.02)
+
+    def forward(self, images: torch.Tensor, cameras: torch.Tensor, checkpoint_blocks: bool = False) -> torch.Tensor:
+        """Embed frames.
+
+        Args:
+            images: [S, 3, H, W], normalised.
+            cameras: int [S]; -1 is unknown and gets the mean of the learnt camera embeddings.
+            checkpoint_blocks: keep only each block's input for the backward pass.
+
+        Returns:
+            [S, R+N, D]: R prefix tokens (CLS first), then N patches in raster order.
+        """
+        x = self.patch_embed(images.to(self.cls_token.dtype))
+        prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        if self.pos_embed is None:
+            x = torch.cat([*prefix, x], 1)
+        elif self.embed_prefix:
+            x = torch.cat([*prefix, x], 1) + self.pos_embed
+        else:
+            x = torch.cat([*prefix, x + self.pos_embed], 1)
+        if self.camera is not None:
+            table = torch.cat([self.camera, self.camera.mean(0, keepdim=True)])
+            x = x + self.camera_factor * table[torch.where(cameras < 0, len(self.camera), cameras)].unsqueeze(1)
+        x = self.norm_pre(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if checkpoint_blocks else block(x)
+        return x
+
+
+@lru_cache
+def _native_patch_size(name: str) -> int:
+    with torch.device("meta"):
+        return _create(name, depth=1).patch_embed.patch_size[0]
+
+
+def _create(name: str, depth: int | None, **settings) -> VisionTransformer:
+    if not timm.is_model(name):
+        family = timm.list_models("*vit*") + timm.list_models("deit*")
+        near = difflib.get_close_matches(name, family, n=3, cutoff=0.4)
+        raise ConfigError(f"model.backbone={name!r}: timm has no such model; near names: {', '.join(near) or 'none'}")
+    if depth is not None:
+        settings["depth"] = depth
+    try:
+        vit = timm.create_model(name, pretrained=False, num_classes=0, **settings)
+    except (TypeError, AssertionError, RuntimeError) as error:
+        raise ConfigError(f"model.backbone={name!r}: cannot be built as a VisionTransformer: {error}") from None
+    if not isinstance(vit, VisionTransformer):
+        raise ConfigError(f"model.backbone={name!r} is a {type(vit).__name__}; only timm's VisionTransformer will do")
+    if vit.cls_token is None:
+        raise ConfigError(f"model.backbone={name!r} has no class token, which both branches read")
+    return vit

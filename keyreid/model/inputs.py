@@ -1,0 +1,37 @@
+"""From a reader's batch to the network's inputs, on the device that the batch is on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from keyreid.shards.batch import ClipBatch
+
+ERASED_COLOUR = (0.485, 0.456, 0.406)  # after normalising, as published
+
+
+def prepare(batch: ClipBatch, guidance_mode: Literal["aligned", "released"]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalise pictures, fill erased rectangles, and bring the guidance into the mode's range.
+
+    Args:
+        batch: uint8 pictures and guidance in [0, 1].
+        guidance_mode: `released` maps the guidance to [-1, 1].
+
+    Returns:
+        images float32 [B, T, 3, H, W] in [-1, 1] and guidance float32 [B, T, P, Hp, Wp].
+    """
+    images = batch.images.float().mul_(2 / 255).sub_(1)
+    height, width = images.shape[-2:]
+    top, left, rows, columns = batch.erase.unbind(-1)
+    down = torch.arange(height, device=images.device)
+    across = torch.arange(width, device=images.device)
+    inside = _within(down, top, rows).unsqueeze(-1) & _within(across, left, columns).unsqueeze(-2)  # [B, T, H, W]
+    for channel, value in enumerate(ERASED_COLOUR):
+        images[:, :, channel].masked_fill_(inside, value)
+    return images, batch.guidance * 2 - 1 if guidance_mode == "released" else batch.guidance
+
+
+def _within(positions: torch.Tensor, start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    start, length = start.unsqueeze(-1), length.unsqueeze(-1)
+    return (positions >= start) & (positions < start + length)

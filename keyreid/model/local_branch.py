@@ -1,0 +1,110 @@
+"""The keypoint-guided local branch: one feature for each body part, by one shared transformer block of width T x D."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from timm.layers import DropPath, Mlp
+from torch import nn
+
+from keyreid.config import TcssConfig
+from keyreid.errors import ConfigError
+from keyreid.model.precision import full
+from keyreid.model.single_query import SingleQueryAttention, SingleQueryBlock
+from keyreid.model.tcss import row_order
+
+
+class LocalBranch(nn.Module):
+    """Rows of width T x D, shifted and shuffled (TCSS), attended to from the joined class tokens under guidance.
+
+    `aligned`: a row is one patch over the T frames, the token is the T class tokens joined, and a part's guidance
+    weighs the keys: log(guidance + epsilon) is added to the attention logits, and travels with its row through TCSS.
+    `released`: the published code, for its checkpoints: a row is T consecutive tokens of one frame, and guidance in
+    raster order multiplies the rows after TCSS, before the block's LayerNorm.
+
+    Args:
+        frames: T.
+        width: D, the backbone's.
+        heads: attention heads; they divide T x D.
+        patches: N.
+        prefix_tokens: R, tokens before the patches; only the class token is used.
+        mode: `aligned` or `released`.
+        epsilon: see `aligned`.
+        tcss: shift and shuffle.
+        drop_path: stochastic depth of the block.
+    """
+
+    def __init__(
+        self,
+        frames: int,
+        width: int,
+        heads: int,
+        patches: int,
+        prefix_tokens: int,
+        mode: Literal["aligned", "released"],
+        epsilon: float,
+        tcss: TcssConfig,
+        drop_path: float,
+    ):
+        super().__init__()
+        local_width = frames * width
+        _check_heads(frames, width, heads)
+        if mode == "released" and prefix_tokens != 1:
+            raise ConfigError("model.guidance=released needs a backbone whose only extra token is the class token")
+        self.frames = frames
+        self.mode = mode
+        self.epsilon = epsilon
+        mlp = Mlp(local_width, 4 * local_width)
+        for layer in (mlp.fc1, mlp.fc2):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.block = SingleQueryBlock(
+            attention=SingleQueryAttention(local_width, heads, eps=1e-6),
+            mlp=mlp,
+            norm2=nn.LayerNorm(local_width, eps=1e-6),
+            drop_path=DropPath(drop_path) if drop_path else nn.Identity(),
+        )
+        self.norm = nn.LayerNorm(local_width)  # eps 1e-5 as published
+        # Positions from the first patch on; the token stays in front.
+        order = row_order(patches, tcss)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("gather", torch.cat([torch.zeros(1).long(), order + prefix_tokens]), persistent=False)
+
+    def forward(self, tokens: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
+        """Part features.
+
+        Args:
+            tokens: [B*T, R+N, D].
+            guidance: [B, T, P, Hp, Wp]; in [0, 1] for `aligned`, in [-1, 1] for `released`.
+
+        Returns:
+            [P, B, T*D].
+        """
+        guidance = full(guidance).mean(1).flatten(2)  # [B, P, N]
+        if self.mode == "aligned":
+            rows = tokens.unflatten(0, (-1, self.frames)).transpose(1, 2)  # [B, R+N, T, D]
+            rows = rows.index_select(1, self.gather).flatten(2)
+            log_weight = (guidance.index_select(2, self.order) + self.epsilon).log()
+            parts = self.block(rows, log_weight=log_weight)
+        else:
+            # The published view joins T consecutive tokens of a frame: [B, 1+N, T*D]
+            rows = tokens.contiguous().view(len(guidance), tokens.shape[1], -1).index_select(1, self.gather)
+            missing = len(self.order) - guidance.shape[2]
+            if missing:  # the published code stops here; the repeated row takes the guidance of the last place
+                guidance = torch.cat([guidance, guidance[..., -1:].expand(-1, -1, missing)], -1)
+            parts = self.block(rows, scale=guidance)
+        return full(self.norm(parts)).transpose(0, 1)
+
+
+def _check_heads(frames: int, width: int, heads: int) -> None:
+    local_width = frames * width
+    if local_width % heads == 0:
+        return
+    fitting_heads = [h for h in range(1, 4 * heads + 1) if local_width % h == 0]
+    fitting_frames = [t for t in range(1, 4 * frames + 1) if (t * width) % heads == 0]
+    raise ConfigError(
+        f"model.local_heads={heads} does not divide the local branch's width of {frames} frames x {width} = "
+        f"{local_width}. Heads that do: {', '.join(map(str, fitting_heads))}. Frames a clip (clip.frames) that "
+        f"{heads} heads would divide: {', '.join(map(str, fitting_frames)) or 'none'}"
+    )
