@@ -318,3 +318,19 @@ def _score(position: np.ndarray, rows: np.ndarray, matches: np.ndarray, queries:
     result[1, found] = count[found] / rank[(begin + count - 1)[found]]
     result[2, found] = rank[begin[found]]
     return result
+
+
+def ranked_list(
+    distance: np.ndarray, row: int, query: Side, gallery: Side, protocol: str, top: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a protocol shows a query first: up to `top` gallery entries int64, nearest first, and bool: is a match."""
+    rules = protocol_named(protocol)
+    if rules.cameras_by_frame:
+        query, gallery = cameras_as_released(query), cameras_as_released(gallery)
+    same = gallery.identities == query.identities[row]
+    left_out = same & (gallery.cameras == query.cameras[row])
+    if rules.junk_left_out:
+        left_out |= gallery.identities == JUNK_IDENTITY
+    kept = np.flatnonzero(~left_out)
+    entries = kept[np.argsort(distance[row, kept], kind="stable")[:top]]
+    return entries, same[entries]
