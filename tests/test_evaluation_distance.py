@@ -1,5 +1,7 @@
 """Distances in blocks against the definitions; nearest neighbours of a memory-mapped gallery; re-ranking."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -95,8 +97,8 @@ def test_a_memory_mapped_gallery_keeps_to_the_memory_bound(tmp_path):
 
 
 def _own_memory():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def naive_rerank(query, gallery, k1, k2, weight):

@@ -34,7 +34,7 @@ def rank_gallery(
     """Compare and judge, once for each protocol.
 
     Args:
-        query, gallery: the gallery without the queries, nor junk; protocols that want the queries in it get them.
+        query, gallery: the gallery without junk; protocols that want the queries in it get them, after the others.
         evaluation: distance and re-ranking.
 
     Raises:
@@ -47,7 +47,9 @@ def rank_gallery(
         names = [name for name in protocols if with_queries[name] == joined]
         if not names:
             continue
-        entries = gallery.followed_by(query) if joined else gallery
+        entries = gallery
+        if joined:
+            entries = gallery.followed_by(query[~np.isin(query.keys, gallery.keys)])
         compare = rerank if evaluation.rerank else pairwise
         distance = compare(query.embeddings, entries.embeddings, evaluation.distance, device=device)
         for name in names:

@@ -1,0 +1,59 @@
+"""What all pictures share: fonts, colours, and text that never leaves its place."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+RIGHT, WRONG, UNKNOWN, QUERY = (22, 163, 74), (220, 38, 38), (148, 163, 184), (37, 99, 235)
+INK, SOFT_INK, PAPER = (17, 24, 39), (100, 116, 139), (255, 255, 255)
+
+
+@lru_cache
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+
+
+def text_width(text: str, size: int, bold: bool = False) -> int:
+    """Pixels that a line of text takes."""
+    return int(np.ceil(font(size, bold).getlength(text)))
+
+
+def fit_text(text: str, width: int, size: int, bold: bool = False) -> str:
+    """The text, with its middle left out where it is wider than `width` pixels."""
+    if text_width(text, size, bold) <= width:
+        return text
+    for kept in range(len(text) - 1, 1, -1):
+        shorter = text[: (kept + 1) // 2] + "…" + text[len(text) - kept // 2 :]
+        if text_width(shorter, size, bold) <= width:
+            return shorter
+    return ""
+
+
+def blank(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """A white picture and what draws on it."""
+    image = Image.new("RGB", (width, height), PAPER)
+    return image, ImageDraw.Draw(image)
+
+
+def scaled(picture: np.ndarray, width: int, height: int) -> Image.Image:
+    """A uint8 RGB picture [H, W, 3] at another size; its proportions are kept, the rest is grey."""
+    image = Image.fromarray(picture)
+    factor = min(width / image.width, height / image.height)
+    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
+    if size == (width, height):
+        return image.resize(size, Image.Resampling.BICUBIC)
+    whole = Image.new("RGB", (width, height), (226, 232, 240))
+    whole.paste(image.resize(size, Image.Resampling.BICUBIC), ((width - size[0]) // 2, (height - size[1]) // 2))
+    return whole
+
+
+def heat(values: np.ndarray) -> np.ndarray:
+    """Values in [0, 1] of any shape as colours uint8 [..., 3], dark blue to yellow to red."""
+    return (matplotlib.colormaps["turbo"](np.clip(values, 0, 1))[..., :3] * 255).astype(np.uint8)
