@@ -1,0 +1,47 @@
+"""`keyreid checkpoints`: list, verify and prune a run's checkpoints."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def checkpoints(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or its folder `checkpoints`.")],
+    verify: Annotated[bool, typer.Option(help="Compare every file with its SHA-256.")] = False,
+    prune: Annotated[
+        int | None, typer.Option(min=1, help="Keep the newest N, the best and those kept for ever; remove the rest.")
+    ] = None,
+) -> None:
+    """List checkpoints with step, best score and size; exit status 1 when one of them is damaged."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from keyreid.errors import CheckpointError
+    from keyreid.training import checkpoints as store
+
+    root = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    if prune is not None:
+        for folder in store.prune(root, prune):
+            print(f"removed {folder}")
+    folders = store.checkpoints(root)
+    if not folders:
+        raise CheckpointError(f"{root}: no checkpoints here")
+    table = Table("checkpoint", "step", "best so far", "size", "", "whole" if verify else "")
+    latest, best = store.named(root, "latest"), store.named(root, "best")
+    faults: list[str] = []
+    for folder in folders:
+        found = store.verify(folder) if verify else []
+        faults += found
+        marks = [name for name, path in (("latest", latest), ("best", best)) if path == folder]
+        try:
+            state = store.read_state(folder)
+            step, score = str(state.step), "" if state.best_score is None else f"{state.best_score:.4f}"
+        except CheckpointError:
+            step, score = "?", "?"
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        state_word = ("no" if found else "yes") if verify else ""
+        table.add_row(folder.name, step, score, f"{size / 1e6:.1f} MB", " ".join(marks), state_word)
+    Console().print(table)
+    if faults:
+        raise CheckpointError("; ".join(faults))

@@ -1,0 +1,261 @@
+"""Checkpoints on disk: folders that exist whole or not at all, verified before they are used.
+
+    RUN/checkpoints/step-00000120/    weights.safetensors, ema.safetensors, training.safetensors, state.json,
+                                      manifest.json (size and SHA-256 of each of the others)
+    RUN/checkpoints/latest, best      names of such folders
+
+A folder is written under another name, synced to disk and renamed; then `latest` moves. What it holds fits any number
+of ranks and any ZeRO stage (see state.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from keyreid.errors import CheckpointError
+from keyreid.files import replace_text, sha256, sync
+from keyreid.model.weights_file import WeightsHeader, read_weights, write_weights
+
+WEIGHTS, EMA, TRAINING, STATE, MANIFEST = (
+    "weights.safetensors",
+    "ema.safetensors",
+    "training.safetensors",
+    "state.json",
+    "manifest.json",
+)
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a run stands. Sample order, augmentations and stochastic depth follow from `step` alone.
+
+    Attributes:
+        step: optimizer steps taken, over all epochs.
+        best: best score so far and the step it belongs to.
+        bad_steps: steps that were not applied because the loss was not finite.
+        loss_scale: state of the fp16 loss scaler.
+        keep: kept for ever (`training.keep_every_epochs`).
+    """
+
+    step: int = 0
+    steps_per_epoch: int = 0
+    best_score: float | None = None
+    best_step: int | None = None
+    bad_steps: int = 0
+    loss_scale: Mapping[str, float] = field(default_factory=dict)
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All of a run at one step, on the CPU of the first rank.
+
+    Attributes:
+        weights: the network's parameters and buffers.
+        ema: its averaged parameters, if the run keeps them.
+        training: optimizer states and centre tables.
+    """
+
+    state: TrainingState
+    header: WeightsHeader
+    weights: dict[str, torch.Tensor]
+    ema: dict[str, torch.Tensor]
+    training: dict[str, torch.Tensor]
+
+
+def folder_name(step: int) -> str:
+    """`step-00000120`."""
+    return f"step-{step:08d}"
+
+
+def save(root: Path, snapshot: Snapshot) -> Path:
+    """Write one checkpoint; on any error what was there before stays as it was.
+
+    Raises:
+        CheckpointError: the disk is full or not writable.
+    """
+    final = root / folder_name(snapshot.state.step)
+    partial = final.with_name(final.name + PARTIAL)
+    if final.exists() and not verify(final):  # a run resumed from it and was stopped at once
+        return final
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_weights(partial / WEIGHTS, snapshot.weights, snapshot.header)
+        if snapshot.ema:
+            write_weights(partial / EMA, snapshot.ema, snapshot.header)
+        save_file(snapshot.training, str(partial / TRAINING))
+        (partial / STATE).write_text(json.dumps(asdict(snapshot.state), indent=1))
+        _write_manifest(partial)
+        shutil.rmtree(final, ignore_errors=True)  # only a damaged one: see above
+        partial.rename(final)
+        sync(root)
+        replace_text(root / "latest", final.name)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"{final}: cannot be saved: {error}; the checkpoint before it is whole") from error
+    return final
+
+
+def named(root: Path, name: str) -> Path | None:
+    """The folder that `latest` or `best` names."""
+    try:
+        folder = root / (root / name).read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return folder if folder.parent == root and folder.is_dir() else None
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """All checkpoint folders, oldest first; without those that were never finished."""
+    return sorted(path for path in root.glob("step-*") if path.is_dir() and not path.name.endswith(PARTIAL))
+
+
+def verify(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint, one line for each file; empty when it is whole."""
+    try:
+        text = (folder / MANIFEST).read_text()
+        files = json.loads(text)["files"]
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+        if text != _manifest_text(files):
+            return [f"{folder / MANIFEST}: its own SHA-256 does not fit, the file was changed or damaged"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{folder / MANIFEST}: {error}"]
+    faults = []
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            faults.append(f"{path}: missing")
+        elif path.stat().st_size != size:
+            faults.append(f"{path}: {path.stat().st_size} bytes, expected {size}")
+        elif sha256(path) != digest:
+            faults.append(f"{path}: SHA-256 does not fit, the file was changed or damaged")
+    return faults
+
+
+def newest_whole(root: Path, warn=print) -> Path | None:
+    """The newest checkpoint that verifies; those that do not are named through `warn`.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is whole.
+    """
+    folders = checkpoints(root)
+    faults = []
+    for folder in reversed(folders):
+        found = verify(folder)
+        if not found:
+            return folder
+        faults += found
+        warn(f"checkpoint {folder.name} is damaged ({'; '.join(found)}): trying the one before")
+    if folders:
+        raise CheckpointError(f"{root}: no checkpoint is whole: {'; '.join(faults)}")
+    return None
+
+
+def read_state(folder: Path) -> TrainingState:
+    """The state of a verified checkpoint."""
+    try:
+        return TrainingState(**json.loads((folder / STATE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / STATE}: {error}") from None
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """WEIGHTS, EMA or TRAINING of a checkpoint; empty where it has none."""
+    return read_weights(folder / name) if (folder / name).exists() else {}
+
+
+def best_of(folders: list[Path]) -> Path | None:
+    """The best checkpoint by what the newest readable one remembers, for when the file `best` is lost."""
+    for folder in reversed(folders):
+        try:
+            step = read_state(folder).best_step
+        except CheckpointError:
+            continue
+        return None if step is None else folder.parent / folder_name(step)
+    return None
+
+
+def prune(root: Path, keep: int) -> list[Path]:
+    """Remove all but the newest `keep`, the best, and those kept for ever; gives what was removed."""
+    folders = checkpoints(root)
+    best = named(root, "best") or best_of(folders)
+    removed = []
+    for folder in folders[:-keep]:
+        try:
+            kept_for_ever = read_state(folder).keep
+        except CheckpointError:  # damaged: good for nothing
+            kept_for_ever = False
+        if folder != best and not kept_for_ever:
+            shutil.rmtree(folder)
+            removed.append(folder)
+    for leftover in root.glob(f"step-*{PARTIAL}"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return removed
+
+
+class BackgroundWriter:
+    """Writes checkpoints in a thread while training goes on; one at a time."""
+
+    def __init__(self, root: Path, keep: int) -> None:
+        self.root = root
+        self.keep = keep
+        self.error: CheckpointError | None = None
+        self._thread: threading.Thread | None = None
+
+    def write(self, snapshot: Snapshot, best: bool) -> None:
+        """Wait for the one before, then start; a failure shows in `error`, and nothing more is written."""
+        if self._thread is not None:
+            self._thread.join()
+        if self.error is not None:
+            return
+        self._thread = threading.Thread(target=self._run, args=(snapshot, best), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what was begun is on disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self.error is not None:
+            raise self.error
+
+    def _run(self, snapshot: Snapshot, best: bool) -> None:
+        try:
+            folder = save(self.root, snapshot)
+            if best:
+                replace_text(self.root / "best", folder.name)
+            prune(self.root, self.keep)
+        except CheckpointError as error:
+            self.error = error
+        except Exception as error:  # of pruning, or unforeseen: training must hear of it, not this thread alone
+            self.error = CheckpointError(f"{self.root}: {type(error).__name__}: {error}")
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {}
+    for path in sorted(folder.iterdir()):
+        sync(path)
+        files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    replace_text(folder / MANIFEST, _manifest_text(files))
+
+
+def _manifest_text(files: object) -> str:
+    """The only text that a manifest of these files can have, so that a change of any byte shows."""
+    own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"files": files, "sha256": own}, indent=1)

@@ -1,0 +1,310 @@
+"""The training loop, its methods in the order they run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from keyreid.config import Config
+from keyreid.errors import CheckpointError, KeyreidError
+from keyreid.evaluation import evaluate
+from keyreid.losses import Criterion
+from keyreid.model import KeyReID, build_model
+from keyreid.model.weights_file import WeightsHeader
+from keyreid.progress import track
+from keyreid.shards import open_reader
+from keyreid.shards.index import ShardSet
+from keyreid.shards.plan import TrainingPlan
+from keyreid.tracking import Tracker
+from keyreid.training import checkpoints, report, snapshot, state, stochastic_depth
+from keyreid.training.checkpoints import BackgroundWriter, TrainingState
+from keyreid.training.ema import WeightAverage
+from keyreid.training.engine import build_engine, check_precision
+from keyreid.training.preemption import StopRequest
+from keyreid.training.ranks import Ranks
+from keyreid.training.schedule import build_optimizer, build_schedule
+from keyreid.training.step import Stepper, TrainedModule
+
+log = logging.getLogger(__name__)
+PROFILE_AFTER_STEPS = 10
+
+
+class Interrupted(Exception):  # noqa: N818 - an ending in order, not an error
+    """A stop signal ended training after its state was saved."""
+
+
+class Trainer:
+    """One run on this process's rank.
+
+    Args:
+        config: of the run.
+        ranks: this process among the run's.
+        tracker: MLflow; silent on all ranks but the first.
+        stop: asked after every step.
+        resume: go on from the newest whole checkpoint of the run's folder, if there is one.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, tracker: Tracker, stop: StopRequest, resume: bool = True) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.tracker = tracker
+        self.stop = stop
+        self.root = config.run_dir / "checkpoints"
+        check_precision(config.training, ranks.device)
+
+        self.shards = ShardSet.from_config(config.data)
+        self.plan = TrainingPlan(self.shards, config.data, config.clip, config.model.parts, config.seed)
+        self.steps_per_epoch = config.schedule.steps_per_epoch or self.plan.steps_per_epoch
+        self.total_steps = config.schedule.epochs * self.steps_per_epoch
+        self.header = WeightsHeader(
+            model=config.model,
+            clip=config.clip,
+            identities=sorted(self.shards.label_of),
+            cameras=list(self.shards.camera_index),
+            about={"run": config.name, "dataset": self.shards.card["name"]},
+        )
+        self._build(self._find_checkpoint() if resume else None)
+
+    def _find_checkpoint(self) -> snapshot.Restored | None:
+        """The newest whole checkpoint: the first rank chooses, all read it."""
+        found = None
+        if self.ranks.first:
+            try:
+                found = checkpoints.newest_whole(self.root, log.warning)
+            except CheckpointError as error:
+                found = error
+        found = self.ranks.from_first(found)
+        if isinstance(found, CheckpointError):
+            raise found
+        if found is None:
+            return None
+        log.info("goes on from %s", found)
+        return snapshot.read(found, self.config, self.header)
+
+    def _build(self, restored: snapshot.Restored | None) -> None:
+        """Network, losses, engine, average and reader, as new or as restored."""
+        config, ranks = self.config, self.ranks
+        torch.manual_seed(config.seed)  # the same initial weights on every rank
+        model = config.model.model_copy(update={"weights": None}) if restored else config.model
+        network = build_model(model, config.clip, self.plan.num_identities, len(self.shards.camera_index))
+        criterion = Criterion(
+            config.loss, self.plan.num_identities, network.width, network.part_width, config.model.parts
+        )
+        if restored:
+            snapshot.restore_before(restored, network, criterion)
+        network.checkpoint_activations = config.training.activation_checkpointing
+        paths = stochastic_depth.use_clip_draws(network)
+        if config.training.compile:
+            network.compile()
+
+        module = TrainedModule(network, criterion).to(ranks.device)
+        optimizer = build_optimizer(module.named_parameters(), config.optimizer)
+        self.engine = build_engine(module, optimizer, config, ranks.device)
+        self.network: KeyReID = module.network
+        self.schedule = build_schedule(optimizer, config.schedule, config.optimizer.lr, self.steps_per_epoch)
+        self.average = WeightAverage(self.network, config.training.ema_decay) if config.training.ema_decay else None
+        self.state = restored.state if restored else TrainingState()
+        state.create_optimizer_states(self.engine, self.state.step)
+        if restored:
+            self._check_resumable()
+            snapshot.restore_after(restored, self.engine, self.average)
+
+        self.stepper = Stepper(self.engine, config, ranks, paths)
+        self.writer = BackgroundWriter(self.root, config.training.keep_checkpoints)
+        epoch, step = divmod(self.state.step, self.steps_per_epoch)
+        batches = self.plan.batches(epoch, step, ranks.rank, ranks.world_size, self.steps_per_epoch)
+        # One reader and one iterator for the life of the run: see shards/dali.py.
+        self.reader = open_reader(self.shards, batches, config, device=ranks.device)
+
+    def _check_resumable(self) -> None:
+        if self.state.steps_per_epoch not in (0, self.steps_per_epoch):
+            raise CheckpointError(
+                f"{self.root}: saved with {self.state.steps_per_epoch} steps an epoch, now there are "
+                f"{self.steps_per_epoch}: the batch shape or the shards changed. Give the run another name"
+            )
+
+    def run(self) -> dict:
+        """Train to the end; gives the last evaluation.
+
+        Raises:
+            Interrupted: a stop signal came; everything is saved.
+            KeyreidError: too many bad steps in a row, a checkpoint that cannot be written, a sample that cannot be read.
+        """
+        try:
+            self._introduce()
+            result = self._steps()
+            self.writer.wait()
+            return result if result is not None else self._evaluate()
+        finally:
+            self.reader.close()
+
+    def _introduce(self) -> None:
+        """The log's first lines: what really runs."""
+        import deepspeed
+
+        config, ranks = self.config, self.ranks
+        training, backend = config.training, torch.distributed.get_backend()
+        log.info(
+            "engine: DeepSpeed %s (%s), ZeRO %d, %s by %s, %d rank(s) over %s on %s",
+            deepspeed.__version__, type(self.engine).__name__, training.zero_stage, training.precision,
+            training.casting, ranks.world_size, backend, ranks.device,
+        )  # fmt: skip
+        log.info("reader: %s", self.reader)
+        trained = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in self.network.parameters())
+        log.info(
+            "data: %s, %d training identities, batch %d x %d tracklets x %d frames, %d steps an epoch",
+            self.shards.card["name"], self.plan.num_identities, config.data.identities, config.data.tracklets,
+            config.clip.frames, self.steps_per_epoch,
+        )  # fmt: skip
+        log.info("network: %s, guidance %s, %.1f M parameters", config.model.backbone, config.model.guidance, trained / 1e6)
+        self.tracker.params({"ranks": ranks.world_size, "parameters": trained, "num_identities": self.plan.num_identities})
+
+    def _steps(self) -> dict | None:
+        """All steps that are left; the evaluation after the last one, None if there was no step left."""
+        config, training = self.config, self.config.training
+        factor = report.mfu_factor(self.network, config, self.ranks.world_size) if self._can_measure_mfu() else None
+        meter = report.Meter(self.plan.batch_size, self.total_steps)
+        bad_in_a_row, result = 0, None
+        numbers = range(self.state.step, self.total_steps)
+        bar = sys.stderr.isatty() and self.ranks.first
+        self.engine.train()
+        with self._profiler() as profiler:
+            for step in track(numbers, len(numbers), config.name, "steps", quiet=not bar):
+                batch = next(self.reader)
+                self.schedule.step_update(step)
+                outcome = self.stepper.step(batch, step)
+                profiler.step()
+                self.state = replace(self.state, step=step + 1, steps_per_epoch=self.steps_per_epoch)
+                if outcome.applied:
+                    bad_in_a_row = 0
+                    meter.add(outcome.loss, outcome.terms, outcome.gradient_norm)
+                    if self.average:
+                        self.average.update()
+                else:
+                    bad_in_a_row += 1
+                    self._report_bad_step(batch, outcome.loss, bad_in_a_row)
+
+                epoch, left = divmod(step + 1, self.steps_per_epoch)
+                if (step + 1) % training.log_every_steps == 0 or step + 1 == self.total_steps:
+                    self._log(meter, epoch - (left == 0), step + 1, factor)
+                if left == 0 and self._evaluates_after(epoch):
+                    result = self._evaluate()
+                stopping, failed = self.ranks.agree(self.stop.signal is not None, self.writer.error is not None)
+                if failed:
+                    raise self.writer.error or CheckpointError("the first rank could not write a checkpoint")
+                if stopping or self._saves_after(step + 1, epoch if left == 0 else None):
+                    self._save(epoch if left == 0 else None)
+                if stopping:
+                    self.writer.wait()
+                    raise Interrupted(f"{self.stop.signal.name if self.stop.signal else 'a signal on another rank'}")
+        return result
+
+    def _can_measure_mfu(self) -> bool:
+        return self.ranks.device.type == "cuda" and self.config.training.zero_stage < 3
+
+    def _profiler(self) -> contextlib.AbstractContextManager:
+        """torch.profiler over `profile_steps` steps of the first rank; the trace is logged as an artifact."""
+        steps = self.config.training.profile_steps
+        if not steps or not self.ranks.first:
+            return contextlib.nullcontext(_NoProfiler())
+        folder = self.config.run_dir / "profile"
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def keep(profile: torch.profiler.profile) -> None:
+            path = folder / f"steps-{self.state.step + 1 - steps}-{self.state.step + 1}.json"
+            profile.export_chrome_trace(str(path))
+            self.tracker.artifact(path, "profile")
+            log.info("profile: %s (open it in Perfetto or chrome://tracing)", path)
+
+        schedule = torch.profiler.schedule(wait=PROFILE_AFTER_STEPS - 1, warmup=1, active=steps, repeat=1)
+        return torch.profiler.profile(schedule=schedule, on_trace_ready=keep)
+
+    def _report_bad_step(self, batch, loss: float, in_a_row: int) -> None:
+        self.state = replace(self.state, bad_steps=self.state.bad_steps + 1)
+        log.warning("step %d was not applied: loss %s (%d in a row)", self.state.step, loss, in_a_row)
+        self.tracker.metrics({"bad_steps": self.state.bad_steps}, self.state.step)
+        if in_a_row < self.config.training.max_bad_steps:
+            return
+        ranks = self.stepper.bad_ranks(batch)
+        keys = [key for keys in self.ranks.from_all(list(batch.keys)) for key in keys]
+        self.writer.wait()
+        raise KeyreidError(
+            f"{in_a_row} steps in a row were not applied, the last with loss {loss}. Ranks whose features are not finite: "
+            f"{ranks or 'none'}; batch: {', '.join(keys)}; last checkpoint: {checkpoints.named(self.root, 'latest')}. "
+            "Lower optimizer.lr, set training.clip_gradient_norm, or look at these tracklets"
+        )
+
+    def _log(self, meter: report.Meter, epoch: int, step: int, factor: float | None) -> None:
+        lr = self.engine.basic_optimizer.param_groups[0]["lr"]
+        values = meter.report(step, lr, self.reader.wait_seconds, factor)
+        log.info("%s", report.line(values, epoch, self.config.schedule.epochs, step, self.total_steps))
+        self.tracker.metrics({f"train/{name}": value for name, value in values.items()}, step)
+
+    def _evaluates_after(self, epoch: int) -> bool:
+        every = self.config.evaluation.every_epochs
+        return epoch == self.config.schedule.epochs or bool(every and epoch % every == 0)
+
+    def _evaluate(self) -> dict:
+        """Embed and judge the test split with the weights that would be used: the average where there is one."""
+        with self._weights_to_use() as network:
+            folder = self.config.run_dir / "evaluation" / checkpoints.folder_name(self.state.step)
+            part = "holdout" if self.config.data.holdout else "test"
+            ranks = self.ranks
+            result = evaluate(
+                network, self.shards, self.config, folder, ranks.rank, ranks.world_size, ranks.device, part=part
+            )
+        score = result["metrics"][f"{self.config.evaluation.protocol}/mAP"]
+        if self.state.best_score is None or score > self.state.best_score:
+            self.state = replace(self.state, best_score=score, best_step=self.state.step)
+        self.tracker.metrics({f"{part}/{name}": value for name, value in result["metrics"].items()}, self.state.step)
+        self.tracker.artifact(folder, f"evaluation/{folder.name}")
+        return result
+
+    @contextlib.contextmanager
+    def _weights_to_use(self) -> Iterator[KeyReID]:
+        """The engine's own network, or a whole float32 copy where its weights are sharded, cast or averaged."""
+        whole = next(self.network.parameters()).dtype == torch.float32 and self.config.training.zero_stage < 3
+        if whole and self.average is None:
+            yield self.network
+            return
+        weights = dict(self.average.full() if self.average else {})
+        if not weights:
+            names = (item for item in state.full_weights(self.engine))
+            weights = {name.removeprefix(snapshot.NETWORK): value for name, value in names}
+        buffers = {name: value for name, value in self.network.state_dict().items() if name not in weights}
+        model = self.config.model.model_copy(update={"weights": None})
+        copy = build_model(model, self.config.clip, self.plan.num_identities, len(self.shards.camera_index))
+        copy.load_state_dict(weights | buffers)
+        yield copy.to(self.ranks.device)
+
+    def _saves_after(self, step: int, epoch: int | None) -> bool:
+        training = self.config.training
+        by_steps = training.checkpoint_every_steps is not None and step % training.checkpoint_every_steps == 0
+        by_epochs = epoch is not None and epoch % training.checkpoint_every_epochs == 0
+        return by_steps or by_epochs or step in (self.total_steps, self.state.best_step)
+
+    def _save(self, epoch: int | None) -> None:
+        """Gather the state (training waits) and write it (training goes on)."""
+        start = time.monotonic()
+        every = self.config.training.keep_every_epochs
+        current = replace(
+            self.state,
+            loss_scale=state.loss_scale_state(self.engine),
+            keep=bool(every and epoch and epoch % every == 0),
+        )
+        header = replace(self.header, about={**self.header.about, "step": current.step, "best_score": current.best_score})
+        taken = snapshot.take(self.engine, self.average, current, header, self.ranks.first)
+        if taken is not None:
+            self.writer.write(taken, best=current.best_step == current.step)
+        self.tracker.metrics({"checkpoint/stall_seconds": time.monotonic() - start}, current.step)
+
+
+class _NoProfiler:
+    def step(self) -> None:
+        """Nothing."""

@@ -1,0 +1,127 @@
+"""One training run, from joining the other ranks to the files that say how it ended."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from keyreid.config import Config, load_config, save_config
+from keyreid.files import replace_text
+from keyreid.tracking import Tracker
+from keyreid.training.preemption import StopRequest
+from keyreid.training.ranks import Ranks, join, leave
+
+log = logging.getLogger("keyreid")
+
+RESULT, INTERRUPTED, COMPLETED, RESOLVED = "result.json", "interrupted", "completed", "config.yaml"
+LOGGED_VERSIONS = ("keyreid", "torch", "deepspeed", "timm", "webdataset", "nvidia-dali-cuda130", "ray", "mlflow", "numpy")
+
+
+def train(config: Config, resume: bool = True) -> dict | None:
+    """Train on this process's rank; every rank of the run calls it.
+
+    The run's folder then holds the resolved configuration, checkpoints, evaluations, logs, and either `completed` and
+    `result.json`, or `interrupted` after a stop signal.
+
+    Returns:
+        the last evaluation, or None after a stop signal.
+
+    Raises:
+        KeyreidError: see Trainer.
+    """
+    ranks = join()
+    try:
+        _start_logging(config.run_dir, ranks)
+        if ranks.first:
+            _prepare_folder(config)
+        tracker = Tracker(config.tracking, Path(config.output), config.run_dir, config.name, enabled=ranks.first)
+        with StopRequest() as stop:
+            return _tracked(config, ranks, tracker, stop, resume)
+    finally:
+        leave()
+
+
+def _tracked(config: Config, ranks: Ranks, tracker: Tracker, stop: StopRequest, resume: bool) -> dict | None:
+    from keyreid.training.loop import Interrupted, Trainer  # imports DeepSpeed, which takes seconds
+
+    tracker.params(_flatten(config.model_dump(mode="json")) | _environment())
+    tracker.artifact(config.run_dir / RESOLVED)
+    status = "FAILED"
+    try:
+        result = Trainer(config, ranks, tracker, stop, resume).run()
+        status = "FINISHED"
+    except Interrupted as interruption:
+        status = "KILLED"
+        log.info("stopped by signal (%s); the same command goes on from here", interruption)
+        if ranks.first:
+            replace_text(config.run_dir / INTERRUPTED, str(interruption))
+        return None
+    except Exception:
+        log.debug("training failed", exc_info=True)
+        raise
+    finally:
+        tracker.close(status)
+    if ranks.first:
+        replace_text(config.run_dir / RESULT, json.dumps(result, indent=1, default=str))
+        (config.run_dir / INTERRUPTED).unlink(missing_ok=True)
+        replace_text(config.run_dir / COMPLETED, "")
+    return result
+
+
+def completed_result(config: Config) -> dict | None:
+    """What an earlier run with this configuration ended with, or None."""
+    folder = config.run_dir
+    if not (folder / COMPLETED).is_file() or not (folder / RESULT).is_file():
+        return None
+    if load_config(folder / RESOLVED) != config:
+        return None
+    return json.loads((folder / RESULT).read_text())
+
+
+def _prepare_folder(config: Config) -> None:
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    for name in (COMPLETED, INTERRUPTED):
+        (config.run_dir / name).unlink(missing_ok=True)
+    save_config(config, config.run_dir / RESOLVED)
+
+
+def _start_logging(run_dir: Path, ranks: Ranks) -> None:
+    """The first rank speaks to the terminal; each rank keeps a log file."""
+    folder = run_dir / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    log.handlers.clear()
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    to_file = logging.FileHandler(folder / f"rank-{ranks.rank}.log")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(to_file)
+    if ranks.first:
+        to_terminal = logging.StreamHandler(sys.stdout)
+        to_terminal.setLevel(logging.INFO)
+        to_terminal.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(to_terminal)
+    # DeepSpeed 0.19.8 calls collectives that torch 2.14 renames; it tells so at every call.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+def _flatten(values: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _environment() -> dict[str, object]:
+    values: dict[str, object] = {"python": platform.python_version(), "host": platform.node()}
+    for package in LOGGED_VERSIONS:
+        try:
+            values[f"version.{package}"] = version(package)
+        except PackageNotFoundError:
+            values[f"version.{package}"] = "absent"
+    return values

@@ -1,0 +1,116 @@
+"""From a running engine to a checkpoint's content, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from keyreid.config import Config
+from keyreid.errors import CheckpointError
+from keyreid.losses import Criterion
+from keyreid.model import KeyReID
+from keyreid.model.weights_file import WeightsHeader, read_header
+from keyreid.training import checkpoints, state
+from keyreid.training.checkpoints import Snapshot, TrainingState
+from keyreid.training.ema import WeightAverage
+
+NETWORK, CRITERION = "network.", "criterion."
+
+
+def take(
+    engine, average: WeightAverage | None, training_state: TrainingState, header: WeightsHeader, first: bool
+) -> Snapshot | None:
+    """Copy all of a run to the CPU of the first rank; a collective. None on the other ranks."""
+    weights = _collect(state.full_weights(engine), first)
+    states = _collect(state.full_optimizer_states(engine), first)
+    averages = _collect(average.full().items(), first) if average else {}
+    if not first:
+        return None
+    network: KeyReID = engine.module.network
+    parameters = {name for name, _ in network.named_parameters()}
+    buffers = {n: b.detach().cpu().clone() for n, b in network.state_dict().items() if n not in parameters}
+    tables = {CRITERION + n: b.detach().cpu().clone() for n, b in engine.module.criterion.state_dict().items()}
+    return Snapshot(
+        state=training_state,
+        header=header,
+        weights={name.removeprefix(NETWORK): value for name, value in weights.items()} | buffers,
+        ema=averages | buffers if averages else {},
+        training=states | tables,
+    )
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was read: what goes back before the engine is built, and after."""
+
+    state: TrainingState
+    weights: Mapping[str, torch.Tensor]
+    ema: Mapping[str, torch.Tensor]
+    training: Mapping[str, torch.Tensor]
+
+
+def read(folder: Path, config: Config, header: WeightsHeader) -> Restored:
+    """Read a verified checkpoint for the run of `config`.
+
+    Raises:
+        CheckpointError: it belongs to another architecture or other identities.
+    """
+    check_same_network(folder, read_header(folder / checkpoints.WEIGHTS), header)
+    ema = checkpoints.read_tensors(folder, checkpoints.EMA)
+    if config.training.ema_decay is not None and not ema:
+        raise CheckpointError(f"{folder} has no average of the weights: set training.ema_decay=null, or start a new run")
+    return Restored(
+        state=checkpoints.read_state(folder),
+        weights=checkpoints.read_tensors(folder, checkpoints.WEIGHTS),
+        ema=ema,
+        training=checkpoints.read_tensors(folder, checkpoints.TRAINING),
+    )
+
+
+def check_same_network(path: Path, found: WeightsHeader, wanted: WeightsHeader) -> None:
+    """Refuse weights of another network, naming what differs."""
+    different = [
+        f"{section}.{key} is {theirs!r} there and {ours!r} here"
+        for section in ("model", "clip")
+        for key, theirs in getattr(found, section).model_dump().items()
+        if (ours := getattr(getattr(wanted, section), key, None)) is not None or theirs is not None
+        if key != "weights" and theirs != (ours.model_dump() if hasattr(ours, "model_dump") else ours)
+    ]
+    different += [
+        f"{len(getattr(found, what))} {what} there and {len(getattr(wanted, what))} here"
+        for what in ("identities", "cameras")
+        if list(getattr(found, what)) != list(getattr(wanted, what))
+    ]
+    if different:
+        raise CheckpointError(
+            f"{path} is of another architecture or dataset: {'; '.join(different)}. "
+            "Give the run another name, or remove its folder to start anew"
+        )
+
+
+def restore_before(restored: Restored, network: KeyReID, criterion: Criterion) -> None:
+    """Weights, running statistics and centre tables, into modules that no engine has wrapped yet."""
+    network.load_state_dict(dict(restored.weights))
+    tables = {n.removeprefix(CRITERION): t for n, t in restored.training.items() if n.startswith(CRITERION)}
+    criterion.load_state_dict(tables)
+
+
+def restore_after(restored: Restored, engine, average: WeightAverage | None) -> None:
+    """Optimizer states, float32 copies of lower-precision weights, the average, and the fp16 loss scale."""
+    state.restore_optimizer_states(engine, restored.training)
+    if next(engine.module.network.parameters()).dtype != torch.float32:
+        state.restore_master_weights(engine, {NETWORK + n: t for n, t in restored.weights.items()})
+    if average is not None:
+        average.restore(restored.ema)
+    state.restore_loss_scale(engine, restored.state.loss_scale)
+
+
+def _collect(tensors, first: bool) -> dict[str, torch.Tensor]:
+    collected = {}
+    for name, value in tensors:  # every rank takes part in gathering; only the first keeps a copy
+        if first:
+            collected[name] = value.detach().to("cpu", torch.float32, copy=True)
+    return collected

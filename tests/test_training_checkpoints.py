@@ -1,0 +1,106 @@
+"""Checkpoint folders: whole or absent, verified, pruned."""
+
+import random
+import resource
+from dataclasses import replace
+
+import pytest
+import torch
+
+from keyreid.config import ClipConfig, ModelConfig
+from keyreid.errors import CheckpointError
+from keyreid.model.weights_file import WeightsHeader, read_header, read_weights
+from keyreid.training import checkpoints
+from keyreid.training.checkpoints import BackgroundWriter, Snapshot, TrainingState
+
+HEADER = WeightsHeader(ModelConfig(parts=3), ClipConfig(frames=2), identities=[3, 9], cameras=[1, 4], about={"a": "b"})
+
+
+def snapshot(step, **state):
+    value = torch.full((3, 2), float(step))
+    return Snapshot(TrainingState(step=step, **state), HEADER, {"w": value}, {"w": value / 2}, {"w/momentum": value})
+
+
+def save_all(root, *snapshots, keep=2):
+    writer = BackgroundWriter(root, keep)
+    for taken in snapshots:
+        writer.write(taken, best=taken.state.best_step == taken.state.step)
+    writer.wait()
+
+
+def test_what_is_read_is_what_was_saved(tmp_path):
+    folder = checkpoints.save(tmp_path, snapshot(7, best_score=0.5, loss_scale={"cur_scale": 4.0}))
+    assert checkpoints.newest_whole(tmp_path) == folder == checkpoints.named(tmp_path, "latest")
+    assert checkpoints.read_state(folder) == snapshot(7, best_score=0.5, loss_scale={"cur_scale": 4.0}).state
+    assert torch.equal(checkpoints.read_tensors(folder, checkpoints.EMA)["w"], torch.full((3, 2), 3.5))
+    assert read_header(folder / checkpoints.WEIGHTS) == HEADER
+    assert torch.equal(read_weights(folder / checkpoints.WEIGHTS)["w"], torch.full((3, 2), 7.0))
+
+
+def test_newest_best_and_marked_ones_are_kept(tmp_path):
+    save_all(
+        tmp_path,
+        snapshot(10, keep=True),
+        snapshot(20, best_score=0.9, best_step=20),
+        *(snapshot(step, best_score=0.9, best_step=20) for step in (30, 40, 50)),
+    )
+    kept = [folder.name for folder in checkpoints.checkpoints(tmp_path)]
+    assert kept == [checkpoints.folder_name(step) for step in (10, 20, 40, 50)]
+    assert checkpoints.named(tmp_path, "best").name == checkpoints.folder_name(20)
+    (tmp_path / "best").write_bytes(b"\xff")  # the pointer is lost: the best one is still known
+    assert checkpoints.folder_name(20) not in [folder.name for folder in checkpoints.prune(tmp_path, 1)]
+
+
+def test_every_single_flipped_byte_is_found_and_named(tmp_path):
+    save_all(tmp_path, snapshot(1), snapshot(2))
+    folder = checkpoints.checkpoints(tmp_path)[-1]
+    draw = random.Random(0)
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        for place in draw.sample(range(len(content)), min(len(content), 60)):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << draw.randrange(8)
+            path.write_bytes(damaged)
+            assert any(path.name in fault for fault in checkpoints.verify(folder)), (path.name, place)
+        warnings = []
+        assert checkpoints.newest_whole(tmp_path, warnings.append) == checkpoints.checkpoints(tmp_path)[0]
+        assert path.name in warnings[0]
+        path.write_bytes(content[:-1])
+        assert checkpoints.verify(folder)
+        path.unlink()
+        assert checkpoints.verify(folder)
+        path.write_bytes(content)
+    assert checkpoints.verify(folder) == []
+
+
+def test_no_whole_checkpoint_is_an_error_not_a_new_start(tmp_path):
+    assert checkpoints.newest_whole(tmp_path) is None
+    folder = checkpoints.save(tmp_path, snapshot(1))
+    (folder / checkpoints.STATE).write_text("{}")
+    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+        checkpoints.newest_whole(tmp_path)
+
+
+def test_a_manifest_cannot_point_out_of_its_folder(tmp_path):
+    folder = checkpoints.save(tmp_path, snapshot(1))
+    (tmp_path / "outside").write_text("secret")
+    text = (folder / checkpoints.MANIFEST).read_text().replace(checkpoints.STATE, "../outside")
+    (folder / checkpoints.MANIFEST).write_text(text)
+    assert checkpoints.verify(folder)
+
+
+def test_a_write_that_fails_leaves_the_one_before(tmp_path):
+    checkpoints.save(tmp_path, snapshot(1))
+    big = replace(snapshot(2), training={"momentum": torch.zeros(100_000)})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))  # as a full disk: no file grows beyond this
+    try:
+        writer = BackgroundWriter(tmp_path, keep=1)
+        writer.write(big, best=False)
+        with pytest.raises(CheckpointError, match=r"step-00000002: cannot be saved: .*File too large"):
+            writer.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [folder.name for folder in checkpoints.checkpoints(tmp_path)] == [checkpoints.folder_name(1)]
+    assert checkpoints.newest_whole(tmp_path).name == checkpoints.folder_name(1)
+    assert not list(tmp_path.glob("*.partial"))

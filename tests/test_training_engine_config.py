@@ -1,0 +1,71 @@
+"""Our configuration and DeepSpeed's: merged, or a contradiction that is named."""
+
+import json
+
+import pytest
+import torch
+
+from keyreid.config import load_config
+from keyreid.errors import ConfigError
+from keyreid.training.engine import check_precision, deepspeed_config
+
+
+@pytest.fixture
+def configure(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("data: {shards: here}\n")
+    return lambda *overrides: load_config(path, overrides)
+
+
+def test_ours_reaches_deepspeed(configure):
+    values = deepspeed_config(configure("training.zero_stage=2", "training.clip_gradient_norm=3", "training.precision=bf16"))
+    assert values["zero_optimization"]["stage"] == 2
+    assert values["gradient_clipping"] == 3
+    assert values["torch_autocast"] == {"enabled": True, "dtype": "torch.bfloat16"}
+    cast = deepspeed_config(configure("training.precision=bf16", "training.casting=engine"))
+    assert cast["bf16"]["enabled"] and "torch_autocast" not in cast
+
+
+def test_theirs_is_kept_and_auto_is_filled(configure, tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": "auto", "reduce_bucket_size": 1000}, "dump_state": True}))
+    values = deepspeed_config(configure(f"training.deepspeed={file}", "training.zero_stage=3"))
+    assert values["zero_optimization"]["stage"] == 3
+    assert values["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert values["dump_state"] is True
+
+
+@pytest.mark.parametrize(
+    ("inline", "message"),
+    [
+        ("{zero_optimization: {stage: 3}}", "zero_optimization.stage = 3, the rest of the configuration says 1"),
+        ("{gradient_accumulation_steps: 4}", "gradient_accumulation_steps = 4"),
+        ("{fp16: {enabled: true}}", "fp16.enabled = True"),
+        ("{gradient_clipping: 1.0}", "gradient_clipping = 1.0"),
+    ],
+)
+def test_a_contradiction_is_an_error(configure, inline, message):
+    with pytest.raises(ConfigError, match=message):
+        deepspeed_config(configure(f"training.deepspeed={inline}"))
+
+
+def test_a_broken_file_is_named(configure, tmp_path):
+    (tmp_path / "ds.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"ds\.json: not JSON"):
+        deepspeed_config(configure(f"training.deepspeed={tmp_path / 'ds.json'}"))
+    with pytest.raises(ConfigError, match=r"absent\.json"):
+        deepspeed_config(configure("training.deepspeed=absent.json"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "message"),
+    [
+        (["training.precision=fp16"], "cpu", "needs a GPU"),
+        (["training.precision=fp16", "training.zero_stage=1"], "cuda", "casting=engine"),
+        (["training.precision=bf16", "training.casting=engine", "training.zero_stage=0"], "cpu", "zero_stage=1"),
+        (["training.precision=bf16", "training.casting=engine", "training.ema_decay=0.9"], "cpu", "ema_decay"),
+    ],
+)
+def test_what_cannot_work_is_refused(configure, overrides, device, message):
+    with pytest.raises(ConfigError, match=message):
+        check_precision(configure(*overrides).training, torch.device(device))
