@@ -96,6 +96,9 @@ class ModelConfig(Section):
         description="initial backbone: a file (.pth, .safetensors), `timm` for timm's own download of the backbone, "
         "or nothing for random weights",
     )
+    keep_classifiers: bool = Field(
+        True, description="weights of a whole network: keep its classifiers where there are as many identities"
+    )
     depth: int | None = Field(None, ge=2, description="blocks of the backbone that are used; default all")
     patch_stride: int | None = Field(None, ge=1, description="pixels between patches; default the patch size")
     guidance: Literal["aligned", "released"] = Field(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import LayerScale, Mlp
 from torch import nn
 
 from keyreid.config import TcssConfig
 from keyreid.errors import ConfigError
+from keyreid.model.global_branch import GlobalBranch
 from keyreid.model.precision import full
 from keyreid.model.single_query import SingleQueryAttention, SingleQueryBlock
 from keyreid.model.tcss import row_order
@@ -63,7 +64,7 @@ class LocalBranch(nn.Module):
             attention=SingleQueryAttention(local_width, heads, eps=1e-6),
             mlp=mlp,
             norm2=nn.LayerNorm(local_width, eps=1e-6),
-            drop_path=DropPath(drop_path) if drop_path else nn.Identity(),
+            drop_path=drop_path,
         )
         self.norm = nn.LayerNorm(local_width)  # eps 1e-5 as published
         # Positions from the first patch on; the token stays in front.
@@ -95,6 +96,59 @@ class LocalBranch(nn.Module):
                 guidance = torch.cat([guidance, guidance[..., -1:].expand(-1, -1, missing)], -1)
             parts = self.block(rows, scale=guidance)
         return full(self.norm(parts)).transpose(0, 1)
+
+    @torch.no_grad()
+    def start_from(self, last: GlobalBranch) -> bool:
+        """Give the block the weights of the backbone's last block, each frame's on that frame's share of the width.
+
+        Every linear map becomes the block-diagonal of T copies. The outputs are ordered so that a head sees the same
+        backbone head in several frames, and the query is scaled so that its logits are the mean of theirs: for T equal
+        frames and guidance that prefers no row, a part's feature is the frame's global feature, T times.
+
+        Returns:
+            False, and nothing changes, where the backbone's block is of another kind (gated MLP, normed keys).
+        """
+        source = last.block
+        if not isinstance(source, SingleQueryBlock) or type(source.mlp) is not Mlp:
+            return False
+        own, theirs, frames = self.block, source.attention, self.frames
+        if len(theirs.qkv_weight) * frames != len(own.attention.qkv_weight):
+            return False
+        if source.mlp.fc1.out_features * frames != own.mlp.fc1.out_features:
+            return False
+
+        def to_heads(rows: torch.Tensor) -> torch.Tensor:
+            """[T * heads * d, ...] -> the same rows with the frames of a head side by side."""
+            return rows.unflatten(0, (frames, theirs.heads, -1)).transpose(0, 1).flatten(0, 2)
+
+        def each_frame(weight: torch.Tensor) -> torch.Tensor:
+            return torch.block_diag(*[weight] * frames)
+
+        share = max(frames * theirs.heads / own.attention.heads, 1)  # backbone heads that a head consists of
+        projections = [each_frame(w) for w in theirs.qkv_weight.chunk(3)]
+        biases = [b.repeat(frames) for b in theirs.qkv_bias.chunk(3)]
+        projections[0], biases[0] = projections[0] * share**-0.5, biases[0] * share**-0.5
+        own.attention.qkv_weight.copy_(torch.cat([to_heads(w) for w in projections]))
+        own.attention.qkv_bias.copy_(torch.cat([to_heads(b) for b in biases]))
+        for layer, model, factor in (
+            (own.attention.proj, theirs.proj, _layer_scale(source.ls1)),
+            (own.mlp.fc1, source.mlp.fc1, 1.0),
+            (own.mlp.fc2, source.mlp.fc2, _layer_scale(source.ls2)),
+        ):
+            layer.weight.copy_(each_frame((model.weight.T * factor).T))
+            layer.bias.copy_((model.bias * factor).repeat(frames))
+        own.attention.proj.weight.copy_(to_heads(own.attention.proj.weight.T).T)
+        own.mlp.act = source.mlp.act
+        own.attention.norm_weight.copy_(theirs.norm_weight.repeat(frames))
+        own.attention.norm_bias.copy_(theirs.norm_bias.repeat(frames))
+        for norm, model in ((own.norm2, source.norm2), (self.norm, last.norm)):
+            norm.weight.copy_(model.weight.repeat(frames))
+            norm.bias.copy_(model.bias.repeat(frames))
+        return True
+
+
+def _layer_scale(module: nn.Module) -> torch.Tensor | float:
+    return module.gamma if isinstance(module, LayerScale) else 1.0
 
 
 def _check_heads(frames: int, width: int, heads: int) -> None:

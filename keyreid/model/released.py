@@ -107,7 +107,7 @@ def released_model(
         guidance="released",
         local_heads=HEADS,
     )
-    load_network(network, state, "the published checkpoint", keep_classifiers)
+    load_network(network, state, "published checkpoint", keep_classifiers, strict=True)
     return network
 
 

@@ -8,11 +8,9 @@ the row before its LayerNorm (`scale`, the published code) or weighs its key (`l
 
 from __future__ import annotations
 
-import copy
-
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
+from timm.layers import Attention, DropPath
 from timm.models.vision_transformer import Block
 from torch import nn
 
@@ -93,15 +91,15 @@ class SingleQueryAttention(nn.Module):
 class SingleQueryBlock(nn.Module):
     """A pre-norm transformer block (timm's Block) for its first token."""
 
-    def __init__(self, attention: SingleQueryAttention, mlp: nn.Module, norm2: nn.Module, drop_path: nn.Module):
+    def __init__(self, attention: SingleQueryAttention, mlp: nn.Module, norm2: nn.Module, drop_path: float = 0.0):
         super().__init__()
         self.attention = attention
-        self.scale1 = nn.Identity()
+        self.ls1 = nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = norm2
         self.mlp = mlp
-        self.scale2 = nn.Identity()
-        self.drop_path1 = drop_path
-        self.drop_path2 = copy.deepcopy(drop_path)  # a draw of its own
+        self.ls2 = nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
     @classmethod
     def from_block(cls, block: Block) -> SingleQueryBlock:
@@ -118,19 +116,20 @@ class SingleQueryBlock(nn.Module):
         if timm_attention.qkv.bias is not None:
             attention.qkv_bias = timm_attention.qkv.bias
         attention.proj = timm_attention.proj
-        own = cls(attention, block.mlp, block.norm2, block.drop_path1)
-        own.scale1, own.scale2 = block.ls1, block.ls2
+        own = cls(attention, block.mlp, block.norm2)
+        own.ls1, own.ls2 = block.ls1, block.ls2
+        own.drop_path1, own.drop_path2 = block.drop_path1, block.drop_path2
         return own
 
     def forward(
         self, x: torch.Tensor, scale: torch.Tensor | None = None, log_weight: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The first token after the block, for each part: x [S, 1+N, D] -> [S, P, D]; arguments as the attention's."""
-        attended = self.scale1(self.attention(x, scale, log_weight))
+        attended = self.ls1(self.attention(x, scale, log_weight))
         parts = attended.shape[1]
         # Stochastic depth is drawn for each sample and part, as if every part were a pass of its own.
         token = x[:, :1].expand(-1, parts, -1).flatten(0, 1) + self.drop_path1(attended.flatten(0, 1))
-        token = token + self.drop_path2(self.scale2(self.mlp(self.norm2(token))))
+        token = token + self.drop_path2(self.ls2(self.mlp(self.norm2(token))))
         return token.unflatten(0, (-1, parts))
 
 
