@@ -17,7 +17,8 @@ class ClipPlan:
         label: index of the identity among the training identities; -1 when not training.
         frames: int [T], positions in the tracklet.
         flip: bool [T].
-        crop: int [T, 2], top and left of the crop in the zero-padded frame; (pad, pad) moves nothing.
+        crop: int [T, 2], top and left of the crop relative to the (flipped) frame, which is zero outside; (0, 0) moves
+            nothing, pad-and-crop by p pixels draws from -p to p.
         erase: int [T, 4], top, left, height, width in pixels; height 0 erases nothing.
         blank: bool [T], frames whose guidance is zero (the released evaluation's padding).
     """

@@ -1,0 +1,111 @@
+"""`keyreid shard`: pack a dataset into shards."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from keyreid.errors import ConfigError
+
+
+def shard(
+    dataset: Annotated[str, typer.Argument(help="mars (also rendered walkers), ilids_vid, prid2011, folder, or mot")],
+    root: Annotated[Path, typer.Argument(help="the dataset's folder (or manifest)", exists=False)],
+    out: Annotated[Path | None, typer.Option(help="folder of the shards; default shards/DATASET")] = None,
+    keypoints: Annotated[
+        Path | None, typer.Option(help="folder of keypoint files, as `keyreid pose` writes; default ROOT/keypoints")
+    ] = None,
+    heatmaps: Annotated[
+        Path | None, typer.Option(help="folder of published heatmap files (.npy), named as the frames")
+    ] = None,
+    image: Annotated[
+        Literal["keep", "jpeg"], typer.Option(help="keep pictures byte for byte, or make JPEGs of those that are none")
+    ] = "keep",
+    quality: Annotated[int, typer.Option(min=1, max=100, help="of JPEGs that are made")] = 95,
+    parts: Annotated[int, typer.Option(help="body parts: 6 serves models of 3, 4 and 6")] = 6,
+    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, an option of the dataset's reader")] = None,
+    target_megabytes: Annotated[float, typer.Option(min=0.001, help="size of a shard")] = 256.0,
+    processes: Annotated[int, typer.Option(min=0, help="0: one for each CPU core")] = 0,
+    share: Annotated[
+        str, typer.Option(help="I/N: this is task I (from 0) of N that share the work, as in a SLURM array")
+    ] = "0/1",
+    finish: Annotated[
+        bool, typer.Option(help="pack nothing; check that all shards are there and write the card")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option(help="only say what would be written")] = False,
+) -> None:
+    """Pack a dataset into shards: tars of whole tracklets with heatmaps, an index beside each, and a dataset card.
+
+    Run it again after an interruption: whole shards are kept. Output depends on the dataset and these options alone.
+    """
+    from keyreid.datasets import open_dataset
+    from keyreid.shards import pack as packing
+    from keyreid.shards.writer import PackSettings
+
+    number, shares = _share(share)
+    root = root.expanduser()
+    data = open_dataset(dataset, root, **_options(option or []))
+    if keypoints is None and (root / "keypoints").is_dir():
+        keypoints = root / "keypoints"
+    without = sum(tracklet.keypoints is None for tracklet in data.tracklets) if keypoints is None else 0
+    settings = PackSettings(root, keypoints, heatmaps, image, quality, parts)
+    out = out or Path("shards") / data.name
+    plan = packing.plan_shards(data, settings, int(target_megabytes * 1e6))
+    frames = sum(len(tracklet.frames) for tracklet in data.tracklets)
+    typer.echo(
+        f"{data.name}: {len(data.tracklets)} tracklets, {frames} frames -> {len(plan.shards)} shards, "
+        f"about {sum(plan.bytes) / 1e9:.3g} GB, in {out}"
+    )
+    if without:
+        consequence = "keypoints are zeros" if heatmaps else "part heatmaps are ZERO: the local branch learns nothing"
+        _say_loudly(
+            f"{without} of {len(data.tracklets)} tracklets have NO KEYPOINTS: their {consequence}. "
+            "Find them with `keyreid pose`, then pack with --keypoints DIR."
+        )
+    if dry_run:
+        for name, tracklets in plan.shards:
+            typer.echo(f"{name}: {len(tracklets)} tracklets, {tracklets[0].key} .. {tracklets[-1].key}")
+        return
+    if not finish:
+        workers = processes or len(os.sched_getaffinity(0))
+        written, kept = packing.pack(plan, out, workers, (number, shares))
+        typer.echo(f"{written} shards written, {kept} were there already")
+        if shares > 1 and packing.missing(plan, out):
+            typer.echo("other shares are still to be packed; the last one to end writes the card")
+            return
+    card = packing.finish(plan, out)
+    counts = card["counts"]
+    typer.echo(
+        f"{out}: {counts['tracklets']} tracklets of {counts['identities']} identities, {counts['frames']} frames, "
+        f"{counts['frames_with_keypoints']} with keypoints; {len(card['shards'])} shards, "
+        f"{sum(entry['bytes'] for entry in card['shards']) / 1e9:.3g} GB"
+    )
+    if without:
+        _say_loudly(f"{without} tracklets were packed without keypoints")
+
+
+def _share(text: str) -> tuple[int, int]:
+    number, _, shares = text.partition("/")
+    if not (number.isdigit() and shares.isdigit() and int(number) < int(shares)):
+        raise ConfigError(f"--share {text}: write I/N, I from 0 to N - 1, for example 0/8")
+    return int(number), int(shares)
+
+
+def _options(texts: list[str]) -> dict[str, Any]:
+    import yaml
+
+    options = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--option {text}: write NAME=VALUE")
+        options[name] = yaml.safe_load(value)
+    return options
+
+
+def _say_loudly(text: str) -> None:
+    line = "!" * 100
+    typer.secho(f"{line}\n!!! {text}\n{line}", fg="red", bold=True, err=True)

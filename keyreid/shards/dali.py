@@ -1,0 +1,227 @@
+"""The DALI reader: DALI decodes, resizes, flips and crops; on the CPU, or on the GPU that the batch goes to.
+
+A thread carries out the plan ahead of time: it reads exactly the bytes that are needed and makes the guidance. DALI's
+serial external_source takes what is ready. There is ONE pipeline for the reader's life and it is never reset: parallel
+sources with an iterator made anew each epoch delivered wrong pictures without an exception. Epochs are counted by the
+plan. Each frame carries a serial number through the pipeline, and what comes out is joined to its clip by that number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from keyreid.config import Config
+from keyreid.errors import ConfigError, DataError
+from keyreid.shards import format
+from keyreid.shards.batch import ClipBatch, ClipPlan
+from keyreid.shards.fetch import ClipFetcher, Faults, FetchedClip
+from keyreid.shards.index import ShardSet
+
+MAX_FRAMES = 1024  # one run of the pipeline; a longer list of clips takes several
+_SERIAL_LIMIT = 1 << 30
+
+
+@dataclass
+class _Run:
+    """The inputs of one run of the pipeline: N frames of whole clips."""
+
+    clips: list[ClipPlan]
+    fetched: list[FetchedClip]
+    serial: np.ndarray
+    last: bool  # of its list of clips
+
+    def inputs(self) -> list[Any]:
+        """What the pipeline's external_source takes."""
+        pictures = [np.frombuffer(picture, np.uint8) for clip in self.fetched for picture in clip.pictures]
+        crop = np.concatenate([clip.crop for clip in self.clips]).astype(np.int32)
+        flip = np.concatenate([clip.flip for clip in self.clips]).astype(np.int32)
+        # The crop is cut before the flip, so that one copy does both: mirror its left edge.
+        crop[:, 1] *= 1 - 2 * flip
+        size = np.concatenate([clip.sizes for clip in self.fetched]).astype(np.int32)
+        return [pictures, crop, flip, self.serial, size]
+
+
+class DaliReader:
+    """Iterates the batches of a plan; see `keyreid.shards.open_reader`.
+
+    Attributes:
+        wait_seconds: how long the consumer has waited.
+        faults: what could not be read.
+    """
+
+    def __init__(
+        self, shards: ShardSet, batches: Iterator[list[ClipPlan]], config: Config, device: str, workers: int | None
+    ) -> None:
+        """Build the pipeline and start to read ahead.
+
+        Raises:
+            ConfigError: DALI is not installed.
+        """
+        self.device = torch.device(device)
+        self.faults = Faults(config.data.on_fault, config.data.max_faults)
+        self.wait_seconds = 0.0
+        self._fetcher = ClipFetcher(shards, config)
+        self._workers = config.data.workers if workers is None else max(1, workers)
+        clip = config.clip
+        self._resize = bool((shards.frame_sizes != (clip.width, clip.height)).any())
+        self._pipeline = _build(self._source, clip.height, clip.width, self._resize, self.device, self._workers)
+        self._ready: queue.Queue[Any] = queue.Queue(maxsize=config.data.prefetch)
+        self._running: deque[_Run] = deque()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._feed, args=(batches,), name="keyreid-reader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[ClipBatch]:
+        return self
+
+    def __next__(self) -> ClipBatch:
+        start = time.perf_counter()
+        clips, fetched, images = [], [], []
+        while True:
+            pictures, run = self._run()
+            clips += run.clips
+            fetched += run.fetched
+            images.append(pictures)
+            if run.last:
+                break
+        batch = self._fetcher.batch(clips, fetched, self._arranged(images, len(clips)))
+        self.wait_seconds += time.perf_counter() - start
+        for clip in fetched:
+            self.faults.add(clip.faults)
+        return batch.to(self.device)
+
+    def close(self) -> None:
+        """Stop reading ahead and let the pipeline go."""
+        self._closed.set()
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                self._ready.get(timeout=0.05)
+        self._running.clear()
+        self._pipeline = None
+
+    def _run(self) -> tuple[torch.Tensor, _Run]:
+        """One run's pictures, uint8 [N, H, W, 3], and what they are."""
+        if self._pipeline is None:
+            raise StopIteration
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        try:
+            pictures, serial = self._pipeline.run(stream)
+        except RuntimeError as error:
+            raise self._named(error) from None
+        run = self._running.popleft()
+        delivered = np.asarray(serial.as_cpu().as_array()).reshape(-1)
+        if not np.array_equal(delivered, run.serial):
+            raise RuntimeError(
+                f"DALI delivered the frames {delivered[:8]}.. instead of {run.serial[:8]}..: do not train on this"
+            )
+        return torch.from_dlpack(pictures.as_tensor()), run
+
+    def _source(self) -> list[Any]:
+        """DALI's external_source: the next run's inputs."""
+        run = self._ready.get()
+        if isinstance(run, Exception):
+            self._ready.put(run)
+            raise run
+        self._running.append(run)
+        return run.inputs()[: 5 if self._resize else 4]
+
+    def _feed(self, batches: Iterator[list[ClipPlan]]) -> None:
+        """Read ahead, in a thread: all of a list's clips at once, for storage that takes its time."""
+        try:
+            numbers = itertools.cycle(range(_SERIAL_LIMIT))
+            decode = _checked if self.faults.policy == "skip" else None
+            with ThreadPoolExecutor(self._workers, thread_name_prefix="keyreid-fetch") as pool:
+                for clips in batches:
+                    size = max(1, MAX_FRAMES // len(clips[0].frames))
+                    for start in range(0, len(clips), size):
+                        part = clips[start : start + size]
+                        fetched = list(pool.map(self._fetcher.fetch, part, itertools.repeat(decode)))
+                        frames = sum(len(clip.pictures) for clip in fetched)
+                        serial = np.fromiter(itertools.islice(numbers, frames), np.int32, frames)
+                        self._put(_Run(part, fetched, serial, start + size >= len(clips)))
+                    if self._closed.is_set():
+                        return
+            self._put(StopIteration())
+        except Exception as error:  # whatever it is, the consumer must get it
+            self._put(error)
+
+    def _put(self, item: Any) -> None:
+        while not self._closed.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def _arranged(self, images: list[torch.Tensor], clips: int) -> torch.Tensor:
+        pictures = images[0] if len(images) == 1 else torch.cat(images)
+        return pictures.unflatten(0, (clips, -1)).permute(0, 1, 4, 2, 3)
+
+    def _named(self, error: RuntimeError) -> Exception:
+        """DALI's errors name no sample: find the picture that does not decode."""
+        for run in self._running:
+            for clip in run.fetched:
+                for (position, frame), picture in zip(clip.rows, clip.pictures, strict=True):
+                    try:
+                        format.decode_picture(picture)
+                    except ValueError as reason:
+                        member = format.MEMBERS_BEFORE_FRAMES + format.MEMBERS_PER_FRAME * frame
+                        return self._fetcher.shards.fault(position, member, str(reason))
+        return DataError(f"DALI cannot decode a batch: {error}")
+
+
+def _checked(picture: bytes) -> bytes:
+    """The same bytes, if they decode: a picture that does not would end the pipeline."""
+    format.decode_picture(picture)
+    return picture
+
+
+def _build(source: Any, height: int, width: int, resize: bool, device: torch.device, threads: int) -> Any:
+    """The pipeline: encoded frames in, uint8 [H, W, 3] pictures and their serial numbers out."""
+    try:
+        from nvidia.dali import fn, pipeline_def, types
+    except ImportError as error:
+        raise ConfigError(
+            f"data.reader=dali, but DALI cannot be imported ({error}); install keyreid[dali] or set data.reader=plain"
+        ) from None
+    on_gpu = device.type == "cuda"
+
+    @pipeline_def(enable_conditionals=resize)
+    def clips() -> Any:
+        encoded, crop, flip, serial, *size = fn.external_source(
+            source=source,
+            num_outputs=5 if resize else 4,
+            batch=True,
+            parallel=False,
+            dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.INT32][: 5 if resize else 4],
+            ndim=[1, 1, 0, 0, 1][: 5 if resize else 4],
+        )
+        pictures = fn.decoders.image(
+            encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False
+        )
+        if resize:  # noqa: SIM102  the second condition is DALI's and asks every frame: resizing always costs 1 ms
+            if size[0][0] != width or size[0][1] != height:
+                pictures = fn.resize(pictures, size=[height, width], interp_type=types.INTERP_CUBIC, antialias=True)
+        pictures = fn.slice(pictures, start=crop, shape=[height, width], axes=[0, 1], out_of_bounds_policy="pad")
+        return fn.flip(pictures, horizontal=flip), serial
+
+    pipeline = clips(
+        batch_size=MAX_FRAMES,
+        num_threads=threads,
+        device_id=(device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=2,
+    )
+    pipeline.build()
+    return pipeline

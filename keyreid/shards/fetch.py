@@ -1,0 +1,214 @@
+"""What both readers share: a clip's bytes from the shards, checked, its guidance, and what is done with faults.
+
+**Faults.** Whatever cannot be read is a DataError that names the shard, the tracklet and the member. Under
+`data.on_fault: skip` a frame that cannot be used is replaced by the nearest frame of its tracklet that can, the earlier
+one first, up to 16 frames away; after that, in training, by the middle of the identity's next tracklet. That depends on
+the shards alone, so it too is the same in every reader and on any ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from keyreid.config import Config
+from keyreid.errors import ConfigError, DataError
+from keyreid.pose.heatmaps import render_heatmaps, scale_keypoints
+from keyreid.pose.parts import flip_permutation, merged_parts
+from keyreid.shards import format
+from keyreid.shards.batch import ClipBatch, ClipPlan
+from keyreid.shards.guidance import PatchGrid, pool
+from keyreid.shards.index import ShardSet
+
+NEAREST_FRAMES = 16  # how far away a damaged frame's replacement may be
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class FetchedClip:
+    """A clip's bytes: what is left to do is decoding its pictures.
+
+    Attributes:
+        pictures: T encoded pictures.
+        heatmaps: uint8 [T, P, 64, 32], or float32 [T, P, H, W] where they are rendered anew.
+        visible: bool [T, P].
+        sizes: uint16 [T, 2], width and height.
+        rows: (position, frame) of each picture that was really read.
+        faults: what could not be read, as messages by member.
+    """
+
+    pictures: list[bytes]
+    heatmaps: np.ndarray
+    visible: np.ndarray
+    sizes: np.ndarray
+    rows: list[tuple[int, int]]
+    faults: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Faults:
+    """The members that could not be read so far, and whether to go on.
+
+    Attributes:
+        policy: stop, or skip.
+        limit: with skip, how many different members.
+        messages: by member; its length is the count.
+    """
+
+    policy: str
+    limit: int
+    messages: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.messages)
+
+    def add(self, faults: dict[str, str]) -> None:
+        """Note what a clip's reading found.
+
+        Raises:
+            DataError: there are more than the limit.
+        """
+        for member, message in faults.items():
+            if member not in self.messages:
+                self.messages[member] = message
+                log.warning("skipped (%d of at most %d): %s", len(self.messages), self.limit, message)
+        if len(self.messages) > self.limit:
+            raise DataError(
+                f"{len(self.messages)} members could not be read, data.max_faults is {self.limit}; the last: {message}"
+            )
+
+
+class ClipFetcher:
+    """Reads the clips of a plan from the shards, for one model's patch grid. Thread-safe, safe after a fork."""
+
+    def __init__(self, shards: ShardSet, config: Config) -> None:
+        """Prepare for a configuration's data, clip and model.
+
+        Raises:
+            ConfigError: the shards' heatmaps are not of the parts that the model wants.
+        """
+        from keyreid.model import patch_grid, patch_size  # the model imports the batch; only sizes are taken from it
+
+        patch_grid(config.model, config.clip)  # refuses patches that do not tile the clip
+        patch, stride = patch_size(config.model)
+        clip = config.clip
+        self.grid = PatchGrid(clip.height, clip.width, patch, stride)
+        self.shards = shards
+        self.height, self.width = clip.height, clip.width
+        self.parts = config.model.parts
+        self.from_keypoints = config.data.guidance_from == "keypoints"
+        self.swap = flip_permutation(self.parts) if config.model.guidance == "aligned" else np.arange(self.parts)
+        self.skip = config.data.on_fault == "skip"
+        if self.parts != shards.parts and shards.parts != 6:
+            raise ConfigError(f"model.parts={self.parts}, but {shards.location} has heatmaps of {shards.parts} parts")
+        self._merged = None if self.parts == shards.parts else [list(united) for united in merged_parts(self.parts)]
+
+    def fetch(self, clip: ClipPlan, decode: Callable[[bytes], Any] | None = None) -> FetchedClip:
+        """Read a clip's members.
+
+        Args:
+            decode: applied to each picture, its result taken instead of the bytes; a ValueError is a fault.
+
+        Raises:
+            DataError: a member cannot be used and the policy is to stop, or nothing could replace it.
+        """
+        pictures, heatmaps, rows, faults = [], [], [], {}
+        for frame in clip.frames.tolist():
+            for position, candidate in self._candidates(clip, frame):
+                try:
+                    picture, heatmap = self._frame(position, candidate, decode)
+                except DataError as error:
+                    member = f"{self.shards.tracklets[position].key} {candidate}"
+                    faults[member] = str(error)
+                    if not self.skip:
+                        raise
+                    continue
+                pictures.append(picture)
+                heatmaps.append(heatmap)
+                rows.append((position, candidate))
+                break
+            else:
+                raise DataError("nothing is left to replace it: " + next(iter(faults.values())))
+        visible = np.stack([self.shards.tracklets[p].visible[f] for p, f in rows])
+        sizes = np.stack([self.shards.tracklets[p].sizes[f] for p, f in rows])
+        stacked = self._rendered(np.stack(heatmaps), sizes) if self.from_keypoints else np.stack(heatmaps)
+        if self._merged:
+            visible = np.stack([visible[:, united].any(1) for united in self._merged], 1)
+            if not self.from_keypoints:
+                stacked = np.stack([stacked[:, united].max(1) for united in self._merged], 1)
+        return FetchedClip(pictures, stacked, visible, sizes, rows, faults)
+
+    def batch(self, clips: list[ClipPlan], fetched: list[FetchedClip], images: torch.Tensor) -> ClipBatch:
+        """Everything of a batch but the decoding.
+
+        Args:
+            images: uint8 [B, T, 3, H, W].
+        """
+        flip, crop, erase, blank = (
+            np.stack([getattr(c, n) for c in clips]) for n in ("flip", "crop", "erase", "blank")
+        )
+        total, frames = flip.shape
+        heatmaps = np.concatenate([clip.heatmaps for clip in fetched])
+        if heatmaps.dtype == np.uint8:
+            heatmaps = heatmaps.astype(np.float32) / np.float32(255)
+        grid = pool(heatmaps, self.grid, flip.reshape(-1), crop.reshape(-1, 2), erase.reshape(-1, 4))
+        grid = grid.reshape(total, frames, *grid.shape[1:])
+        visible = np.stack([clip.visible for clip in fetched])
+        if len(self.swap):
+            grid = np.where(flip[..., None, None, None], grid[:, :, self.swap], grid)
+            visible = np.where(flip[..., None], visible[:, :, self.swap], visible)
+        grid[blank] = 0
+        visible = visible & ~blank[..., None]
+        positions = np.array([clip.tracklet for clip in clips])
+        shards = self.shards
+        return ClipBatch(
+            images=images,
+            guidance=torch.from_numpy(grid),
+            erase=torch.from_numpy(erase.astype(np.int32)),
+            visibility=torch.from_numpy(visible.mean(1, dtype=np.float32)),
+            labels=torch.tensor([clip.label for clip in clips]),
+            identities=torch.from_numpy(shards.identities[positions]),
+            cameras=torch.tensor([shards.camera_index[camera] for camera in shards.cameras[positions].tolist()]),
+            tracklets=torch.from_numpy(positions),
+            keys=[shards.tracklets[p].key for p in positions],
+        )
+
+    def _frame(self, position: int, frame: int, decode: Callable[[bytes], Any] | None) -> tuple[Any, np.ndarray]:
+        member = format.MEMBERS_BEFORE_FRAMES + format.MEMBERS_PER_FRAME * frame
+        picture, heatmap = self.shards.read_frame(position, frame)
+        try:
+            decoded = picture if decode is None else decode(picture)
+        except ValueError as error:
+            raise self.shards.fault(position, member, str(error)) from None
+        if self.from_keypoints:
+            return decoded, self.shards.keypoints(position)[frame]
+        try:
+            return decoded, format.decode_tiles(heatmap, self.shards.parts)
+        except ValueError as error:
+            raise self.shards.fault(position, member + 1, str(error)) from None
+
+    def _rendered(self, keypoints: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        scaled = scale_keypoints(keypoints, sizes[:, 0], sizes[:, 1], self.width, self.height)
+        return render_heatmaps(scaled, self.width, self.height, self.parts)
+
+    def _candidates(self, clip: ClipPlan, frame: int) -> Iterator[tuple[int, int]]:
+        """The frame that is wanted, then those that may replace it."""
+        yield clip.tracklet, frame
+        if not self.skip:
+            return
+        total = self.shards.tracklets[clip.tracklet].frames
+        for away in range(1, NEAREST_FRAMES + 1):
+            yield from ((clip.tracklet, f) for f in (frame - away, frame + away) if 0 <= f < total)
+        if clip.label < 0:
+            return
+        same = np.flatnonzero(self.shards.identities == self.shards.identities[clip.tracklet])
+        for other in np.roll(same, -1 - int(np.searchsorted(same, clip.tracklet)))[:-1].tolist():
+            record = self.shards.tracklets[other]
+            if record.split == self.shards.tracklets[clip.tracklet].split:
+                yield other, record.frames // 2

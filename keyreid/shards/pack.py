@@ -1,0 +1,261 @@
+"""Pack a dataset: cut it into shards, write them on several processes, then write the dataset card.
+
+Which tracklet goes to which shard follows from the dataset alone, so processes and the tasks of a SLURM array share
+the work without talking: each writes whole shards, finished shards are kept, and the card appears when all are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import keyreid
+from keyreid.datasets.tracklet import Dataset, Tracklet
+from keyreid.errors import DataError, KeyreidError
+from keyreid.progress import track
+from keyreid.shards import format
+from keyreid.shards.writer import PackSettings, fingerprint, index_path, kept, write_atomically, write_shard
+
+DEFAULT_TARGET_BYTES = 256_000_000
+_PICTURES_MEASURED = 1000  # file sizes are looked up for so many, evenly spaced
+_BYTES_OF_A_CROP = 8000  # guess for frames that are boxes in a picture or a video
+_BYTES_BESIDE_A_PICTURE = 512 + 256 + 1536 + 204  # header and padding, heatmaps, keypoints
+_BYTES_OF_A_TRACKLET = 3072
+_DISK_RESERVE = 1.05
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """How a dataset is cut into shards.
+
+    Attributes:
+        dataset: what is packed.
+        settings: how.
+        shards: (name of the tar, its tracklets), in the dataset's order.
+        bytes: estimated size of each shard.
+    """
+
+    dataset: Dataset
+    settings: PackSettings
+    shards: tuple[tuple[str, list[Tracklet]], ...]
+    bytes: tuple[float, ...]
+
+    @cached_property
+    def fingerprints(self) -> list[str]:
+        """What each finished shard is known by."""
+        return [fingerprint(name, tracklets, self.settings) for name, tracklets in self.shards]
+
+
+def plan_shards(dataset: Dataset, settings: PackSettings, target_bytes: int = DEFAULT_TARGET_BYTES) -> PackPlan:
+    """Cut a dataset, in its order, into shards of about `target_bytes`."""
+    if not dataset.tracklets:
+        raise DataError(f"dataset {dataset.name} has no tracklets")
+    a_frame = _bytes_of_a_picture(dataset) + _BYTES_BESIDE_A_PICTURE
+    shards: list[list[Tracklet]] = []
+    sizes: list[float] = []
+    for tracklet in dataset.tracklets:
+        size = _BYTES_OF_A_TRACKLET + a_frame * len(tracklet.frames)
+        if not shards or sizes[-1] + size / 2 > target_bytes:
+            shards.append([])
+            sizes.append(0)
+        shards[-1].append(tracklet)
+        sizes[-1] += size
+    names = [f"{dataset.name}-{number:05d}.tar" for number in range(len(shards))]
+    return PackPlan(dataset, settings, tuple(zip(names, shards, strict=True)), tuple(sizes))
+
+
+def pack(
+    plan: PackPlan, out: Path, processes: int = 1, share: tuple[int, int] = (0, 1), quiet: bool = False
+) -> tuple[int, int]:
+    """Write the shards of share i of n (shards i, i + n, ...) that are not there yet.
+
+    Returns:
+        How many shards were written, how many were kept.
+
+    Raises:
+        DataError: the input is bad, or the disk is too small.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    mine = range(share[0], len(plan.shards), share[1])
+    todo = [number for number in mine if not kept(out / plan.shards[number][0], plan.fingerprints[number])]
+    if todo:
+        (out / format.CARD_NAME).unlink(missing_ok=True)  # it must not vouch for shards that are being replaced
+    for number in mine:
+        for stale in out.glob(f".{plan.shards[number][0].removesuffix('.tar')}.*.partial"):
+            stale.unlink(missing_ok=True)
+    _check_disk(out, sum(plan.bytes[number] for number in todo))
+    frames = sum(len(tracklet.frames) for number in todo for tracklet in plan.shards[number][1])
+    jobs = [
+        (out / name, tracklets, plan.settings, plan.fingerprints[number])
+        for number, (name, tracklets) in ((number, plan.shards[number]) for number in todo)
+    ]
+    steps = _write_here(jobs) if processes == 1 or len(jobs) < 2 else _write_there(jobs, min(processes, len(jobs)))
+    for _ in track(steps, frames, "packing", "frames", quiet=quiet):
+        pass
+    return len(todo), len(mine) - len(todo)
+
+
+def finish(plan: PackPlan, out: Path) -> dict[str, Any]:
+    """Write the dataset card, when every shard is there.
+
+    Returns:
+        The card.
+
+    Raises:
+        DataError: shards are missing or were written from other tracklets or settings; names them.
+    """
+    absent = missing(plan, out)
+    if absent:
+        some = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+        raise DataError(
+            f"{out}: {len(absent)} of {len(plan.shards)} shards are missing or were packed from other data or with "
+            f"other settings: {some}; run their shares again, then finish"
+        )
+    card = make_card(plan, out)
+    write_atomically(out / format.CARD_NAME, format.encode_card(card))
+    return card
+
+
+def missing(plan: PackPlan, out: Path) -> list[str]:
+    """Names of the shards that are not there as they would be written now."""
+    return [
+        name
+        for (name, _), settings_hash in zip(plan.shards, plan.fingerprints, strict=True)
+        if not kept(out / name, settings_hash)
+    ]
+
+
+def make_card(plan: PackPlan, out: Path) -> dict[str, Any]:
+    """The dataset card of the finished shards in `out`; FORMAT.md says what each entry means."""
+    dataset, settings = plan.dataset, plan.settings
+    shards, frames_with_keypoints, heatmap_bytes = [], 0, 0
+    for name, _ in plan.shards:
+        path = index_path(out / name)
+        index = format.read_index(path)
+        content = path.read_bytes()
+        frames_with_keypoints += int((index.visible > 0).sum())
+        heatmap_bytes += index.heatmap_bytes
+        shards.append(
+            {
+                "file": name,
+                "bytes": index.header["bytes"],
+                "sha256": index.header["sha256"],
+                "index": path.name,
+                "index_bytes": len(content),
+                "index_sha256": hashlib.sha256(content).hexdigest(),
+                "tracklets": len(index.key),
+                "frames": int(index.frames.sum()),
+            }
+        )
+    splits = {}
+    for split in format.SPLITS:
+        members = [tracklet for tracklet in dataset.tracklets if tracklet.split == split]
+        if members:
+            splits[split] = _counts(members)
+    return {
+        "format": f"keyreid-dataset/{format.VERSION}",
+        "name": dataset.name,
+        "tool": f"keyreid {keyreid.__version__}",
+        "source": settings.root.name,
+        "settings": settings.described(),
+        "counts": _counts(dataset.tracklets)
+        | {"frames_with_keypoints": frames_with_keypoints, "heatmap_bytes": heatmap_bytes},
+        "by_split": splits,
+        "cameras": sorted({tracklet.camera for tracklet in dataset.tracklets}),
+        "splits": [
+            {"train": [int(i) for i in train], "test": [int(i) for i in test]} for train, test in dataset.splits
+        ],
+        "query_camera": dataset.query_camera,
+        "names": dataset.names,
+        "shards": shards,
+    }
+
+
+def _counts(tracklets: Any) -> dict[str, int]:
+    return {
+        "tracklets": len(tracklets),
+        "frames": sum(len(tracklet.frames) for tracklet in tracklets),
+        "identities": len({tracklet.identity for tracklet in tracklets}),
+    }
+
+
+def _bytes_of_a_picture(dataset: Dataset) -> float:
+    total = sum(len(tracklet.frames) for tracklet in dataset.tracklets)
+    every = max(1, total // _PICTURES_MEASURED)
+    sizes, number = [], 0
+    for tracklet in dataset.tracklets:
+        for frame in tracklet.frames[-number % every :: every]:
+            whole = frame.box is None and frame.video_frame is None
+            try:
+                sizes.append(frame.path.stat().st_size if whole else _BYTES_OF_A_CROP)
+            except OSError as error:
+                raise DataError(f"{frame.path}: {error.strerror} (tracklet {tracklet.key})") from None
+        number += len(tracklet.frames)
+    return sum(sizes) / len(sizes)
+
+
+def _check_disk(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out).free
+    if needed * _DISK_RESERVE > free:
+        raise DataError(
+            f"{out}: about {needed / 1e9:.2f} GB are to be written, but the disk has {free / 1e9:.2f} GB free; "
+            "make room, or choose another --out"
+        )
+
+
+_Job = tuple[Path, list[Tracklet], PackSettings, str]
+
+
+def _write_here(jobs: list[_Job]) -> Iterator[None]:
+    """Write shards in this process; yields once a frame."""
+    for job in jobs:
+        for frames in write_shard(*job):
+            yield from repeat(None, frames)
+
+
+def _write_there(jobs: list[_Job], processes: int) -> Iterator[None]:
+    """Write shards in other processes; yields once a frame."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["keyreid.shards.writer"])
+    counter = context.Value("Q", 0)
+    shown = 0
+    with ProcessPoolExecutor(processes, context, _start_worker, (counter,)) as pool:
+        waiting = {pool.submit(_write_in_worker, job) for job in jobs}
+        try:
+            while waiting:
+                finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+                done = counter.value
+                yield from repeat(None, done - shown)
+                shown = done
+        except BrokenProcessPool:
+            raise KeyreidError(
+                "a packing process was ended from outside (out of memory?); "
+                "run the same command again, with fewer --processes: finished shards are kept"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+_frames_done: Any = None
+
+
+def _start_worker(counter: Any) -> None:
+    global _frames_done
+    _frames_done = counter
+
+
+def _write_in_worker(job: _Job) -> None:
+    for frames in write_shard(*job):
+        with _frames_done.get_lock():
+            _frames_done.value += frames

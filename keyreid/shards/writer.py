@@ -1,0 +1,314 @@
+"""Write one shard: a tar of whole tracklets and the index beside it, both there whole or not at all.
+
+Bytes depend on nothing but the tracklets and the settings: headers hold no time, user or host. A shard is finished
+when its index exists, because the index is renamed into place last; `kept` says whether a finished shard is the one
+that would be written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import cv2
+import numpy as np
+from webdataset import TarWriter
+
+from keyreid.datasets import tracklet as source
+from keyreid.datasets.tracklet import Frame, Tracklet
+from keyreid.errors import DataError
+from keyreid.pose import keypoint_files
+from keyreid.pose.heatmaps import TILE_HEIGHT, TILE_WIDTH, render_tiles, visibility
+from keyreid.pose.parts import part_names
+from keyreid.shards import format
+
+HEATMAP_FILE_TOLERANCE = 1e-6  # how far a published heatmap may leave [0, 1]
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """What decides the content of shards, apart from the tracklets.
+
+    Attributes:
+        root: the dataset's folder; sources are named relative to it.
+        keypoints: folder of keypoint files `KEY.npz`; None takes the tracklets' own, zeros where they have none.
+        heatmaps: folder of published heatmap files, float [6, H, W], named as the frames with `.npy`; None renders
+            heatmaps from the keypoints.
+        image: keep JPEG and PNG byte for byte, or make JPEG of everything that is none (`jpeg`).
+        quality: of JPEGs that are made.
+        parts: P.
+    """
+
+    root: Path
+    keypoints: Path | None = None
+    heatmaps: Path | None = None
+    image: str = "keep"
+    quality: int = 95
+    parts: int = 6
+
+    def described(self) -> dict[str, Any]:
+        """The settings as they stand in the dataset card: no path of this machine in them."""
+        keypoints = "keypoint files" if self.keypoints else "the dataset's keypoints"
+        image = {"image": self.image} | ({"quality": self.quality} if self.image == "jpeg" else {})
+        return {
+            **image,
+            "heatmaps": {
+                "from": "heatmap files" if self.heatmaps else keypoints,
+                "parts": list(part_names(self.parts)),
+                "tile": [TILE_HEIGHT, TILE_WIDTH],
+            },
+            "keypoints": keypoints,
+        }
+
+
+def fingerprint(name: str, tracklets: list[Tracklet], settings: PackSettings) -> str:
+    """A hash of all that decides a shard's content, short of the content of pictures and heatmap files."""
+    digest = hashlib.sha256(format.encode_json({"version": format.VERSION, "shard": name, **settings.described()}))
+    for tracklet in tracklets:
+        digest.update(format.encode_json(_described(tracklet, settings.root)))
+        digest.update(load_keypoints(tracklet, settings).tobytes())
+    return digest.hexdigest()
+
+
+def kept(tar: Path, settings_hash: str) -> bool:
+    """Whether the finished shard `tar` was written from the same tracklets with the same settings."""
+    try:
+        header = format.read_index(index_path(tar)).header
+    except DataError:
+        return False
+    return header["settings"] == settings_hash and tar.is_file() and tar.stat().st_size == header["bytes"]
+
+
+def index_path(tar: Path) -> Path:
+    """The index of a shard lies beside it."""
+    return tar.with_suffix(".index.npz")
+
+
+def write_shard(tar: Path, tracklets: list[Tracklet], settings: PackSettings, settings_hash: str) -> Iterator[int]:
+    """Write the shard `tar` and its index, and yield each tracklet's number of frames when it is written.
+
+    Args:
+        settings_hash: the fingerprint, by which `kept` will know the shard again.
+
+    Raises:
+        DataError: a picture, keypoint file or heatmap file is missing, damaged or does not fit; nothing is left behind.
+    """
+    partial = tar.with_name(f".{tar.name}.{os.getpid()}.partial")
+    columns = _Columns()
+    try:
+        with partial.open("wb", buffering=1 << 20) as file:
+            stream = _HashedStream(file)
+            with TarWriter(
+                stream, encoder=False, compress=False, mtime=0, mode=0o644, user="keyreid", group="keyreid"
+            ) as out:
+                for tracklet in tracklets:
+                    _write_tracklet(out, tracklet, settings, columns)
+                    yield len(tracklet.frames)
+            _sync(file)
+        header = {
+            "format": f"keyreid-index/{format.VERSION}",
+            "shard": tar.name,
+            "bytes": stream.bytes,
+            "sha256": stream.digest.hexdigest(),
+            "parts": settings.parts,
+            "settings": settings_hash,
+        }
+        index_path(tar).unlink(missing_ok=True)  # an old one must not vouch for the new shard
+        partial.replace(tar)
+    finally:
+        partial.unlink(missing_ok=True)
+    write_atomically(index_path(tar), format.encode_index(columns.index(header)))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a small file so that it is there whole or not at all, whenever the machine stops."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            _sync(file)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _write_tracklet(out: TarWriter, tracklet: Tracklet, settings: PackSettings, columns: _Columns) -> None:
+    format.check_key(tracklet.key)
+    pictures, kinds, sizes = [], [], []
+    for frame in tracklet.frames:
+        content, kind, size = _picture(tracklet, frame, settings)
+        pictures.append(content)
+        kinds.append(kind)
+        sizes.append(size)
+    width, height = np.array(sizes).T
+    keypoints = load_keypoints(tracklet, settings)
+    if settings.heatmaps:
+        tiles = np.stack([_heatmap_file(tracklet, frame, settings) for frame in tracklet.frames])
+        visible = tiles.any((2, 3))
+    else:
+        tiles = render_tiles(keypoints, width, height, settings.parts)
+        visible = visibility(keypoints, width, height, settings.parts)
+    bits = (visible << np.arange(settings.parts)).sum(1)
+
+    described = _described(tracklet, settings.root)
+    equal = len(set(sizes)) == 1
+    described["size" if equal else "sizes"] = sizes[0] if equal else sizes
+    described["visibility"] = bits.tolist()
+    described["parts"] = list(part_names(settings.parts))
+
+    contents = [format.encode_json(described), format.encode_keypoints(keypoints)]
+    for picture, tile in zip(pictures, tiles, strict=True):
+        contents += [picture, format.encode_tiles(tile)]
+    for member, content in enumerate(contents):
+        kind = kinds[max(0, member - format.MEMBERS_BEFORE_FRAMES) // format.MEMBERS_PER_FRAME]
+        # One call a member: TarWriter sorts the members of one call, and a reader wants the JSON first.
+        out.write({"__key__": tracklet.key, format.member_name(member, kind): content})
+        columns.add_member(out.tarstream.offset, content)
+    columns.add_tracklet(tracklet, kinds, width, height, bits)
+
+
+def _described(tracklet: Tracklet, root: Path) -> dict[str, Any]:
+    """What a tracklet's JSON says about it before its pictures are read."""
+    identity = tracklet.identity
+    described: dict[str, Any] = {
+        "format": f"keyreid-tracklet/{format.VERSION}",
+        "key": tracklet.key,
+        "identity": identity,
+        "camera": tracklet.camera,
+        "split": tracklet.split,
+        "frames": len(tracklet.frames),
+        "source": _sources([frame.path for frame in tracklet.frames], root),
+    }
+    if any(frame.box is not None for frame in tracklet.frames):
+        described["boxes"] = [frame.box and [round(float(v), 3) for v in frame.box] for frame in tracklet.frames]
+    if any(frame.video_frame is not None for frame in tracklet.frames):
+        described["video_frames"] = [frame.video_frame for frame in tracklet.frames]
+    return described
+
+
+def _sources(paths: list[Path], root: Path) -> dict[str, Any]:
+    """The frames' files: their common folder relative to the dataset's, and their names in it."""
+    prefix = f"{root}{os.sep}"
+    names = [str(path).removeprefix(prefix).replace(os.sep, "/") for path in paths]
+    if len(set(names)) == 1:
+        return {"file": names[0]}
+    folder = os.path.commonpath([name.rpartition("/")[0] for name in names]) if "/" in names[0] else ""
+    return {"folder": folder, "files": [name[len(folder) :].lstrip("/") for name in names]}
+
+
+def _picture(tracklet: Tracklet, frame: Frame, settings: PackSettings) -> tuple[bytes, str, tuple[int, int]]:
+    """A frame's file content, its kind and its size; it is decoded once, small and grey, to know that it can be."""
+    try:
+        content, kind = source.read_frame(frame)
+        if settings.image == "jpeg" and kind != "jpg":
+            picture = cv2.cvtColor(format.decode_picture(content), cv2.COLOR_RGB2BGR)
+            content, kind = (
+                cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, settings.quality])[1].tobytes(),
+                "jpg",
+            )
+        size = format.picture_size(content, kind)
+        if cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8) is None:
+            raise ValueError("the picture does not decode")
+        return content, kind, size
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{frame.path}: {getattr(error, 'strerror', None) or error} (tracklet {tracklet.key}); "
+            "mend or remove the picture and run the same command again"
+        ) from None
+
+
+def load_keypoints(tracklet: Tracklet, settings: PackSettings) -> np.ndarray:
+    """float32 [T, 17, 3] of a tracklet: from its keypoint file, its own, or zeros."""
+    frames = len(tracklet.frames)
+    if settings.keypoints is None:
+        own = tracklet.keypoints
+        return np.zeros((frames, 17, 3), np.float32) if own is None else np.asarray(own, np.float32)
+    path = keypoint_files.path_of(settings.keypoints, tracklet.key)
+    keypoints = keypoint_files.load(path).keypoints
+    if len(keypoints) != frames:
+        raise DataError(f"{path}: keypoints of {len(keypoints)} frames, but tracklet {tracklet.key} has {frames}")
+    return keypoints
+
+
+def _heatmap_file(tracklet: Tracklet, frame: Frame, settings: PackSettings) -> np.ndarray:
+    """A published heatmap file, [P, H, W] of any size, as uint8 tiles [P, 64, 32]."""
+    assert settings.heatmaps is not None
+    relative = Path(str(frame.path).removeprefix(f"{settings.root}{os.sep}"))
+    candidates = [settings.heatmaps / relative.with_suffix(".npy"), settings.heatmaps / f"{frame.path.stem}.npy"]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None or frame.box is not None or frame.video_frame is not None:
+        raise DataError(
+            f"tracklet {tracklet.key}: no heatmap file {candidates[0]} (nor {candidates[1].name} beside it)"
+        )
+    try:
+        heatmap = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: not a heatmap file: {error} (tracklet {tracklet.key})") from None
+    if heatmap.ndim != 3 or len(heatmap) != settings.parts:
+        raise DataError(f"{path}: heatmaps of shape {heatmap.shape}, expected [{settings.parts}, height, width]")
+    low, high = float(heatmap.min()), float(heatmap.max())
+    if not (low >= -HEATMAP_FILE_TOLERANCE and high <= 1 + HEATMAP_FILE_TOLERANCE):
+        raise DataError(f"{path}: heatmap values from {low:.3g} to {high:.3g}; they must lie in [0, 1]")
+    pooled = [
+        cv2.resize(part.astype(np.float32), (TILE_WIDTH, TILE_HEIGHT), interpolation=cv2.INTER_AREA) for part in heatmap
+    ]
+    return (np.stack(pooled).clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+class _HashedStream:
+    """A file that knows the SHA-256 and the length of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, content: bytes) -> int:
+        self.digest.update(content)
+        self.bytes += len(content)
+        return self.file.write(content)
+
+
+class _Columns:
+    """The columns of an index while its shard grows."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[Any]] = {
+            name: [] for name in format.ShardIndex.__dataclass_fields__ if name != "header"
+        }
+
+    def add_member(self, end: int, content: bytes) -> None:
+        """Note a member that was just written; its padding ends at the tar's offset `end`."""
+        padded = -(-len(content) // format.TAR_BLOCK) * format.TAR_BLOCK
+        self.values["offset"].append(end - padded)
+        self.values["size"].append(len(content))
+        self.values["crc"].append(zlib.crc32(content))
+
+    def add_tracklet(self, tracklet: Tracklet, kinds: list[str], width: Any, height: Any, visible: Any) -> None:
+        identity = format.UNKNOWN_IDENTITY if tracklet.identity is None else tracklet.identity
+        for name, value in {
+            **{"key": tracklet.key, "identity": identity, "camera": tracklet.camera},
+            **{"split": format.SPLITS.index(tracklet.split), "frames": len(tracklet.frames)},
+        }.items():
+            self.values[name].append(value)
+        self.values["picture"] += [format.PICTURES.index(kind) for kind in kinds]
+        for name, column in {"width": width, "height": height, "visible": visible}.items():
+            self.values[name] += column.tolist()
+
+    def index(self, header: dict[str, Any]) -> format.ShardIndex:
+        return format.ShardIndex(header, **{name: np.array(column) for name, column in self.values.items()})
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
