@@ -13,12 +13,15 @@ import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from keyreid.errors import DataError
 from keyreid.pose.parts import NUM_KEYPOINTS
+
+if TYPE_CHECKING:
+    from keyreid.datasets.tracklet import Frame
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,16 @@ class KeypointFile:
                 f"keypoints {self.keypoints.shape} and scores {self.scores.shape} do not fit {frames} frame names; "
                 f"expected [T, {NUM_KEYPOINTS}, 3] and [T]"
             )
+
+
+def frame_name(frame: Frame) -> str:
+    """What a frame is called in keypoint files: its file's name, with the video frame and the box where it has them."""
+    name = frame.path.name
+    if frame.video_frame is not None:
+        name += f"#{frame.video_frame}"
+    if frame.box is not None:
+        name += "@" + ",".join(f"{value:g}" for value in frame.box)
+    return name
 
 
 def path_of(directory: Path, key: str) -> Path:

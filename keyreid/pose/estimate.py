@@ -1,0 +1,257 @@
+"""Keypoints of every frame of a dataset: pictures in, one keypoint file a tracklet out.
+
+Reader processes decode and resize; this process runs the network and OpenPifPaf's decoder. A batch holds frames of one
+tracklet only, so that a tracklet's file depends on nothing but its frames and the settings, whatever was done before or
+beside it: a run that was killed, or cut into shares, gives the same files as one run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+
+from keyreid.datasets.tracklet import Dataset, Tracklet, read_frame
+from keyreid.errors import ConfigError, DataError
+from keyreid.pose import keypoint_files, pifpaf
+from keyreid.pose.pictures import Fitted, Selection, choose, decode, fit
+from keyreid.progress import track
+
+RUN_FILE = "pose.json"  # beside the keypoint files: what made them
+
+
+@dataclass(frozen=True)
+class PoseSettings:
+    """What keypoints depend on, beside the frames."""
+
+    checkpoint: str = pifpaf.WALKERS
+    long_edge: int | None = None  # pixels of the longer side before the network; None: as the frame is
+    threshold: float | None = None  # confidence below which a joint is missing; None: OpenPifPaf's 0.15
+    select: Selection = "score"
+    dtype: Literal["float32", "float16"] = "float32"
+
+
+@dataclass(frozen=True)
+class PoseWork:
+    """How the work is done; keypoints depend on `batch_size` alone of these, and only by rounding."""
+
+    batch_size: int = 32
+    workers: int = 2
+    devices: tuple[str, ...] = ("cpu",)  # one process each
+    trust: bool = False
+    max_unreadable: int = 100
+
+
+@dataclass
+class Summary:
+    """What a run did.
+
+    Attributes:
+        tracklets: tracklets written by this run.
+        there: tracklets that an earlier run had written.
+        frames: frames of `tracklets`.
+        empty: frames without a person (readable ones).
+        unreadable: frames that could not be read, with the reason; their keypoints are zeros.
+    """
+
+    tracklets: int = 0
+    there: int = 0
+    frames: int = 0
+    empty: int = 0
+    unreadable: list[str] = field(default_factory=list)
+
+    def __iadd__(self, other: Summary) -> Summary:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+        return self
+
+
+def estimate(
+    dataset: Dataset, out: Path, settings: PoseSettings, work: PoseWork, share: tuple[int, int] = (0, 1)
+) -> Summary:
+    """Write the keypoint file of every tracklet that has none yet.
+
+    Args:
+        out: folder of the keypoint files.
+        share: (i, n): this is task i, from 0, of n that cut the dataset between them.
+
+    Raises:
+        ConfigError: `out` holds keypoints of other settings, or the share is none.
+        DataError: more frames than `work.max_unreadable` could not be read.
+    """
+    number, shares = share
+    if not 0 <= number < shares:
+        raise ConfigError(f"share {number}/{shares}: of n tasks, the first is 0/n and the last (n - 1)/n")
+    processes = len(work.devices)
+    cuts = [(position, processes * shares) for position in range(number * processes, (number + 1) * processes)]
+    if processes == 1:
+        return _estimate_on(work.devices[0], dataset, out, settings, work, cuts[0], False)
+    # A process for each device, started afresh: CUDA does not survive a fork, and OpenPifPaf would otherwise spread one
+    # network over all GPUs that it sees.
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        jobs = [
+            pool.submit(_estimate_on, device, dataset, out, settings, work, cut, position > 0)
+            for position, (device, cut) in enumerate(zip(work.devices, cuts, strict=True))
+        ]
+        total = Summary()
+        for job in jobs:
+            total += job.result()
+    return total
+
+
+def all_devices() -> tuple[str, ...]:
+    """Every visible GPU, or the CPU where there is none."""
+    return tuple(f"cuda:{i}" for i in range(torch.cuda.device_count())) or ("cpu",)
+
+
+def _estimate_on(
+    device: str,
+    dataset: Dataset,
+    out: Path,
+    settings: PoseSettings,
+    work: PoseWork,
+    cut: tuple[int, int],
+    quiet: bool,
+) -> Summary:
+    network, checkpoint = pifpaf.load_network(settings.checkpoint, work.trust)
+    decoder = pifpaf.PoseDecoder(network, device, settings.threshold)
+    provenance = {
+        "tool": f"OpenPifPaf {pifpaf.import_openpifpaf().__version__}",
+        "checkpoint_sha256": checkpoint.sha256,
+        **asdict(settings),
+        "checkpoint": Path(checkpoint.name).name,
+    }
+    _claim(out, provenance)
+
+    mine = dataset.tracklets[cut[0] :: cut[1]]
+    todo = [tracklet for tracklet in mine if not keypoint_files.path_of(out, tracklet.key).exists()]
+    summary = Summary(there=len(mine) - len(todo))
+    chunks = _Chunks(todo, work.batch_size, settings.long_edge)
+    loader = torch.utils.data.DataLoader(
+        chunks, batch_size=None, num_workers=work.workers, collate_fn=_as_it_is, worker_init_fn=_one_thread
+    )
+    frames = _frames(loader, chunks, decoder, settings.select)
+    total = sum(len(tracklet.frames) for tracklet in todo)
+    found: list[_FramePose] = []
+    remaining = iter(todo)
+    tracklet = next(remaining, None)
+    for frame in track(frames, total, "keypoints", "frames", quiet or not total):
+        found.append(frame)
+        if frame.fault is not None:
+            summary.unreadable.append(frame.fault)
+            if len(summary.unreadable) > work.max_unreadable:
+                raise DataError(
+                    f"{len(summary.unreadable)} frames cannot be read, more than --max-unreadable allows; the last: "
+                    + "; ".join(summary.unreadable[-3:])
+                )
+        if len(found) == len(tracklet.frames):
+            _write(out, tracklet, found, provenance, settings.dtype)
+            summary.tracklets += 1
+            summary.frames += len(found)
+            summary.empty += sum(frame.fault is None and frame.score == 0 for frame in found)
+            found, tracklet = [], next(remaining, None)
+    return summary
+
+
+def _claim(out: Path, provenance: dict[str, Any]) -> None:
+    """Say in the folder what makes its files; refuse to mix them with those of other settings."""
+    path = out / RUN_FILE
+    out.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        changed = [key for key in sorted(earlier | provenance) if earlier.get(key) != provenance.get(key)]
+        if changed:
+            changes = ", ".join(f"{key} was {earlier.get(key)!r}, now {provenance.get(key)!r}" for key in changed)
+            raise ConfigError(f"{out} holds keypoints of other settings ({changes}); give another --out")
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(provenance, indent=1, sort_keys=True) + "\n")
+    partial.replace(path)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Frames of one tracklet that are read together: each a picture, or why it could not be read."""
+
+    pictures: list[Fitted | str]
+
+
+class _Chunks(torch.utils.data.Dataset):
+    """What the reader processes do: read, decode and fit up to `size` frames in a row."""
+
+    def __init__(self, tracklets: Sequence[Tracklet], size: int, long_edge: int | None) -> None:
+        self.frames = [
+            tracklet.frames[start : start + size]
+            for tracklet in tracklets
+            for start in range(0, len(tracklet.frames), size)
+        ]
+        self.long_edge = long_edge
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, position: int) -> _Chunk:
+        return _Chunk([self._read(frame) for frame in self.frames[position]])
+
+    def _read(self, frame) -> Fitted | str:
+        try:
+            return fit(decode(read_frame(frame)[0]), self.long_edge)
+        except (DataError, OSError, cv2.error) as error:
+            place = f"{frame.path}" + ("" if frame.video_frame is None else f" frame {frame.video_frame}")
+            return str(error) if str(frame.path) in str(error) else f"{place}: {error}"
+
+
+@dataclass(frozen=True)
+class _FramePose:
+    """What was found in one frame; `fault` says why it could not be read."""
+
+    keypoints: np.ndarray
+    score: float
+    fault: str | None = None
+
+
+def _frames(loader, chunks: _Chunks, decoder: pifpaf.PoseDecoder, select: Selection) -> Iterator[_FramePose]:
+    """Frame after frame, in order; pictures of one size in a chunk go through the network together."""
+    nobody = np.zeros((17, 3), np.float32)
+    for chunk in loader if len(chunks) else ():
+        results = [_FramePose(nobody, 0.0, picture if isinstance(picture, str) else None) for picture in chunk.pictures]
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for position, picture in enumerate(chunk.pictures):
+            if isinstance(picture, Fitted):
+                by_size.setdefault(picture.pixels.shape, []).append(position)
+        for positions in by_size.values():
+            pictures = [chunk.pictures[position] for position in positions]
+            found = decoder.pictures(np.stack([picture.pixels for picture in pictures]))
+            for position, picture, poses in zip(positions, pictures, found, strict=True):
+                people = [(picture.to_picture(pose.keypoints), pose.score) for pose in poses]
+                chosen = choose(people, picture.size, select)
+                if chosen is not None:
+                    results[position] = _FramePose(*people[chosen])
+        yield from results
+
+
+def _write(out: Path, tracklet: Tracklet, found: Sequence[_FramePose], provenance: dict[str, Any], dtype: str) -> None:
+    file = keypoint_files.KeypointFile(
+        keypoints=np.stack([frame.keypoints for frame in found]),
+        scores=np.array([frame.score for frame in found], np.float32),
+        frame_names=tuple(keypoint_files.frame_name(frame) for frame in tracklet.frames),
+        provenance=provenance | {"unreadable": [i for i, frame in enumerate(found) if frame.fault is not None]},
+    )
+    keypoint_files.save(keypoint_files.path_of(out, tracklet.key), file, dtype)
+
+
+def _as_it_is(chunk: _Chunk) -> _Chunk:
+    return chunk
+
+
+def _one_thread(_worker: int) -> None:
+    cv2.setNumThreads(0)

@@ -1,0 +1,69 @@
+"""Heatmap files: the part heatmaps of one tracklet's frames, as somebody else's pipeline made them, in one small
+`.npz`.
+
+keyreid itself keeps keypoints and renders heatmaps from them. This is for heatmaps that come without keypoints: the
+published pipeline writes one float64 file of 6 x H x W a frame, 1.57 MB at 256 x 128, almost all of it zeros.
+`KEY.heatmaps.npz` holds `frame_names`, `provenance` and `heatmap_0000`, ... [P, H, W], deflated, read frame by
+frame.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keyreid.errors import DataError
+
+
+def path_of(directory: Path, key: str) -> Path:
+    """Where the heatmaps of the tracklet `key` lie below a folder."""
+    return directory / f"{key}.heatmaps.npz"
+
+
+def save(path: Path, heatmaps: Iterable[np.ndarray], frame_names: Iterable[str], provenance: dict[str, Any]) -> None:
+    """Write a heatmap file, one frame in memory at a time; it is either whole or absent.
+
+    Args:
+        heatmaps: [P, H, W] of each frame, of any size; stored with the type they have.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with zipfile.ZipFile(partial, "w") as archive:
+            for i, heatmap in enumerate(heatmaps):
+                _add(archive, f"heatmap_{i:04d}", np.ascontiguousarray(heatmap))
+            _add(archive, "frame_names", np.array(list(frame_names), np.str_))
+            _add(archive, "provenance", np.array(json.dumps(provenance, sort_keys=True)))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Read a heatmap file: yields each frame's name and heatmaps [P, H, W].
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for i, name in enumerate(arrays["frame_names"].tolist()):
+                yield name, arrays[f"heatmap_{i:04d}"]
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such heatmap file; `keyreid pose-import --kind npy` makes it") from None
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: not a heatmap file ({error})") from None
+
+
+def _add(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    member = zipfile.ZipInfo(f"{name}.npy")  # its date is fixed, so that bytes depend on the content alone
+    member.compress_type = zipfile.ZIP_DEFLATED
+    with archive.open(member, "w", force_zip64=True) as stream:
+        np.lib.format.write_array(stream, array, allow_pickle=False)

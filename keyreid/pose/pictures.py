@@ -1,0 +1,113 @@
+"""Pictures on their way into a pose network, and the poses on their way back into the pictures' own pixels.
+
+What is done to a picture is what OpenPifPaf's predictor does to one: resized so that the longer side has `long_edge`
+pixels (bilinear), padded on all sides to a multiple of 16 plus 1. Unlike there, pictures that get the same size make
+one batch, and none is padded to a square.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import cv2
+import numpy as np
+
+from keyreid.errors import DataError
+
+PADDING_COLOUR = (124, 116, 104)  # the mean that OpenPifPaf normalises by
+Selection = Literal["score", "centre"]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A picture as a network takes it.
+
+    Attributes:
+        pixels: uint8 [H, W, 3], RGB; H and W are multiples of 16 plus 1.
+        scale: x and y pixels of `pixels` for one of the picture.
+        offset: x and y of the picture's first pixel in `pixels`.
+        size: width and height of the picture.
+    """
+
+    pixels: np.ndarray
+    scale: tuple[float, float]
+    offset: tuple[int, int]
+    size: tuple[int, int]
+
+    def to_picture(self, keypoints: np.ndarray) -> np.ndarray:
+        """Keypoints [17, 3] found in `pixels`, in pixels of the picture.
+
+        A joint found outside the picture becomes zeros, that is missing. Rendering leaves it out in any case; so no
+        coordinate leads out of the picture.
+        """
+        width, height = self.size
+        moved = keypoints.copy()
+        moved[:, :2] = (moved[:, :2] - self.offset) / self.scale
+        pixel = np.trunc(moved[:, :2])  # as heatmaps place it: (-1, 0) still is pixel 0
+        inside = ((pixel >= 0) & (pixel < (width, height))).all(1)
+        moved[:, :2] = np.maximum(moved[:, :2], 0)
+        moved[~inside | (moved[:, 2] <= 0)] = 0
+        return moved
+
+
+def decode(data: bytes) -> np.ndarray:
+    """An encoded picture to uint8 [H, W, 3], RGB.
+
+    Raises:
+        DataError: it is not a picture, or too small to hold a person.
+    """
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    if pixels is None:
+        raise DataError("not a picture that can be decoded")
+    if min(pixels.shape[:2]) < 2:
+        raise DataError(f"a picture of {pixels.shape[1]} x {pixels.shape[0]} pixels")
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+
+
+def fit(picture: np.ndarray, long_edge: int | None) -> Fitted:
+    """Resize and pad a picture, uint8 [H, W, 3].
+
+    Args:
+        long_edge: pixels of the longer side after resizing; None leaves the picture's size.
+    """
+    height, width = picture.shape[:2]
+    scale = (1.0, 1.0)
+    resized = picture
+    if long_edge is not None:
+        ratio = long_edge / max(height, width)
+        new_width = max(2, int(width * ratio)) if height > width else long_edge
+        new_height = long_edge if height > width else max(2, int(height * ratio))
+        resized = cv2.resize(picture, (new_width, new_height), interpolation=cv2.INTER_LINEAR)
+        scale = ((new_width - 1) / (width - 1), (new_height - 1) / (height - 1))
+    pad_x, pad_y = (math.ceil((size - 1) / 16) * 16 + 1 - size for size in (resized.shape[1], resized.shape[0]))
+    left, top = pad_x // 2, pad_y // 2
+    pixels = cv2.copyMakeBorder(
+        resized, top, pad_y - top, left, pad_x - left, cv2.BORDER_CONSTANT, value=PADDING_COLOUR
+    )
+    return Fitted(pixels, scale, (left, top), (width, height))
+
+
+def choose(people: Sequence[tuple[np.ndarray, float]], size: tuple[int, int], selection: Selection) -> int | None:
+    """Which of the people found in a crop is the one it was cut for; None where there is nobody.
+
+    Args:
+        people: keypoints [17, 3] in pixels of the crop, and score.
+        size: width and height of the crop.
+        selection: `score` takes the best score (the published rule); `centre` the one whose joints' box has its middle
+            nearest to the crop's.
+    """
+    candidates = [i for i, (keypoints, _) in enumerate(people) if (keypoints[:, 2] > 0).any()]
+    if not candidates:
+        return None
+    if selection == "score":
+        return max(candidates, key=lambda i: people[i][1])
+
+    def distance(i: int) -> float:
+        joints = people[i][0]
+        joints = joints[joints[:, 2] > 0, :2]
+        return math.dist((joints.min(0) + joints.max(0)) / 2, ((size[0] - 1) / 2, (size[1] - 1) / 2))
+
+    return min(candidates, key=distance)

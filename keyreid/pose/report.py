@@ -1,0 +1,242 @@
+"""How good the keypoints of a dataset are: numbers, histograms and a contact sheet, as PNG, JSON and one HTML page."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from keyreid.datasets.tracklet import Dataset, Frame, read_frame
+from keyreid.errors import DataError
+from keyreid.pose import keypoint_files
+from keyreid.pose.accuracy import errors, pck
+from keyreid.pose.drawing import PART_COLOURS, draw_heatmaps, draw_skeleton, sheet
+from keyreid.pose.heatmaps import MIN_CONFIDENCE
+from keyreid.pose.parts import KEYPOINT_NAMES, joint_parts, part_joints, part_names
+from keyreid.pose.pictures import decode
+from keyreid.progress import track
+
+_STYLE = """body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1500px; color: #222 }
+img { max-width: 100% }
+th { text-align: left; font-weight: 500; padding-right: 2rem }
+td { font-variant-numeric: tabular-nums }
+.part { margin-right: 1.2rem }
+.part i { display: inline-block; width: .8em; height: .8em; margin-right: .35em; border: 1px solid #555 }
+ol { columns: 3; font-size: 12px }"""
+CELL_HEIGHT, CELL_WIDTH = 256, 128  # of the contact sheet, pixels
+
+
+@dataclass
+class _Found:
+    """The keypoints of all frames, one after another."""
+
+    keypoints: np.ndarray  # [N, 17, 3]
+    scores: np.ndarray  # [N]
+    frames: list[Frame]
+    tracklet_starts: np.ndarray  # [tracklets], positions in the above
+    absent: list[str]  # keys of tracklets without a keypoint file
+    provenance: dict
+
+
+def write_report(
+    dataset: Dataset, files: Path, out: Path, samples: int = 24, truth: Path | None = None, seed: int = 0
+) -> dict:
+    """Write `report.html`, `report.json`, `statistics.png` and `contact.png`.
+
+    Args:
+        files: folder of keypoint files.
+        samples: crops on the contact sheet: half of them drawn at random, the other half those of the lowest scores.
+        truth: folder of keypoint files to judge these by.
+
+    Returns:
+        The numbers of `report.json`.
+
+    Raises:
+        DataError: there is no keypoint file for any of the dataset's tracklets, or one is damaged.
+    """
+    found = _gather(dataset, files)
+    numbers = _numbers(found)
+    if truth is not None:
+        numbers["accuracy"] = _accuracy(found, dataset, truth)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    _draw_statistics(found, numbers, out / "statistics.png")
+    captions = _draw_contact_sheet(found, samples, np.random.default_rng(seed), out / "contact.png")
+    (out / "report.html").write_text(_page(dataset.name, files, numbers, found, captions))
+    return numbers
+
+
+def _gather(dataset: Dataset, files: Path) -> _Found:
+    keypoints, scores, frames, starts, absent, provenance = [], [], [], [], [], {}
+    for tracklet in track(dataset.tracklets, len(dataset.tracklets), "reading keypoints", "tracklets"):
+        path = keypoint_files.path_of(files, tracklet.key)
+        if not path.exists():
+            absent.append(tracklet.key)
+            continue
+        file = keypoint_files.load(path)
+        if len(file.frame_names) != len(tracklet.frames):
+            raise DataError(
+                f"{path}: keypoints of {len(file.frame_names)} frames; its tracklet has {len(tracklet.frames)}"
+            )
+        starts.append(len(frames))
+        keypoints.append(file.keypoints)
+        scores.append(file.scores)
+        frames += tracklet.frames
+        provenance = file.provenance
+    if not frames:
+        raise DataError(f"{files} holds no keypoint file of {dataset.name}'s {len(dataset.tracklets)} tracklets")
+    return _Found(np.concatenate(keypoints), np.concatenate(scores), frames, np.array(starts), absent, provenance)
+
+
+def _numbers(found: _Found) -> dict:
+    shown = found.keypoints[..., 2] > MIN_CONFIDENCE
+    person = shown.any(1)
+    empty_tracklets = ~np.logical_or.reduceat(person, found.tracklet_starts)
+    return {
+        "tracklets": len(found.tracklet_starts),
+        "tracklets_without_file": len(found.absent),
+        "tracklets_without_person": int(empty_tracklets.sum()),
+        "frames": len(found.frames),
+        "frames_with_person": float(person.mean()),
+        "joints_a_frame": float(shown[person].sum(1).mean()) if person.any() else 0.0,
+        "score_quantiles": {
+            f"{q:.2f}": float(np.quantile(found.scores[person], q)) if person.any() else 0.0 for q in (0.05, 0.5, 0.95)
+        },
+        "joint_visible": {name: float(shown[:, j].mean()) for j, name in enumerate(KEYPOINT_NAMES)},
+        "part_visible": {
+            name: float(shown[:, list(joints)].any(1).mean())
+            for name, joints in zip(part_names(6), part_joints(6), strict=True)
+        },
+    }
+
+
+def _accuracy(found: _Found, dataset: Dataset, truth: Path) -> dict:
+    """PCK and errors against true keypoints; the height is the picture's."""
+    keys = [tracklet.key for tracklet in dataset.tracklets if tracklet.key not in set(found.absent)]
+    true = np.concatenate([keypoint_files.load(keypoint_files.path_of(truth, key)).keypoints for key in keys])
+    if true.shape != found.keypoints.shape:
+        raise DataError(f"{truth}: true keypoints of {len(true)} frames for {len(found.keypoints)} found ones")
+    heights = np.array([Image.open(io.BytesIO(read_frame(frame)[0])).height for frame in found.frames])
+    distance = errors(found.keypoints, true)
+    in_sight = np.where(true[..., 2] == 1, distance, np.nan)
+    near = distance[np.isfinite(distance)]
+    return {
+        "truth": str(truth),
+        "frames": len(true),
+        "pck_0.05": pck(distance, heights),
+        "pck_0.05_in_plain_sight": pck(in_sight, heights),
+        "median_pixels": float(np.median(near)) if len(near) else None,
+        "pck_0.05_by_joint": {name: pck(distance[:, j : j + 1], heights) for j, name in enumerate(KEYPOINT_NAMES)},
+    }
+
+
+def _draw_statistics(found: _Found, numbers: dict, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2, 3, width_ratios=(1.25, 1, 1))
+    colours = PART_COLOURS[joint_parts(6)] / 255
+
+    axes = figure.add_subplot(grid[:, 0])
+    shares = [numbers["joint_visible"][name] for name in KEYPOINT_NAMES]
+    bars = axes.barh(
+        [name.replace("_", " ") for name in KEYPOINT_NAMES], shares, color=colours, edgecolor="0.3", lw=0.5
+    )
+    axes.bar_label(bars, [f"{share:.0%}" for share in shares], padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1.12), xlabel="share of frames", title=f"joints found (confidence > {MIN_CONFIDENCE})")
+
+    axes = figure.add_subplot(grid[0, 1])
+    axes.hist(found.scores[found.scores > 0], np.linspace(0, 1, 41), color="0.35")
+    axes.set(
+        xlabel="score", ylabel="frames", title=f"scores; a person in {numbers['frames_with_person']:.1%} of frames"
+    )
+
+    axes = figure.add_subplot(grid[0, 2])
+    counts = (found.keypoints[..., 2] > MIN_CONFIDENCE).sum(1)
+    axes.bar(np.arange(18), np.bincount(counts, minlength=18), color="0.35")
+    axes.set(xlabel="joints found in a frame", ylabel="frames", title="joints a frame", xticks=range(0, 18, 2))
+
+    axes = figure.add_subplot(grid[1, 1:])
+    edges = np.linspace(0, 1, 41)
+    table = np.stack([np.histogram(column[column > 0], edges)[0] for column in found.keypoints[..., 2].T])
+    image = axes.imshow(
+        table / max(len(found.frames), 1),
+        aspect="auto",
+        extent=(0, 1, 16.5, -0.5),
+        cmap="viridis",
+        interpolation="nearest",
+    )
+    axes.set_yticks(range(17), [name.replace("_", " ") for name in KEYPOINT_NAMES], fontsize=8)
+    axes.set(xlabel="confidence", title="confidence of each joint where it was found")
+    figure.colorbar(image, ax=axes, label="share of frames")
+    figure.savefig(path, dpi=110)
+
+
+def _draw_contact_sheet(found: _Found, samples: int, rng: np.random.Generator, path: Path) -> list[str]:
+    """Crops with skeletons, each beside its part heatmaps; gives what each shows."""
+    random = rng.permutation(len(found.frames))[: samples - samples // 2]
+    worst = [i for i in np.argsort(found.scores, kind="stable") if i not in set(random.tolist())][: samples // 2]
+    cells, captions = [], []
+    for kind, chosen in (("random", random), ("lowest scores", worst)):
+        for i in chosen:
+            try:
+                picture = decode(read_frame(found.frames[i])[0])
+            except (DataError, OSError):
+                picture = np.full((CELL_HEIGHT, CELL_WIDTH, 3), 200, np.uint8)
+            scale = min(CELL_HEIGHT / picture.shape[0], CELL_WIDTH / picture.shape[1])
+            pair = [draw(picture, found.keypoints[i], scale) for draw in (draw_skeleton, draw_heatmaps)]
+            height = max(cell.shape[0] for cell in pair)
+            cells.append(np.hstack([cv2.resize(cell, (cell.shape[1], height)) for cell in pair]))
+            captions.append(f"{kind}: {keypoint_files.frame_name(found.frames[i])}, score {found.scores[i]:.2f}")
+    Image.fromarray(sheet(cells, 6, (CELL_HEIGHT, 2 * CELL_WIDTH))).save(path)
+    return captions
+
+
+def _page(name: str, files: Path, numbers: dict, found: _Found, captions: list[str]) -> str:
+    def table(rows: dict) -> str:
+        cells = (f"<tr><th>{html.escape(k)}</th><td>{html.escape(_say(v))}</td></tr>" for k, v in rows.items())
+        return f"<table>{''.join(cells)}</table>"
+
+    flat = {key.replace("_", " "): value for key, value in numbers.items() if not isinstance(value, dict)}
+    swatches = "".join(
+        f'<span class="part"><i style="background:rgb{colour}"></i>{part.replace("_", " ")}</span>'
+        for part, colour in zip(part_names(6), map(tuple, PART_COLOURS.astype(int).tolist()), strict=True)
+    )
+    accuracy = numbers.get("accuracy")
+    judged = ""
+    if accuracy is not None:
+        rows = {k: v for k, v in accuracy.items() if not isinstance(v, dict)} | accuracy["pck_0.05_by_joint"]
+        judged = f"<h2>Against true keypoints</h2>{table({k.replace('_', ' '): v for k, v in rows.items()})}"
+    absent = ""
+    if found.absent:
+        absent = (
+            f"<p>Without keypoints: {html.escape(', '.join(found.absent[:50]))}{'...' * (len(found.absent) > 50)}</p>"
+        )
+    listed = "".join(f"<li>{html.escape(caption)}</li>" for caption in captions)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Keypoints of {html.escape(name)}</title><style>
+{_STYLE}
+</style></head><body>
+<h1>Keypoints of {html.escape(name)}</h1>
+<p>{html.escape(str(files))}</p>
+{table(flat)}{absent}
+<h2>Statistics</h2><img src="statistics.png" alt="joints found, scores, confidences">
+<h2>Contact sheet</h2><p>{swatches}</p>
+<img src="contact.png" alt="crops with skeletons and part heatmaps"><ol>{listed}</ol>
+{judged}
+<h2>How they were made</h2>{table({k.replace("_", " "): v for k, v in found.provenance.items() if k != "unreadable"})}
+</body></html>
+"""
+
+
+def _say(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

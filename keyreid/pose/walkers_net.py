@@ -1,0 +1,54 @@
+"""The small base network that finds the joints of rendered walkers: minutes to train, and kept in the repository.
+
+It is a plain residual network of stride 8; `keyreid/pose/pifpaf.py` puts OpenPifPaf's heads on it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+WIDTHS = (24, 48, 96)
+BLOCKS = 5
+
+
+class WalkersNet(nn.Module):
+    """Pictures [N, 3, H, W] to features [N, 96, ceil(H / 8), ceil(W / 8)]."""
+
+    name = "walkers"
+    stride = 8
+    out_features = WIDTHS[-1]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = _convolution(3, WIDTHS[0], kernel=5, stride=2)
+        self.second = _Block(WIDTHS[0], WIDTHS[1], stride=2)
+        self.third = _Block(WIDTHS[1], WIDTHS[2], stride=2)
+        # Dilation grows and shrinks again, so that a cell sees the whole body without missing what is between.
+        self.body = nn.Sequential(*(_Block(WIDTHS[2], WIDTHS[2], dilation=d) for d in (1, 2, 4, 2, 1)[:BLOCKS]))
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Features at a stride of 8 pixels."""
+        return self.body(self.third(self.second(self.first(pictures))))
+
+
+class _Block(nn.Module):
+    """Two 3 x 3 convolutions beside an identity, or a 1 x 1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> None:
+        super().__init__()
+        self.first = _convolution(inputs, outputs, stride=stride, dilation=dilation)
+        self.second = _convolution(outputs, outputs, dilation=dilation, activate=False)
+        same = inputs == outputs and stride == 1
+        self.skip = nn.Identity() if same else _convolution(inputs, outputs, kernel=1, stride=stride, activate=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.skip(x) + self.second(self.first(x)))
+
+
+def _convolution(
+    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dilation: int = 1, activate: bool = True
+) -> nn.Sequential:
+    padding = dilation * (kernel // 2)
+    layers = [nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False), nn.BatchNorm2d(outputs)]
+    return nn.Sequential(*layers, *([nn.ReLU(inplace=True)] if activate else []))

@@ -1,0 +1,200 @@
+"""Training of the small pose network for rendered walkers (`keyreid pose-train`).
+
+Pictures are rendered for it, by several cities of cameras so that the looks of none is learnt by heart, each moved,
+zoomed and coarsened a little; their fields are encoded once, by OpenPifPaf's encoders, and kept in memory (about
+0.35 MB each). The losses are OpenPifPaf's. The network's average over the last steps is what is written and judged,
+by the real decoder, on people and cameras that training never saw.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from keyreid.datasets import walkers
+from keyreid.pose import keypoint_files, pifpaf
+from keyreid.pose.accuracy import errors, pck
+from keyreid.pose.pictures import PADDING_COLOUR, choose, decode, fit
+from keyreid.progress import track
+
+HEIGHT, WIDTH = 256, 128
+CITIES = 8
+ONE_FRAME_EACH = {"frames": (1, 1), "tracklets": 1, "junk": 0}
+HELD_OUT_SEED = 10_000  # far from the cities' seeds
+PICTURES_A_PERSON = 5.4  # of `walkers.render` with one frame a tracklet; only sets how many people are drawn
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The recipe; the defaults made the weights in the repository."""
+
+    pictures: int = 6000
+    epochs: int = 8
+    batch: int = 16
+    lr: float = 2e-3
+    weight_decay: float = 1e-4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """PCK@0.05 of the picture's height on held-out walkers: of all true joints, and of those in plain sight."""
+
+    all: float
+    seen: float
+    median_pixels: float
+
+
+def train(out: Path, settings: TrainingSettings, device: str = "cpu", processes: int = 1) -> dict[int, Accuracy]:
+    """Train the network and write its pose weights file.
+
+    Args:
+        processes: how many render.
+
+    Returns:
+        The accuracy on held-out walkers, by the height that they were rendered at.
+    """
+    if device == "cpu":
+        torch.set_num_threads(1)  # the fields are small: with more threads they wait longer than they work
+    torch.manual_seed(settings.seed)
+    network = pifpaf.build_network(pifpaf.WALKERS)
+    with tempfile.TemporaryDirectory(prefix="keyreid-pose-") as folder:
+        examples = _render(Path(folder), settings.pictures, settings.seed, processes)
+        pictures, targets = _encode(examples, pifpaf.Encoder(network), np.random.default_rng(settings.seed))
+    average = _optimise(network, pictures, targets, settings, device)
+    pifpaf.save_weights(average, out)
+    return {height: judge(out, height, processes=processes) for height in (HEIGHT, HEIGHT // 2)}
+
+
+def judge(weights: Path, height: int, pictures: int = 400, processes: int = 1) -> Accuracy:
+    """Find held-out walkers with the real decoder and compare with the truth."""
+    network, _ = pifpaf.load_network(str(weights))
+    decoder = pifpaf.PoseDecoder(network)
+    found, true = [], []
+    with tempfile.TemporaryDirectory(prefix="keyreid-pose-") as folder:
+        examples = _held_out(Path(folder), height, pictures, processes)
+        for picture, keypoints in track(examples, pictures, f"held-out walkers of {height} pixels", "pictures"):
+            fitted = fit(picture, HEIGHT)
+            people = [(fitted.to_picture(p.keypoints), p.score) for p in decoder.pictures(fitted.pixels[None])[0]]
+            chosen = choose(people, fitted.size, "score")
+            found.append(np.zeros((17, 3)) if chosen is None else people[chosen][0])
+            true.append(keypoints)
+    distance, truth = errors(np.stack(found), np.stack(true)), np.stack(true)
+    heights = np.full(len(truth), height)
+    in_sight = np.where(truth[..., 2] == 1, distance, np.nan)
+    return Accuracy(pck(distance, heights), pck(in_sight, heights), float(np.nanmedian(distance)))
+
+
+def _render(folder: Path, count: int, seed: int, processes: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pictures [H, W, 3] and true keypoints [17, 3], `count` of them at most."""
+    people = max(2, round(count / CITIES / PICTURES_A_PERSON) + 1)
+    cities = [folder / str(city) for city in range(CITIES)]
+    for city, root in enumerate(cities):
+        walkers.render(root, people, 9, 100 * seed + city, processes=processes, quiet=True, **ONE_FRAME_EACH)
+    every = [example for root in cities for example in _read(root)]
+    order = np.random.default_rng(seed).permutation(len(every))[:count]
+    return iter([every[i] for i in order])
+
+
+def _held_out(folder: Path, height: int, count: int, processes: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    people = round(count / PICTURES_A_PERSON) + 2
+    size = {"height": height, "width": height // 2}
+    walkers.render(folder, people, 9, HELD_OUT_SEED, processes=processes, quiet=True, **size, **ONE_FRAME_EACH)
+    examples = list(_read(folder))
+    order = np.random.default_rng(0).permutation(len(examples))[:count]
+    return iter([examples[i] for i in order])
+
+
+def _read(root: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for path in sorted(root.glob("bbox_*/*/*.jpg")):
+        truth = keypoint_files.load(keypoint_files.path_of(root / "keypoints", path.name.split("F")[0]))
+        keypoints = truth.keypoints[truth.frame_names.index(path.name)]
+        if (keypoints[:, 2] > 0).sum() >= 4:
+            yield decode(path.read_bytes()), keypoints
+
+
+def _encode(
+    examples: Iterator[tuple[np.ndarray, np.ndarray]], encoder: pifpaf.Encoder, rng: np.random.Generator
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Pictures uint8 [N, 3, 257, 129] and their fields, float16 [N, fields, values, h, w] for each head."""
+    examples = list(examples)
+    pictures, fields = [], ([], [])
+    for picture, keypoints in track(examples, len(examples), "encoding", "pictures"):
+        picture, keypoints = _move(picture, keypoints, rng)
+        fitted = fit(picture, HEIGHT)
+        pictures.append(torch.from_numpy(fitted.pixels).permute(2, 0, 1))
+        inside = keypoints * [*fitted.scale, 1] + [*fitted.offset, 0]
+        height, width = fitted.pixels.shape[:2]
+        for kept, field in zip(fields, encoder(inside.astype(np.float32), width, height), strict=True):
+            kept.append(field.half())
+    return torch.stack(pictures), [torch.stack(kept) for kept in fields]
+
+
+def _move(picture: np.ndarray, keypoints: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Move and zoom a picture a little, and take detail from some, as small crops that were enlarged have lost it."""
+    height, width = picture.shape[:2]
+    zoom = np.exp(rng.uniform(-0.25, 0.12))
+    shift = rng.uniform(-0.06, 0.06, 2) * (width, height) + (1 - zoom) / 2 * np.array([width - 1, height - 1])
+    matrix = np.array([[zoom, 0, shift[0]], [0, zoom, shift[1]]])
+    border = PADDING_COLOUR if rng.random() < 0.5 else tuple(rng.integers(0, 256, 3).tolist())
+    picture = cv2.warpAffine(picture, matrix, (width, height), borderMode=cv2.BORDER_CONSTANT, borderValue=border)
+    if rng.random() < 0.5:
+        detail = rng.uniform(0.35, 0.9)
+        small = cv2.resize(picture, None, fx=detail, fy=detail, interpolation=cv2.INTER_AREA)
+        picture = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
+    moved = keypoints * [zoom, zoom, 1] + [*shift, 0]
+    outside = (moved[:, :2] < 0).any(1) | (moved[:, :2] >= (width, height)).any(1)
+    moved[outside, 2] = 0
+    return picture, moved
+
+
+def _optimise(
+    network: torch.nn.Module,
+    pictures: torch.Tensor,
+    targets: list[torch.Tensor],
+    settings: TrainingSettings,
+    device: str,
+) -> torch.nn.Module:
+    network = network.to(device, memory_format=torch.channels_last).train()
+    loss_of = pifpaf.loss(network)
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.995), use_buffers=True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    steps = len(pictures) // settings.batch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.lr, epochs=settings.epochs, steps_per_epoch=steps, pct_start=0.15
+    )
+    for epoch in range(settings.epochs):
+        order, total = torch.randperm(len(pictures)), 0.0
+        for step in track(range(steps), steps, f"epoch {epoch + 1} of {settings.epochs}", "batches"):
+            rows = order[step * settings.batch : (step + 1) * settings.batch]
+            batch = _develop(pictures[rows].to(device))
+            with torch.autocast(torch.device(device).type, torch.bfloat16):
+                heads = network(batch.contiguous(memory_format=torch.channels_last))
+            loss = loss_of([head.float() for head in heads], [target[rows].float().to(device) for target in targets])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 100.0)
+            optimizer.step()
+            schedule.step()
+            average.update_parameters(network)
+            total += loss.item()
+        print(f"epoch {epoch + 1}: loss {total / steps:.1f}", flush=True)
+    return average.module.cpu().eval()
+
+
+def _develop(pictures: torch.Tensor) -> torch.Tensor:
+    """Other light, colour and grain for each picture, then normalised as the decoder's pictures are."""
+    shape = (len(pictures), 3, 1, 1)
+    gain = torch.exp(torch.randn(len(pictures), 1, 1, 1) * 0.2 + torch.randn(shape) * 0.1).to(pictures.device)
+    offset = (torch.randn(shape) * 12).to(pictures.device)
+    grain = torch.randn(pictures.shape, device=pictures.device) * (torch.rand(len(pictures), 1, 1, 1) * 10).to(
+        pictures.device
+    )
+    return pifpaf.normalise((pictures * gain + offset + grain).clamp(0, 255))
