@@ -10,11 +10,11 @@ import numpy as np
 # Colour gain (blue, green, red), saturation, hue turn in degrees, gamma, contrast, offset: one line a kind of camera.
 LOOKS = (
     ((1.00, 1.00, 1.00), 1.05, 0, 1.00, 1.00, 0.00),  # fair daylight
-    ((0.52, 0.84, 1.28), 0.85, 8, 0.95, 0.95, 0.02),  # sodium lamps
-    ((1.38, 1.02, 0.62), 0.75, -10, 1.25, 0.85, 0.02),  # blue dusk
-    ((0.95, 1.00, 1.02), 0.38, 0, 0.75, 0.55, 0.26),  # haze
-    ((0.78, 1.28, 0.80), 0.90, 14, 1.15, 1.15, -0.05),  # old tubes, greenish
-    ((1.18, 0.74, 1.16), 1.25, -16, 1.45, 1.30, -0.04),  # bad white balance, deep shadows
+    ((0.74, 0.93, 1.12), 0.95, 3, 0.97, 0.98, 0.01),  # sodium lamps
+    ((1.18, 1.00, 0.80), 0.90, -4, 1.10, 0.92, 0.01),  # blue dusk
+    ((0.98, 1.00, 1.01), 0.70, 0, 0.88, 0.75, 0.13),  # haze
+    ((0.90, 1.12, 0.90), 0.95, 5, 1.07, 1.07, -0.02),  # old tubes, greenish
+    ((1.08, 0.87, 1.08), 1.10, -6, 1.20, 1.13, -0.02),  # bad white balance, deep shadows
 )
 
 
@@ -60,9 +60,9 @@ def camera(number: int, rng: np.random.Generator, height: int, width: int) -> Ca
         pitch=rng.uniform(0.05, 0.4),
         colour=colour_map(gain, saturation, turn + rng.normal(0, 40 * extra), contrast, offset),
         gamma=gamma * np.exp(rng.normal(0, extra)),
-        blur=rng.uniform(0.3, 1.4),
-        detail=rng.uniform(0.45, 1.0),
-        noise=rng.uniform(2, 7),
+        blur=rng.uniform(0.3, 1.1),
+        detail=rng.uniform(0.6, 1.0),
+        noise=rng.uniform(1.5, 5),
         quality=int(rng.integers(55, 92)),
         tight=rng.uniform(0.84, 0.94),
         light=_light(rng),

@@ -54,10 +54,10 @@ def render_tracklet(
     yaw = camera.yaw + rng.choice([0.0, np.pi]) + rng.normal(0, 0.22)
     figure = _enter(person or dress(rng), camera, yaw, frames, rng, height, width, junk)
     company = None
-    if rng.random() < 0.16:  # someone else in the picture
+    if rng.random() < 0.1:  # someone else in the picture
         company = _enter(dress(rng), camera, yaw + rng.choice([0.0, np.pi]), frames, rng, height, width, junk=True)
     company_in_front = rng.random() < 0.3
-    obstacle = scene.occluder(rng, height, width, frames) if rng.random() < 0.22 else None
+    obstacle = scene.occluder(rng, height, width, frames) if rng.random() < 0.15 else None
     backdrop = _backdrop(camera.street, frames, rng, height, width)
     develop = _developer(camera, rng, height, width)
     pictures, keypoints = [], np.zeros((frames, body.KEYPOINTS, 3), np.float32)
@@ -102,7 +102,7 @@ def _enter(person: Person, camera, yaw: float, frames: int, rng, height: int, wi
     if junk:
         shift += rng.choice([-1, 1], 2) * rng.uniform((0.3, 0.0), (0.55, 0.35))
     crops = np.zeros((frames, 2, 3))
-    crops[:, 0, 0] = np.exp(rng.normal(0.08, 0.07))  # boxes are squeezed to the picture's shape
+    crops[:, 0, 0] = np.exp(rng.normal(0.3, 0.06))  # boxes are squeezed to the picture's shape
     crops[:, 1, 1] = 1 + rng.normal(0, 0.006, frames)
     crops[:, 0, 2] = width * (0.5 + shift[0] + wander[:, 0])
     crops[:, 1, 2] = height * (0.5 + shift[1] + 0.5 * wander[:, 1]) - 0.5 * (top + bottom) * scale
@@ -165,13 +165,13 @@ def _true_keypoints(figure: _Figure, t: int, owner: np.ndarray) -> np.ndarray:
 
 def _developer(camera: scene.Camera, rng: np.random.Generator, height: int, width: int):
     """The camera's sensor and encoder under this tracklet's light: drawn picture -> JPEG bytes."""
-    gain = np.exp(rng.normal(0, 0.1) + rng.normal(0, 0.05, 3))
+    gain = np.exp(rng.normal(0, 0.07) + rng.normal(0, 0.03, 3))
     matrix = (camera.colour * gain[:, None] * [1, 1, 1, 255]).astype(np.float32)
-    gamma = camera.gamma * np.exp(rng.normal(0, 0.1))
+    gamma = camera.gamma * np.exp(rng.normal(0, 0.07))
     curve = (255 * (np.arange(256) / 255) ** gamma + 0.5).astype(np.uint8)
-    across, down = rng.normal(0, 0.14, 2)
+    across, down = rng.normal(0, 0.1, 2)
     light = 1 + across * np.linspace(-1, 1, width)[None] + down * np.linspace(-1, 1, height)[:, None]
-    if rng.random() < 0.25:  # the edge of a shadow falls over the picture
+    if rng.random() < 0.15:  # the edge of a shadow falls over the picture
         slope, place, soft = rng.normal(0, 0.4), rng.uniform(0.2, 0.8), rng.uniform(0.02, 0.2)
         line = np.linspace(0, 1, height)[:, None] + slope * np.linspace(-0.5, 0.5, width)[None] - place
         light = light * (1 - rng.uniform(0.2, 0.5) / (1 + np.exp(-line / soft)))

@@ -1,0 +1,147 @@
+"""MARS (Zheng et al., ECCV 2016): 1261 people, 6 cameras, tracklets of 2 to 920 frames.
+
+`ROOT/bbox_train`, `ROOT/bbox_test` and `ROOT/info`, as the authors publish them (`info` is their evaluation
+repository's folder); `keyreid walkers` writes the same layout. The index says which consecutive lines of the name files
+form a tracklet; a name's folder is what stands before its camera: `0001C1T0001F001.jpg` lies in `0001`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+
+from keyreid.datasets.tracklet import JUNK_IDENTITY, Dataset, Frame, Split, Tracklet
+from keyreid.errors import DataError
+
+NAME = re.compile(r"(?P<key>(?P<folder>[0-9-]+)C(?P<camera>\d)T\d+)F\d+\.(?:jpg|png)")
+
+
+@dataclass(frozen=True)
+class MarsIndex:
+    """What `info/` says, checked.
+
+    Attributes:
+        train_names, test_names: picture names.
+        train_rows, test_rows: int64 [K, 4]: first and last line (from 1, inclusive), identity, camera.
+        queries: int64 [Q], positions in `test_rows`, from 0.
+    """
+
+    train_names: list[str]
+    test_names: list[str]
+    train_rows: np.ndarray
+    test_rows: np.ndarray
+    queries: np.ndarray
+
+
+def open_mars(root: Path) -> Dataset:
+    """Read the index and name every picture; pictures are not looked for one by one (there are 1.2 million).
+
+    Raises:
+        DataError: a folder or file is missing, or the index does not fit its names.
+    """
+    for folder in ("bbox_train", "bbox_test", "info"):
+        if not (root / folder).is_dir():
+            raise DataError(f"{root / folder}: no such folder; MARS has bbox_train, bbox_test and info")
+    index = read_index(root / "info")
+    queries = set(index.queries.tolist())
+    train = _tracklets(root / "bbox_train", index.train_names, index.train_rows, lambda row, identity: "train")
+    test = _tracklets(
+        root / "bbox_test", index.test_names, index.test_rows, lambda row, identity: _split(row, identity, queries)
+    )
+    return Dataset("mars", (*train, *test))
+
+
+def read_index(info: Path) -> MarsIndex:
+    """Read `info/` alone; the name files may be gzipped (`.txt.gz`).
+
+    Raises:
+        DataError: a file is missing or damaged; a row of the index is beyond its names, or disagrees with them.
+    """
+    train_names, train_file = _read_names(info, "train_name.txt")
+    test_names, test_file = _read_names(info, "test_name.txt")
+    train_rows = _read_rows(info / "tracks_train_info.mat", "track_train_info", train_names, train_file)
+    test_rows = _read_rows(info / "tracks_test_info.mat", "track_test_info", test_names, test_file)
+    path = info / "query_IDX.mat"
+    queries = _read_mat(path, "query_IDX").reshape(-1).astype(np.int64)
+    wrong = np.flatnonzero((queries < 1) | (queries > len(test_rows)))
+    if len(wrong):
+        raise DataError(
+            f"{path}: query {wrong[0] + 1} is row {queries[wrong[0]]}, but there are {len(test_rows)} test tracklets"
+        )
+    return MarsIndex(train_names, test_names, train_rows, test_rows, queries - 1)
+
+
+def _read_names(info: Path, name: str) -> tuple[list[str], Path]:
+    for path in (info / name, info / f"{name}.gz"):
+        if path.is_file():
+            try:
+                content = path.read_bytes()
+                text = gzip.decompress(content) if path.suffix == ".gz" else content
+                return text.decode("ascii").split(), path  # split: lines end in CRLF
+            except (OSError, EOFError, UnicodeDecodeError) as error:
+                raise DataError(f"{path}: cannot be read: {error}") from None
+    raise DataError(f"{info / name}: no such file (nor {name}.gz)")
+
+
+def _read_mat(path: Path, variable: str) -> np.ndarray:
+    try:
+        return scipy.io.loadmat(path)[variable]
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except KeyError:
+        raise DataError(f"{path}: has no variable {variable}") from None
+    except Exception as error:  # SciPy raises many kinds for a damaged file
+        raise DataError(f"{path}: not a MATLAB 5 file: {error}") from None
+
+
+def _read_rows(path: Path, variable: str, names: list[str], names_file: Path) -> np.ndarray:
+    rows = _read_mat(path, variable).astype(np.int64)
+    if rows.ndim != 2 or rows.shape[1] != 4:
+        raise DataError(f"{path}: {variable} is {rows.shape}, expected rows of start, end, identity, camera")
+    wrong = np.flatnonzero((rows[:, 0] < 1) | (rows[:, 1] < rows[:, 0]) | (rows[:, 1] > len(names)))
+    if len(wrong):
+        start, end = rows[wrong[0], :2]
+        raise DataError(
+            f"{path}: row {wrong[0] + 1} is lines {start} to {end} of {names_file}, which has {len(names)}; "
+            "one of the two files is cut short or from another release"
+        )
+    return rows
+
+
+def _split(row: int, identity: int, queries: set[int]) -> Split:
+    if identity == JUNK_IDENTITY:
+        return "junk"
+    return "query" if row in queries else "gallery"
+
+
+def _tracklets(folder: Path, names: list[str], rows: np.ndarray, split_of) -> list[Tracklet]:
+    tracklets = []
+    for row, (start, end, identity, camera) in enumerate(rows.tolist()):
+        own = names[start - 1 : end]
+        match = NAME.fullmatch(own[0])
+        if match is None:
+            raise DataError(f"{folder}: {own[0]!r} is not a MARS picture name such as 0001C1T0001F001.jpg")
+        key = match["key"]
+        strays = [name for name in own if not name.startswith(key)]
+        if strays or int(match["camera"]) != camera or _identity(match["folder"]) != identity:
+            raise DataError(
+                f"{folder}: row {row + 1} of the index says identity {identity}, camera {camera}, "
+                f"but its pictures are {own[0]} .. {(strays or own)[-1]}"
+            )
+        place = folder / match["folder"]
+        frames = tuple(Frame(place / name) for name in own)
+        tracklets.append(Tracklet(key, identity, camera, split_of(row, identity), frames))
+    places = {tracklet.frames[0].path.parent for tracklet in tracklets}
+    missing = sorted(str(place) for place in places if not place.is_dir())
+    if missing:
+        raise DataError(f"{missing[0]}: no such folder, named by the index ({len(missing)} are missing)")
+    return tracklets
+
+
+def _identity(folder: str) -> int:
+    return JUNK_IDENTITY if folder == "00-1" else int(folder)
