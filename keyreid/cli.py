@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from keyreid.commands import walkers
+from keyreid.commands import checkpoints, config, evaluate, export, pose, shard, submit, train, walkers
 from keyreid.errors import KeyreidError
 
 app = typer.Typer(
@@ -17,6 +17,19 @@ app = typer.Typer(
 )
 
 app.command("walkers")(walkers.walkers)
+app.command("pose")(pose.pose)
+app.command("pose-report")(pose.pose_report)
+app.command("pose-import")(pose.pose_import)
+app.command("pose-export")(pose.pose_export)
+app.command("pose-convert")(pose.pose_convert)
+app.command("pose-train")(pose.pose_train)
+app.command("shard")(shard.shard)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.add_typer(export.app, name="export")
+app.command("checkpoints")(checkpoints.checkpoints)
+app.command("config")(config.config)
+app.command("submit")(submit.submit)
 
 
 def main() -> None:

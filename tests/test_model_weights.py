@@ -85,9 +85,7 @@ def test_hugging_face_layout(tmp_path):
     torch.save(state, tmp_path / "timm.pth")
     ours, theirs = build(tmp_path / "timm.pth").state_dict(), build(tmp_path / "hf.safetensors").state_dict()
     for name in ours:
-        if name.startswith(
-            ("backbone.blocks", "backbone.pos", "backbone.patch", "global_branch.block")
-        ):
+        if name.startswith(("backbone.blocks", "backbone.pos", "backbone.patch", "global_branch.block")):
             assert torch.equal(ours[name], theirs[name]), name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
+from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -86,6 +87,7 @@ class KeyReID(nn.Module):
         self.checkpoint_activations = False
         self.backbone = Backbone(vit, num_cameras, camera_embedding)
         self.global_branch = GlobalBranch(vit.blocks[-1], vit.norm, self.width)
+        mlp = getattr(vit.blocks[-1], "mlp", None)
         self.local_branch = LocalBranch(
             frames=frames,
             width=self.width,
@@ -96,6 +98,7 @@ class KeyReID(nn.Module):
             epsilon=guidance_epsilon,
             tcss=tcss or TcssConfig(),
             drop_path=drop_path,
+            activation=type(mlp.act) if type(mlp) is Mlp else nn.GELU,
         )
         self.global_neck = Neck(1, self.width)
         self.part_necks = Neck(parts, self.part_width)

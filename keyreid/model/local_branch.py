@@ -34,6 +34,7 @@ class LocalBranch(nn.Module):
         epsilon: see `aligned`.
         tcss: shift and shuffle.
         drop_path: stochastic depth of the block.
+        activation: of the block's MLP.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class LocalBranch(nn.Module):
         epsilon: float,
         tcss: TcssConfig,
         drop_path: float,
+        activation: type[nn.Module] = nn.GELU,
     ):
         super().__init__()
         local_width = frames * width
@@ -56,7 +58,7 @@ class LocalBranch(nn.Module):
         self.frames = frames
         self.mode = mode
         self.epsilon = epsilon
-        mlp = Mlp(local_width, 4 * local_width)
+        mlp = Mlp(local_width, 4 * local_width, act_layer=activation)
         for layer in (mlp.fc1, mlp.fc2):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
@@ -138,7 +140,6 @@ class LocalBranch(nn.Module):
             layer.weight.copy_(each_frame((model.weight.T * factor).T))
             layer.bias.copy_((model.bias * factor).repeat(frames))
         own.attention.proj.weight.copy_(to_heads(own.attention.proj.weight.T).T)
-        own.mlp.act = source.mlp.act
         own.attention.norm_weight.copy_(theirs.norm_weight.repeat(frames))
         own.attention.norm_bias.copy_(theirs.norm_bias.repeat(frames))
         for norm, model in ((own.norm2, source.norm2), (self.norm, last.norm)):

@@ -172,16 +172,15 @@ def to_released(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for name in _PART_NECK:
             released[f"bottleneck_{part}.{name}"] = state[f"part_necks.{name}"].chunk(parts)[part - 1]
         released[f"bottleneck_{part}.num_batches_tracked"] = state["part_necks.num_batches_tracked"]
+    # Tensors of their own (slices would drag the whole along into the file), then those that share one.
+    released = {name: tensor.detach().cpu().clone() for name, tensor in released.items()}
     for name in _BLOCK:
         released[f"b2.0.{name}"] = released[f"block1.{name}"]
         released[f"base.blocks.{depth - 1}.{name}"] = released[f"b1.0.{name}"]
-    width = len(released["b1.1.weight"])
     released["base.norm.weight"], released["base.norm.bias"] = released["b1.1.weight"], released["b1.1.bias"]
-    released["base.fc.weight"], released["base.fc.bias"] = (
-        torch.zeros(IMAGENET_CLASSES, width),
-        torch.zeros(IMAGENET_CLASSES),
-    )
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in released.items()}
+    released["base.fc.weight"] = torch.zeros(IMAGENET_CLASSES, len(released["b1.1.weight"]))
+    released["base.fc.bias"] = torch.zeros(IMAGENET_CLASSES)
+    return released
 
 
 def _backbone_blocks(depth: int) -> dict[str, str]:
