@@ -10,11 +10,11 @@ import numpy as np
 # Colour gain (blue, green, red), saturation, hue turn in degrees, gamma, contrast, offset: one line a kind of camera.
 LOOKS = (
     ((1.00, 1.00, 1.00), 1.05, 0, 1.00, 1.00, 0.00),  # fair daylight
-    ((0.74, 0.93, 1.12), 0.95, 3, 0.97, 0.98, 0.01),  # sodium lamps
-    ((1.18, 1.00, 0.80), 0.90, -4, 1.10, 0.92, 0.01),  # blue dusk
-    ((0.98, 1.00, 1.01), 0.70, 0, 0.88, 0.75, 0.13),  # haze
-    ((0.90, 1.12, 0.90), 0.95, 5, 1.07, 1.07, -0.02),  # old tubes, greenish
-    ((1.08, 0.87, 1.08), 1.10, -6, 1.20, 1.13, -0.02),  # bad white balance, deep shadows
+    ((0.86, 0.97, 1.06), 1.00, 1, 0.98, 0.99, 0.00),  # sodium lamps
+    ((1.10, 1.00, 0.90), 0.95, -2, 1.05, 0.96, 0.00),  # blue dusk
+    ((0.99, 1.00, 1.01), 0.82, 0, 0.94, 0.86, 0.07),  # haze
+    ((0.95, 1.06, 0.95), 0.97, 2, 1.04, 1.04, -0.01),  # old tubes, greenish
+    ((1.04, 0.94, 1.04), 1.05, -3, 1.10, 1.06, -0.01),  # bad white balance, deep shadows
 )
 
 
@@ -117,7 +117,7 @@ def _build(wall: np.ndarray, rng: np.random.Generator, width: int, base: np.ndar
     while at < columns:  # one house after the other
         wide = int(width * rng.uniform(0.7, 2.5))
         house = wall[:, at : at + wide]
-        house[:] = np.clip(base + rng.normal(0, 0.1) + rng.normal(0, 0.05, 3), 0.1, 0.95)
+        house[:] = np.clip(base + rng.normal(0, 0.08) + rng.normal(0, 0.05, 3), 0.1, 0.95)
         kind = rng.integers(5)
         if kind == 0:  # bricks or slats
             pitch = max(int(width * rng.uniform(0.05, 0.12)), 2)
@@ -125,12 +125,12 @@ def _build(wall: np.ndarray, rng: np.random.Generator, width: int, base: np.ndar
             if rng.random() < 0.5:
                 house[:, :: 2 * pitch] *= 0.8
         elif kind in (1, 2):  # windows
-            glass = rng.uniform(0.08, 0.9, 3) * rng.uniform(0.4, 1.0)
+            glass = 0.5 * base + 0.5 * rng.uniform(0.08, 0.9, 3)
             w, h = int(width * rng.uniform(0.2, 0.5)), int(rows * rng.uniform(0.2, 0.5))
             for x in range(int(0.1 * width), wide, int(1.6 * w) + 1):
                 for y in range(int(0.08 * rows), rows, int(1.5 * h) + 1):
                     cv2.rectangle(house, (x, y), (x + w, y + h), tuple(map(float, glass)), -1)
-                    cv2.rectangle(house, (x, y), (x + w, y + h), tuple(map(float, base * 0.6)), max(width // 64, 1))
+                    cv2.rectangle(house, (x, y), (x + w, y + h), tuple(map(float, base * 0.75)), max(width // 64, 1))
         elif kind == 3:  # a tree or a hedge
             leaf = np.array([0.15, 0.4, 0.2]) + rng.normal(0, 0.08, 3)
             for _ in range(60):
@@ -140,7 +140,7 @@ def _build(wall: np.ndarray, rng: np.random.Generator, width: int, base: np.ndar
         at += wide
     for _ in range(rng.integers(3, 9)):
         x, w = int(rng.uniform(0, columns)), max(int(width * rng.uniform(0.02, 0.12)), 1)
-        wall[:, x : x + w] = np.clip(rng.uniform(0.1, 0.8) + rng.normal(0, 0.08, 3), 0, 1)
+        wall[:, x : x + w] = np.clip(base * rng.uniform(0.5, 1.4) + rng.normal(0, 0.05, 3), 0, 1)
 
 
 def _pave(ground: np.ndarray, rng: np.random.Generator, width: int, base: np.ndarray) -> None:
