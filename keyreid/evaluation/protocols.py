@@ -249,8 +249,8 @@ def _comparable(block: np.ndarray, columns: np.ndarray | None, first_row: int) -
     """The rows in a type that sorts fast, without loss; refuses NaN, which has no place in an order."""
     if columns is not None:
         block = block[:, columns]
-    if block.dtype.kind == "f" and block.dtype.itemsize < 4:
-        block = block.astype(np.float32)
+    if block.dtype.itemsize < 4:
+        block = block.astype(np.float32)  # every float16, int16 and bool is one
     if block.dtype.kind == "f" and np.isnan(block).any():
         row, column = np.argwhere(np.isnan(block))[0]
         column = column if columns is None else columns[column]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,13 +12,13 @@ import torch.distributed as dist
 from keyreid.config import Config
 from keyreid.errors import DataError, KeyreidError
 from keyreid.evaluation.features import extract
+from keyreid.evaluation.report import combine, write_json
 from keyreid.evaluation.scoring import Ranking, rank_gallery
 from keyreid.evaluation.vectors import Vectors
 from keyreid.model import KeyReID
 from keyreid.shards.index import ShardSet
 
 Part = Literal["test", "holdout"]
-RATES = ("mAP", "mINP", "rank1", "rank5", "rank10", "rank20")
 
 
 def evaluate(
@@ -44,8 +43,8 @@ def evaluate(
         vectors: embedded earlier; then nothing is embedded and the model may be None.
 
     Returns:
-        `dataset`, `split_number`, `part`, `distance`, `rerank`; `protocols`: {name: scores as in Scores.as_dict};
-        `metrics`: the same flat, {"torchreid/mAP": ...}; `pictures` and `vectors`: paths.
+        `report.combine`'s object with `split_number`, `part`, `distance` and `rerank`; beside it `pictures` and
+        `vectors`, the paths of what was written.
 
     Raises:
         DataError: the split has no queries, or no query has a match.
@@ -103,16 +102,15 @@ def _judge_and_draw(
     rankings = rank_gallery(query_vectors, gallery_vectors, config.evaluation, protocols, device)
     junk = len(shards.select("junk", config.data.split_number)) if part == "test" else 0
     scores = {name: {**ranking.scores.as_dict(), "junk": junk} for name, ranking in rankings.items()}
-    result = {
-        "dataset": vectors.dataset,
-        "split_number": config.data.split_number,
-        "part": part,
-        "distance": config.evaluation.distance,
-        "rerank": config.evaluation.rerank,
-        "protocols": scores,
-        "metrics": {f"{name}/{rate}": values[rate] for name, values in scores.items() for rate in RATES},
-    }
-    (out_dir / "scores.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = combine(
+        scores,
+        vectors.dataset,
+        split_number=config.data.split_number,
+        part=part,
+        distance=config.evaluation.distance,
+        rerank=config.evaluation.rerank,
+    )
+    write_json(result, out_dir / "scores.json")
     pictures = draw(rankings, shards, config, out_dir)
     return {**result, "pictures": [str(path) for path in pictures], "vectors": str(out_dir / "vectors.npz")}
 

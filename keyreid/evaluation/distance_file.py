@@ -1,0 +1,108 @@
+"""Any distance matrix, from an `.npz` file: read, checked, judged."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keyreid.errors import DataError
+from keyreid.evaluation.protocols import JUNK_IDENTITY, Side, judge, protocol_named
+from keyreid.evaluation.report import combine
+
+ARRAYS = ("distance", "query_ids", "gallery_ids", "query_cameras", "gallery_cameras")
+FRAME_ARRAYS = ("query_frames", "gallery_frames")  # only `released` needs them
+
+
+def judge_file(path: Path, protocols: Sequence[str]) -> dict[str, Any]:
+    """Judge the matrix in a file by each protocol; gives `report.combine`'s object.
+
+    The gallery is taken as the file has it: for `official` and `inclusive` it should hold the queries.
+
+    Args:
+        path: an `.npz` with `distance` [Q, G], `query_ids` and `query_cameras` [Q], `gallery_ids` and
+            `gallery_cameras` [G]; for `released` also `query_frames` [Q] and `gallery_frames` [G], frames a tracklet.
+
+    Raises:
+        DataError: the file or one of its arrays cannot be used, or no query has a match.
+        ConfigError: a protocol is unknown.
+    """
+    rules = [protocol_named(name) for name in protocols]  # all of them, so that any unknown one is refused
+    frames_needed = any(rule.cameras_by_frame for rule in rules)
+    arrays = _read(path, (*ARRAYS, *FRAME_ARRAYS) if frames_needed else ARRAYS)
+    distance = _checked_distance(path, arrays["distance"])
+    sides = []
+    for side, axis in (("query", 0), ("gallery", 1)):
+        columns = {}
+        for name in ("ids", "cameras", "frames"):
+            if f"{side}_{name}" in arrays:
+                columns[name] = _checked_column(path, f"{side}_{name}", arrays, axis)
+        if "frames" in columns and columns["frames"].min() < 1:
+            raise DataError(f"{path}: {side}_frames holds {columns['frames'].min()}; a tracklet has at least one frame")
+        sides.append(Side(columns["ids"], columns["cameras"], columns.get("frames")))
+    try:
+        scores = {name: judge(distance, *sides, name).as_dict() for name in protocols}
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    return combine(scores, path.stem)
+
+
+def junk_note(result: dict[str, Any]) -> str:
+    """What to say when a protocol that knows no junk met identity -1; empty otherwise."""
+    unaware = [name for name in result["protocols"] if not protocol_named(name).junk_left_out]
+    if not unaware or not result["junk"]:
+        return ""
+    return (
+        f"note: {result['junk']} gallery entries have identity {JUNK_IDENTITY}, which {', '.join(unaware)} counts as "
+        "wrong answers; leave them out of the file, as MARS's readers do"
+    )
+
+
+def _read(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The named arrays; nothing is unpickled."""
+    try:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise DataError(f"{path}: a single array; an .npz file with {', '.join(names)} is needed")
+        with file:
+            missing = [name for name in names if name not in file.files]
+            if missing:
+                there = ", ".join(file.files) or "nothing"
+                raise DataError(f"{path}: lacks {', '.join(missing)}; it has {there}")
+            arrays = {name: file[name] for name in names}
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: not an .npz file of plain arrays: {error}") from None
+    unusable = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+    if unusable:
+        raise DataError(f"{path}: {unusable[0]} is not an array")
+    return arrays
+
+
+def _checked_distance(path: Path, distance: np.ndarray) -> np.ndarray:
+    if distance.ndim != 2:
+        raise DataError(f"{path}: distance {distance.shape} is not a matrix [queries, gallery]")
+    if distance.dtype.kind not in "fiub":
+        raise DataError(f"{path}: distance is {distance.dtype}, not real numbers")
+    if not distance.size:
+        raise DataError(f"{path}: distance {distance.shape} is empty: there is nothing to judge")
+    return distance
+
+
+def _checked_column(path: Path, name: str, arrays: dict[str, np.ndarray], axis: int) -> np.ndarray:
+    """int64 [Q] or [G]; whole numbers stored as floats, as MATLAB does, are taken."""
+    distance, column = arrays["distance"], arrays[name]
+    if column.shape != (distance.shape[axis],):
+        raise DataError(
+            f"{path}: distance {distance.shape} and {name} {column.shape} do not fit each other: "
+            f"{name} must be ({distance.shape[axis]},)"
+        )
+    whole = column.dtype.kind in "iu" or (column.dtype.kind == "f" and np.array_equal(column, np.trunc(column)))
+    if not whole or (column.dtype.kind == "f" and not np.isfinite(column).all()):
+        raise DataError(f"{path}: {name} is {column.dtype}; whole numbers are needed")
+    return column.astype(np.int64)

@@ -1,0 +1,80 @@
+"""Scores as people and programs read them: a table and a JSON object, protocol and data set beside each number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from keyreid.errors import KeyreidError
+from keyreid.evaluation.protocols import CMC_RANKS, PROTOCOLS
+
+RATES = ("mAP", "mINP", *(f"rank{rank}" for rank in CMC_RANKS))
+COUNTS = ("queries", "valid_queries", "gallery", "junk", "distractors")
+
+
+def combine(scores: Mapping[str, Mapping[str, Any]], dataset: str, **about: Any) -> dict[str, Any]:
+    """One object of an evaluation: the first protocol's scores, what was evaluated, and all protocols by name.
+
+    Args:
+        scores: `Scores.as_dict` by protocol.
+        about: further facts (split, distance, ...).
+
+    Returns:
+        `protocol`, RATES (fractions) and COUNTS of the first protocol, `dataset`, `about`; `protocols`: the same
+        numbers of each; `metrics`: all rates flat as {"torchreid/mAP": ...}; `summary`: one line.
+    """
+    first = next(iter(scores.values()))
+    summary = f"{dataset}, protocol {first['protocol']}: " + ", ".join(
+        f"{name} {first[name]:.1%}" for name in ("mAP", "rank1", "rank5", "rank10")
+    )
+    return {
+        **first,
+        "dataset": dataset,
+        **about,
+        "protocols": {name: dict(values) for name, values in scores.items()},
+        "metrics": {f"{name}/{rate}": values[rate] for name, values in scores.items() for rate in RATES},
+        "summary": f"{summary} ({first['valid_queries']} valid queries of {first['queries']})",
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """A table with a line for each protocol, and under it what a reader must know about them."""
+    head = ("data set", "protocol", "mAP", "mINP", *(f"rank-{rank}" for rank in CMC_RANKS))
+    rows = [(*head, "queries", "valid", "gallery", "junk", "distractors")]
+    for name, scores in result["protocols"].items():
+        rates = (_percent(scores[rate], scores.get(f"{rate}_deviation")) for rate in RATES)
+        rows.append((str(result["dataset"]), name, *rates, *(str(scores[count]) for count in COUNTS)))
+    notes = [f"{name}: {PROTOCOLS[name].summary}" for name in result["protocols"]]
+    return "\n".join([*_aligned(rows), *notes])
+
+
+def write_json(result: Mapping[str, Any], path: Path) -> None:
+    """Write `combine`'s object.
+
+    Raises:
+        KeyreidError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        raise KeyreidError(f"{path}: {error.strerror}") from None
+
+
+def _percent(value: float, deviation: float | None) -> str:
+    return f"{100 * value:.2f} %" if deviation is None else f"{100 * value:.2f} ± {100 * deviation:.2f} %"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns two spaces apart; words to the left, numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = (
+            cell.ljust(width) if n < 2 else cell.rjust(width)
+            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(cells).rstrip())
+    return lines
