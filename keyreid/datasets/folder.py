@@ -1,0 +1,158 @@
+"""One's own pictures: folders of camera, identity and tracklet in any order, or a table of paths (CSV or Parquet).
+
+Names may be anything. They are numbered once, in natural order from 1, and the dataset keeps the list. The identity
+names `distractor` and `junk` keep the meaning they have in MARS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from keyreid.datasets.listing import RESERVED, Keys, folders, numbered, pictures
+from keyreid.datasets.tracklet import JUNK_IDENTITY, Dataset, Frame, Tracklet
+from keyreid.errors import DataError
+
+LEVELS = ("split", "camera", "identity", "tracklet")
+SPLITS = ("train", "test", "query", "gallery", "junk", "all")
+
+
+def open_folder(
+    root: Path, layout: str = "camera/identity/tracklet", test_share: float = 0.0, seed: int = 0
+) -> Dataset:
+    """Read a folder of folders, or a table when `root` is a file.
+
+    A table has the column `path` (below the table's folder, or absolute) and any of identity, camera, tracklet, split
+    and frame (the order within a tracklet; otherwise the order of the rows). An empty identity is unknown. Without the
+    column tracklet, the pictures of one identity and one camera are one tracklet.
+
+    Args:
+        layout: what each level of folders means: `split`, `camera`, `identity`, `tracklet`, in any order, as many as
+            there are levels; the last one holds the frames. Without `camera` there is one; without `identity` people
+            are unknown.
+        test_share: without splits, the share of the identities that becomes test data, drawn by `seed`. Split names are
+            train, query, gallery, junk, all, and test: then a person's first tracklet at a camera is a query.
+
+    Raises:
+        DataError: a folder, file or column is missing, or a name is not as the layout says.
+    """
+    if not 0 <= test_share < 1:
+        raise DataError(f"test_share={test_share}: from 0 to below 1")
+    if root.is_file():
+        records, origin = _read_table(root), f"{root}"
+    else:
+        levels = layout.split("/")
+        unknown = [level for level in levels if level not in LEVELS]
+        if unknown or len(set(levels)) < len(levels):
+            raise DataError(f"layout={layout}: its levels are {', '.join(LEVELS)}, each at most once")
+        records, origin = list(_walk(root, levels, {}, root)), f"{root} as {layout}"
+    if not records:
+        raise DataError(f"{origin}: no pictures found")
+    return _dataset(records, origin, test_share, seed)
+
+
+Record = tuple[dict[str, str], list[Path]]  # names of LEVELS -> frames of one tracklet
+
+
+def _walk(place: Path, levels: Sequence[str], names: dict[str, str], root: Path) -> list[Record]:
+    if levels:
+        inner = folders(place)
+        stray = pictures(place)
+        if stray:
+            raise DataError(
+                f"{stray[0]}: a picture where the layout expects folders of the level {levels[0]!r}; set layout=..."
+            )
+        return [
+            record for folder in inner for record in _walk(folder, levels[1:], {**names, levels[0]: folder.name}, root)
+        ]
+    deeper = [folder for folder in folders(place) if any(folder.iterdir())]
+    if deeper:
+        raise DataError(f"{deeper[0]}: a folder where the layout expects pictures; set layout=... with a level for it")
+    frames = pictures(place)
+    return [(names, frames)] if frames else []
+
+
+def _read_table(path: Path) -> list[Record]:
+    try:
+        if path.suffix.lower() == ".parquet":
+            table = pd.read_parquet(path)
+        else:
+            table = pd.read_csv(path, dtype=str, skipinitialspace=True)
+    except Exception as error:  # pandas and pyarrow raise many kinds
+        raise DataError(f"{path}: not a CSV or Parquet table: {error}") from None
+    unknown = [name for name in table.columns if name not in (*LEVELS, "path", "frame")]
+    if "path" not in table.columns:
+        raise DataError(f"{path}: no column path; the columns are path, {', '.join(LEVELS)}, frame")
+    if unknown:
+        raise DataError(f"{path}: unknown column {unknown[0]}; the columns are path, {', '.join(LEVELS)}, frame")
+    if table["path"].isna().any():
+        raise DataError(f"{path}: row {int(np.flatnonzero(table['path'].isna())[0]) + 1} has no path")
+    if "frame" in table.columns:
+        order = pd.to_numeric(table["frame"], errors="coerce")
+        if order.isna().any():
+            raise DataError(f"{path}: row {int(np.flatnonzero(order.isna())[0]) + 1} has no frame number")
+        table = table.assign(frame=order).sort_values("frame", kind="stable")
+    levels = [level for level in LEVELS if level in table.columns]
+    names = table[levels].map(lambda value: "" if pd.isna(value) else str(value).strip())
+    if "tracklet" not in levels and ("identity" not in levels or (names["identity"] == "").any()):
+        raise DataError(f"{path}: pictures without an identity need the column tracklet, to say which belong together")
+    groups: dict[tuple[str, ...], list[Path]] = {}
+    for values, picture in zip(names.itertuples(index=False), table["path"], strict=True):
+        groups.setdefault(tuple(values), []).append(path.parent / picture)
+    for frames in groups.values():
+        if not frames[0].is_file():
+            raise DataError(f"{frames[0]}: no such file, named by {path}")
+    return [({n: v for n, v in zip(levels, values, strict=True) if v}, frames) for values, frames in groups.items()]
+
+
+def _dataset(records: list[Record], origin: str, test_share: float, seed: int) -> Dataset:
+    identities = numbered((names["identity"] for names, _ in records if "identity" in names), RESERVED)
+    cameras = numbered(names.get("camera", "1") for names, _ in records)
+    wanted = {names["split"] for names, _ in records if "split" in names}
+    if wanted - set(SPLITS):
+        raise DataError(f"{origin}: split {sorted(wanted - set(SPLITS))[0]!r}; splits are {', '.join(SPLITS)}")
+    testers = _drawn([n for n in identities.values() if n > 0], test_share, seed) if test_share else None
+    people = [identities[names["identity"]] if "identity" in names else None for names, _ in records]
+    places = [cameras[names.get("camera", "1")] for names, _ in records]
+    splits = [
+        names.get("split") or _drawn_split(person, testers) for (names, _), person in zip(records, people, strict=True)
+    ]
+    asking = _queries([at for at, split in enumerate(splits) if split == "test"], people, places)
+    keys, tracklets = Keys(), []
+    for at, (names, frames) in enumerate(records):
+        split = splits[at] if splits[at] != "test" else "query" if at in asking else "gallery"
+        key = keys.give(names.get("identity", "unknown"), names.get("camera", "1"), names.get("tracklet", "0"))
+        split = "junk" if people[at] == JUNK_IDENTITY else split
+        tracklets.append(Tracklet(key, people[at], places[at], split, tuple(Frame(path) for path in frames)))
+    return Dataset("folder", tuple(tracklets), names={"identity": identities, "camera": cameras})
+
+
+def _drawn(identities: list[int], share: float, seed: int) -> set[int]:
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed])))
+    return set(rng.permutation(sorted(identities))[: round(share * len(identities))].tolist())
+
+
+def _drawn_split(identity: int | None, testers: set[int] | None) -> str:
+    if testers is None:
+        return "all"
+    return "test" if not identity or identity in testers else "train"
+
+
+def _queries(tests: list[int], people: list[int | None], cameras: list[int]) -> set[int]:
+    """Of the test records, those that ask: as in MARS the first of a person at each camera.
+
+    Except where that would leave no answers: a camera with one tracklet only asks if it is the person's first.
+    """
+    at_camera: dict[tuple[int, int], list[int]] = {}
+    for at in tests:
+        if people[at] and people[at] > 0:
+            at_camera.setdefault((people[at], cameras[at]), []).append(at)
+    asking, known = set(), set()
+    for (person, _), records in at_camera.items():
+        if len(records) > 1 or person not in known:
+            asking.add(records[0])
+        known.add(person)
+    return asking

@@ -1,0 +1,135 @@
+"""Pictures of frames: a file's bytes as they are, or a box cut from a picture or from a frame of a video.
+
+What was cut is encoded as JPEG of quality 95, or as PNG where it was cut from one; files of other formats become PNG.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+
+from keyreid.datasets.tracklet import Frame
+from keyreid.errors import DataError
+
+CUT_QUALITY = 95
+Encoding = Literal["jpg", "png"]
+
+
+def read(frame: Frame) -> tuple[bytes, Encoding]:
+    """The encoded picture of a frame.
+
+    Raises:
+        DataError: the file is missing or not a picture or video, the video is too short, or the box misses the picture.
+    """
+    if frame.video_frame is not None:
+        return _encode(_cut(_video(frame.path).picture(frame.video_frame), frame), "jpg")
+    if frame.box is not None:
+        picture, encoding = _decode(frame.path)
+        return _encode(_cut(picture, frame), encoding)
+    content = _bytes(frame.path)
+    encoding = _encoding(content)
+    if encoding is None:  # BMP, WebP, TIFF: readers of shards know JPEG and PNG
+        return _encode(_decoded(content, frame.path), "png")
+    return content, encoding
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    if not content:
+        raise DataError(f"{path}: the file is empty")
+    return content
+
+
+def _encoding(content: bytes) -> Encoding | None:
+    if content.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    return "png" if content.startswith(b"\x89PNG\r\n\x1a\n") else None
+
+
+@functools.lru_cache(maxsize=2)
+def _decode(path: Path) -> tuple[np.ndarray, Encoding]:
+    """Cached: the people of one street picture are cut from it one after the other."""
+    content = _bytes(path)
+    return _decoded(content, path), "png" if _encoding(content) == "png" else "jpg"
+
+
+def _decoded(content: bytes, path: Path) -> np.ndarray:
+    picture = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    if picture is None:
+        raise DataError(f"{path}: not a picture that can be read")
+    return picture
+
+
+def _cut(picture: np.ndarray, frame: Frame) -> np.ndarray:
+    """The part of the box that lies in the picture."""
+    if frame.box is None:
+        return picture
+    height, width = picture.shape[:2]
+    x, y, wide, high = frame.box
+    left, top = max(int(np.floor(x)), 0), max(int(np.floor(y)), 0)
+    right, bottom = min(int(np.ceil(x + wide)), width), min(int(np.ceil(y + high)), height)
+    if right <= left or bottom <= top:
+        raise DataError(
+            f"{frame.path}: the box {frame.box} (x, y, width, height) is outside its {width} x {height} picture"
+        )
+    return picture[top:bottom, left:right]
+
+
+def _encode(picture: np.ndarray, encoding: Encoding) -> tuple[bytes, Encoding]:
+    options = [cv2.IMWRITE_JPEG_QUALITY, CUT_QUALITY] if encoding == "jpg" else []
+    return cv2.imencode(f".{encoding}", picture, options)[1].tobytes(), encoding
+
+
+@functools.lru_cache(maxsize=4)
+def _video(path: Path) -> _Video:
+    return _Video(path)
+
+
+class _Video:
+    """A video read forwards where possible; the last picture is kept, for the other people in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._times: list[float] = []  # of the frames seen so far, milliseconds
+        self._open()
+
+    def _open(self) -> None:
+        if not self.path.is_file():
+            raise DataError(f"{self.path}: no such file")
+        self._capture = cv2.VideoCapture(str(self.path))
+        if not self._capture.isOpened():
+            raise DataError(f"{self.path}: not a video that OpenCV can read")
+        self._next, self._last = 0, None
+
+    def picture(self, number: int) -> np.ndarray:
+        """Frame `number`, from 0."""
+        if number < self._next - 1:
+            self._go_back(number)
+        while self._next <= number:
+            if not self._capture.grab():
+                raise DataError(f"{self.path}: frame {number} was asked for, but it ends after {self._next}")
+            self._next += 1
+            self._last = None
+            if self._next > len(self._times):
+                self._times.append(self._capture.get(cv2.CAP_PROP_POS_MSEC))
+        if self._last is None:
+            good, self._last = self._capture.retrieve()
+            if not good:
+                raise DataError(f"{self.path}: frame {number} does not decode")
+        return self._last
+
+    def _go_back(self, number: int) -> None:
+        """Seek, which is not exact in every container, and start over where the frame's time says that it was not."""
+        self._capture.set(cv2.CAP_PROP_POS_FRAMES, number)
+        if self._capture.grab() and abs(self._capture.get(cv2.CAP_PROP_POS_MSEC) - self._times[number]) < 0.5:
+            self._next, self._last = number + 1, None
+            return
+        self._capture.release()
+        self._open()

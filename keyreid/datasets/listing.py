@@ -1,0 +1,85 @@
+"""What the readers share: folders and pictures in a fixed order, keys, names turned into numbers, splits of people."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from keyreid.errors import DataError
+
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+RESERVED = {"distractor": 0, "junk": -1}  # identity names with the meaning they have in MARS
+
+
+def folders(parent: Path) -> list[Path]:
+    """Sub-folders in natural order of their names, hidden ones left out; the order never depends on the file system.
+
+    Raises:
+        DataError: `parent` is not a folder.
+    """
+    return _sorted(parent, lambda path: path.is_dir())
+
+
+def pictures(parent: Path) -> list[Path]:
+    """Picture files in natural order (`2.jpg` before `10.jpg`).
+
+    Raises:
+        DataError: `parent` is not a folder.
+    """
+    return _sorted(parent, lambda path: path.suffix.lower() in PICTURE_SUFFIXES)
+
+
+def _sorted(parent: Path, wanted) -> list[Path]:
+    if not parent.is_dir():
+        raise DataError(f"{parent}: no such folder")
+    found = (path for path in parent.iterdir() if not path.name.startswith(".") and wanted(path))
+    return sorted(found, key=lambda path: natural(path.name))
+
+
+def natural(name: str) -> tuple[tuple[int, str], ...]:
+    """Sorting key: runs of digits count as numbers, ties go by the name itself."""
+    pieces = [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.findall(r"[0-9]+|[^0-9]+", name)]
+    return (*pieces, (-2, name))
+
+
+def safe_key(*names: str) -> str:
+    """A tracklet key of names that may hold anything: other characters become `-`."""
+    return re.sub(r"[^A-Za-z0-9_-]", "-", "_".join(names)).lstrip("_-") or "tracklet"
+
+
+class Keys:
+    """Gives each tracklet a key of its own, also where names differ only in characters that keys may not have."""
+
+    def __init__(self) -> None:
+        self._given: set[str] = set()
+
+    def give(self, *names: str) -> str:
+        """A key not given before."""
+        wished = key = safe_key(*names)
+        number = 2
+        while key in self._given:
+            key, number = f"{wished}-{number}", number + 1
+        self._given.add(key)
+        return key
+
+
+def numbered(names: Iterable[str], reserved: dict[str, int] | None = None) -> dict[str, int]:
+    """Names in natural order, numbered from 1; `reserved` names keep their own numbers."""
+    reserved = reserved or {}
+    plain = sorted(set(names), key=natural)
+    numbers = {name: number for number, name in enumerate((n for n in plain if n not in reserved), start=1)}
+    return {name: numbers.get(name, reserved.get(name, 0)) for name in plain}
+
+
+def halves(identities: Sequence[int], seed: int, count: int) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+    """`count` random splits of people into halves for training and testing, the same for the same seed."""
+    people = np.array(sorted(identities))
+    splits = []
+    for number in range(count):
+        order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, number]))).permutation(len(people))
+        train, test = np.sort(people[order[len(people) // 2 :]]), np.sort(people[order[: len(people) // 2]])
+        splits.append((tuple(train.tolist()), tuple(test.tolist())))
+    return tuple(splits)

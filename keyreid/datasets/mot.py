@@ -1,0 +1,230 @@
+"""Tracks in videos or street pictures (MOTChallenge): people cut out along their boxes.
+
+`root` is a video file, a folder of pictures, a sequence (`img1/`, `gt/gt.txt`, `seqinfo.ini`) or a folder of sequences.
+Each sequence is a camera. Tracks are lines of frame (from 1), id, x, y, width, height, confidence, class, visibility, of
+which the last three may be missing, or a CSV file whose first line names those columns in any order.
+"""
+
+from __future__ import annotations
+
+import configparser
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from keyreid.datasets.listing import Keys, folders, pictures
+from keyreid.datasets.tracklet import Dataset, Frame, Split, Tracklet
+from keyreid.errors import DataError
+
+COLUMNS = ("frame", "id", "x", "y", "width", "height", "confidence", "class", "visibility")
+OTHER_NAMES = {
+    "w": "width",
+    "h": "height",
+    "left": "x",
+    "top": "y",
+    "conf": "confidence",
+    "score": "confidence",
+    "track": "id",
+}
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg"}
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """One camera's video or pictures, with its tracks."""
+
+    name: str
+    tracks: Path
+    video: Path | None
+    pictures: dict[int, Path]  # by frame number, from 1
+
+    def frame(self, number: int, box: tuple[float, float, float, float]) -> Frame | None:
+        """None where the sequence has no such picture."""
+        if self.video:
+            return Frame(self.video, box, number - 1)
+        path = self.pictures.get(number)
+        return Frame(path, box) if path else None
+
+
+def open_mot(
+    root: Path,
+    tracks: str | None = None,
+    camera: str | None = None,
+    identified: bool = True,
+    split: Literal["retrieval", "all", "train"] = "retrieval",
+    classes: tuple[int, ...] = (1,),
+    min_size: tuple[float, float] = (12, 24),
+    min_length: int = 1,
+    min_visibility: float = 0.0,
+    min_confidence: float = 0.0,
+    max_gap: int = 1,
+    max_frames: int = 64,
+    padding: float = 0.0,
+) -> Dataset:
+    """Cut tracks into tracklets.
+
+    Args:
+        tracks: for each sequence, a path below it or a path of its own; default gt/gt.txt. A video or a plain folder
+            of pictures needs one.
+        camera: the camera's name, for one video or folder; default the sequence's name.
+        identified: whether a track is a known person; otherwise its identity is unknown.
+        split: retrieval: a person's first tracklet is a query, the others are in the gallery; or all, or train.
+        classes: MOTChallenge classes that are kept (1 is pedestrian); rows of class -1 or without a class always are.
+        min_size: least width and height of a box, pixels.
+        min_length: least frames of a track that is kept.
+        min_visibility, min_confidence: of a box; ground truth has confidence 0 for boxes to be ignored, so those with
+            0 are always left out.
+        max_gap: a track is cut where more than this many frames are missing minus one: 1 bears no missing frame.
+        max_frames: longer tracks are cut into equal tracklets of at most this many frames.
+        padding: a box grows by this share of its size on each side.
+
+    Raises:
+        DataError: files are missing or of another form, or no box is left.
+    """
+    if max_gap < 1 or max_frames < 1:
+        raise DataError(f"max_gap={max_gap}, max_frames={max_frames}: at least 1")
+    sequences = _find_sequences(root, tracks, camera)
+    cameras = {sequence.name: number for number, sequence in enumerate(sequences, start=1)}
+    people: dict[str, int] = {}
+    tracklets: list[Tracklet] = []
+    keys = Keys()
+    for sequence in sequences:
+        table = _read_tracks(sequence.tracks)
+        kept = table[
+            (table["width"] >= min_size[0])
+            & (table["height"] >= min_size[1])
+            & (table["visibility"] >= min_visibility)
+            & (table["confidence"] != 0)
+            & (table["confidence"] >= min_confidence)
+            & (table["class"].isin(classes) | (table["class"] < 0))
+        ]
+        for track, rows in kept.groupby("id", sort=True):
+            pieces = list(_pieces(sequence, rows.sort_values("frame", kind="stable"), max_gap, max_frames, padding))
+            if sum(map(len, pieces)) < min_length:
+                continue
+            name = f"{sequence.name}/{track}"
+            identity = people.setdefault(name, len(people) + 1) if identified else None
+            for number, frames in enumerate(pieces):
+                part: Split = (
+                    split
+                    if split != "retrieval"
+                    else "query"
+                    if identified and number == 0 < len(pieces) - 1
+                    else "gallery"
+                )
+                key = keys.give(sequence.name, str(track), str(number))
+                tracklets.append(Tracklet(key, identity, cameras[sequence.name], part, frames))
+    if not tracklets:
+        raise DataError(
+            f"{root}: no box of the tracks is left; lower min_size, min_length, min_visibility or min_confidence"
+        )
+    return Dataset("mot", tuple(tracklets), names={"camera": cameras, "identity": people})
+
+
+def _find_sequences(root: Path, tracks: str | None, camera: str | None) -> list[_Sequence]:
+    if root.is_file():
+        if root.suffix.lower() not in VIDEO_SUFFIXES:
+            raise DataError(f"{root}: not a video ({', '.join(sorted(VIDEO_SUFFIXES))})")
+        return [_Sequence(camera or root.stem, _tracks_of(root.parent, tracks), root, {})]
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder or video")
+    if pictures(root) or _is_sequence(root):
+        return [_read_sequence(root, tracks, camera)]
+    inner = [folder for folder in folders(root) if _is_sequence(folder)]
+    if not inner:
+        raise DataError(
+            f"{root}: neither pictures, nor a MOTChallenge sequence (img1/, gt/gt.txt), nor a folder of sequences"
+        )
+    if camera is not None:
+        raise DataError(
+            f"{root}: camera={camera} was given for {len(inner)} sequences; each is a camera of its own name"
+        )
+    return [_read_sequence(folder, tracks, None) for folder in inner]
+
+
+def _is_sequence(folder: Path) -> bool:
+    return (folder / "seqinfo.ini").is_file() or (folder / "img1").is_dir()
+
+
+def _tracks_of(folder: Path, tracks: str | None) -> Path:
+    places = [folder / (tracks or "gt/gt.txt")]
+    if tracks:
+        places.append(Path(tracks))
+    for place in places:
+        if place.is_file():
+            return place
+    raise DataError(f"{places[0]}: no such file; name the tracks with the option tracks=FILE")
+
+
+def _read_sequence(folder: Path, tracks: str | None, camera: str | None) -> _Sequence:
+    name, inner = folder.name, "img1" if (folder / "img1").is_dir() else "."
+    if (folder / "seqinfo.ini").is_file():
+        info = configparser.ConfigParser(interpolation=None)
+        try:
+            info.read(folder / "seqinfo.ini")
+            name, inner = info.get("Sequence", "name", fallback=name), info.get("Sequence", "imDir", fallback=inner)
+        except configparser.Error as error:
+            raise DataError(f"{folder / 'seqinfo.ini'}: {error}") from None
+    images = pictures(folder / inner)
+    if not images:
+        raise DataError(f"{folder / inner}: no pictures in it")
+    counted = all(path.stem.isdigit() for path in images)  # 000001.jpg is frame 1, also where earlier ones are missing
+    numbers = [int(path.stem) for path in images] if counted else range(1, len(images) + 1)
+    return _Sequence(camera or name, _tracks_of(folder, tracks), None, dict(zip(numbers, images, strict=True)))
+
+
+def _read_tracks(path: Path) -> pd.DataFrame:
+    """The rows of a track file, with every column of COLUMNS."""
+    first = path.open(errors="replace").readline()
+    headed = any(character.isalpha() for character in first)
+    try:
+        table = pd.read_csv(path, header=0 if headed else None, skipinitialspace=True)
+        if headed:
+            table.columns = [
+                OTHER_NAMES.get(str(name).strip().lower(), str(name).strip().lower()) for name in table.columns
+            ]
+        else:
+            table = table.iloc[:, : len(COLUMNS)]
+            table.columns = list(COLUMNS[: table.shape[1]])
+        missing = [name for name in COLUMNS[:6] if name not in table.columns]
+        if missing:
+            raise DataError(f"{path}: no column {missing[0]}; the columns are {', '.join(COLUMNS)}")
+        for name, value in zip(COLUMNS[6:], (1.0, -1, 1.0), strict=True):
+            if name not in table.columns:
+                table[name] = value
+        numeric = [name for name in COLUMNS if name != "id"]
+        table[numeric] = table[numeric].apply(pd.to_numeric)
+    except (ValueError, pd.errors.ParserError) as error:
+        raise DataError(f"{path}: not a table of tracks: {error}") from None
+    bad = np.flatnonzero(
+        ~np.isfinite(table[list(COLUMNS[2:6])].to_numpy(float)).all(axis=1) | table["id"].isna().to_numpy()
+    )
+    if len(bad):
+        raise DataError(f"{path}: row {bad[0] + 1} has no whole box")
+    untracked = table["id"].astype(str) == "-1"
+    if untracked.all():
+        raise DataError(f"{path}: every id is -1: these are detections, not tracks; run a tracker first")
+    return table[~untracked]
+
+
+def _pieces(
+    sequence: _Sequence, rows: pd.DataFrame, max_gap: int, max_frames: int, padding: float
+) -> Iterator[tuple[Frame, ...]]:
+    """A track's frames, cut at gaps and then into equal tracklets."""
+    numbers, frames = [], []
+    boxes = rows[["x", "y", "width", "height"]].to_numpy(float)
+    for number, (x, y, width, height) in zip(rows["frame"].astype(int).tolist(), boxes, strict=True):
+        grown = (x - padding * width, y - padding * height, width * (1 + 2 * padding), height * (1 + 2 * padding))
+        frame = sequence.frame(number, tuple(map(float, grown)))
+        if frame is not None:
+            numbers.append(number)
+            frames.append(frame)
+    cuts = np.flatnonzero(np.diff(numbers) > max_gap) + 1 if numbers else []
+    for run in np.split(np.arange(len(frames)), cuts):
+        if len(run):
+            for piece in np.array_split(run, -(-len(run) // max_frames)):
+                yield tuple(frames[i] for i in piece)
