@@ -51,7 +51,8 @@ def write_report(
 
     Args:
         files: folder of keypoint files.
-        samples: crops on the contact sheet: half of them drawn at random, the other half those of the lowest scores.
+        samples: crops on the contact sheet: half of them drawn at random, the other half those of the lowest scores,
+            one a tracklet.
         truth: folder of keypoint files to judge these by.
 
     Returns:
@@ -184,7 +185,7 @@ def _draw_statistics(found: _Found, numbers: dict, path: Path) -> None:
 def _draw_contact_sheet(found: _Found, samples: int, rng: np.random.Generator, path: Path) -> list[str]:
     """Crops with skeletons, each beside its part heatmaps; gives what each shows."""
     random = rng.permutation(len(found.frames))[: samples - samples // 2]
-    worst = [i for i in np.argsort(found.scores, kind="stable") if i not in set(random.tolist())][: samples // 2]
+    worst = _worst_of_each(found)[: samples // 2]
     cells, captions = [], []
     for kind, chosen in (("random", random), ("lowest scores", worst)):
         for i in chosen:
@@ -194,11 +195,25 @@ def _draw_contact_sheet(found: _Found, samples: int, rng: np.random.Generator, p
                 picture = np.full((CELL_HEIGHT, CELL_WIDTH, 3), 200, np.uint8)
             scale = min(CELL_HEIGHT / picture.shape[0], CELL_WIDTH / picture.shape[1])
             pair = [draw(picture, found.keypoints[i], scale) for draw in (draw_skeleton, draw_heatmaps)]
-            height = max(cell.shape[0] for cell in pair)
-            cells.append(np.hstack([cv2.resize(cell, (cell.shape[1], height)) for cell in pair]))
+            cells.append(_label(np.hstack(pair), f"{len(cells) + 1}"))
             captions.append(f"{kind}: {keypoint_files.frame_name(found.frames[i])}, score {found.scores[i]:.2f}")
     Image.fromarray(sheet(cells, 6, (CELL_HEIGHT, 2 * CELL_WIDTH))).save(path)
     return captions
+
+
+def _worst_of_each(found: _Found) -> list[int]:
+    """The frame of the lowest score of each tracklet, the worst first."""
+    ends = [*found.tracklet_starts[1:], len(found.scores)]
+    lowest = [
+        start + int(found.scores[start:end].argmin()) for start, end in zip(found.tracklet_starts, ends, strict=True)
+    ]
+    return sorted(lowest, key=lambda i: found.scores[i])
+
+
+def _label(cell: np.ndarray, text: str) -> np.ndarray:
+    for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
+        cv2.putText(cell, text, (4, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.42, colour, thickness, cv2.LINE_AA)
+    return cell
 
 
 def _page(name: str, files: Path, numbers: dict, found: _Found, captions: list[str]) -> str:
