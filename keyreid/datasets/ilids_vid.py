@@ -56,10 +56,10 @@ def _find_splits(root: Path) -> Path:
 
 
 def _read_mat(path: Path, people: list[int]) -> Splits:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
     try:
         places = scipy.io.loadmat(path)["ls_set"].astype(np.int64)  # [splits, people], from 1
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
     except Exception as error:  # SciPy raises many kinds for a damaged file
         raise DataError(f"{path}: not a MATLAB file with ls_set: {error!r}") from None
     if (

@@ -89,10 +89,10 @@ def _read_names(info: Path, name: str) -> tuple[list[str], Path]:
 
 
 def _read_mat(path: Path, variable: str) -> np.ndarray:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
     try:
         return scipy.io.loadmat(path)[variable]
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
     except KeyError:
         raise DataError(f"{path}: has no variable {variable}") from None
     except Exception as error:  # SciPy raises many kinds for a damaged file

@@ -1,8 +1,8 @@
 """Tracks in videos or street pictures (MOTChallenge): people cut out along their boxes.
 
 `root` is a video file, a folder of pictures, a sequence (`img1/`, `gt/gt.txt`, `seqinfo.ini`) or a folder of sequences.
-Each sequence is a camera. Tracks are lines of frame (from 1), id, x, y, width, height, confidence, class, visibility, of
-which the last three may be missing, or a CSV file whose first line names those columns in any order.
+Each sequence is a camera. Tracks are lines of frame (from 1), id, x, y, width, height, confidence, class, visibility,
+of which the last three may be missing, or a CSV file whose first line names those columns in any order.
 """
 
 from __future__ import annotations
