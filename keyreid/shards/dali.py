@@ -184,7 +184,7 @@ class DaliReader:
 
 def _checked(picture: bytes) -> bytes:
     """The same bytes, if they decode: a picture that does not would end the pipeline."""
-    format.decode_picture(picture)
+    format.check_picture(picture)
     return picture
 
 

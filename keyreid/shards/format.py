@@ -84,10 +84,23 @@ def decode_picture(content: bytes) -> np.ndarray:
     Raises:
         ValueError: it does not decode.
     """
-    picture = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    picture = _decode(content, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     if picture is None:
         raise ValueError("the picture does not decode")
     return picture
+
+
+def check_picture(content: bytes) -> None:
+    """Decode a picture small and grey, in half the time, to know that it can be; ValueError where it cannot."""
+    if _decode(content, cv2.IMREAD_REDUCED_GRAYSCALE_8) is None:
+        raise ValueError("the picture does not decode")
+
+
+def _decode(content: bytes, flags: int) -> np.ndarray | None:
+    try:
+        return cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    except cv2.error:  # some damage gives None, some this
+        return None
 
 
 _PNG_START = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR"
@@ -138,7 +151,7 @@ def decode_tiles(content: bytes, parts: int) -> np.ndarray:
             if not rows[:, 0].any():  # no row is filtered
                 picture = rows[:, 1:]
     if picture is None:
-        picture = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+        picture = _decode(content, cv2.IMREAD_UNCHANGED)
         if picture is None or picture.dtype != np.uint8 or picture.shape != (TILE_HEIGHT, width):
             raise ValueError(f"heatmaps are not an 8-bit grey PNG of {width} x {TILE_HEIGHT} pixels")
     return picture.reshape(TILE_HEIGHT, parts, TILE_WIDTH).transpose(1, 0, 2)

@@ -176,6 +176,7 @@ def make_card(plan: PackPlan, out: Path) -> dict[str, Any]:
         ],
         "query_camera": dataset.query_camera,
         "names": dataset.names,
+        "frames_per_second": dataset.frames_per_second,
         "shards": shards,
     }
 

@@ -8,7 +8,7 @@ rank and worker that plans it gets the same. Readers only carry it out.
 last group is filled from the first (an identity with fewer than K tracklets repeats its own). A step takes P groups of
 P different identities; where the groups do not fill the last step, identities that are drawn at random give one more.
 Identities therefore come in proportion to their tracklets, as in the published sampler, which however leaves out what
-does not fill a group. MARS: 2,372 groups, 593 steps of 4 x 4.
+does not fill a group. MARS: 2,307 groups, 577 steps of 4 x 4.
 
 The other draws change the K tracklets of a group, and nothing else: `frames` draws them by their number of frames,
 `camera` takes them from as many cameras as the identity has.
@@ -31,7 +31,7 @@ from keyreid.shards.index import ShardSet
 RELEASED_CLIPS = 41  # the published evaluation looks at so many clips of a tracklet
 _ORDER, _FRAMES = 0, 1  # the two streams of random numbers
 _BLOCK_STEPS = 64  # steps whose frames are drawn together, for speed
-_ERASE_TRIES = 20
+_ERASE_TRIES = 8
 _MIXING = 4  # rounds of swaps, times log2 of the steps
 
 

@@ -207,7 +207,7 @@ def _sources(paths: list[Path], root: Path) -> dict[str, Any]:
 
 
 def _picture(tracklet: Tracklet, frame: Frame, settings: PackSettings) -> tuple[bytes, str, tuple[int, int]]:
-    """A frame's file content, its kind and its size; it is decoded once, small and grey, to know that it can be."""
+    """A frame's file content, its kind and its size, after a look whether it decodes."""
     try:
         content, kind = source.read_frame(frame)
         if settings.image == "jpeg" and kind != "jpg":
@@ -217,8 +217,7 @@ def _picture(tracklet: Tracklet, frame: Frame, settings: PackSettings) -> tuple[
                 "jpg",
             )
         size = format.picture_size(content, kind)
-        if cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8) is None:
-            raise ValueError("the picture does not decode")
+        format.check_picture(content)
         return content, kind, size
     except (OSError, ValueError) as error:
         raise DataError(
