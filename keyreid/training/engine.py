@@ -32,8 +32,6 @@ def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, config: Co
     # leaves for ever. gloo does without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     check_precision(config.training, device)
-    # Else DeepSpeed compiles an all-reduce for ranks that share one CPU, a minute on every new machine; gloo does it too.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=deepspeed_config(config), dist_init_required=False
     )
