@@ -41,7 +41,7 @@ def test_theirs_is_kept_and_auto_is_filled(configure, tmp_path):
         ("{zero_optimization: {stage: 3}}", "zero_optimization.stage = 3, the rest of the configuration says 1"),
         ("{gradient_accumulation_steps: 4}", "gradient_accumulation_steps = 4"),
         ("{fp16: {enabled: true}}", "fp16.enabled = True"),
-        ("{gradient_clipping: 1.0}", "gradient_clipping = 1.0"),
+        ("{gradient_clipping: 1.0}", "gradient_clipping = 1.0, the rest of the configuration says 0.0"),
     ],
 )
 def test_a_contradiction_is_an_error(configure, inline, message):

@@ -61,6 +61,7 @@ def train(
                 f"{settings.data.batch_size} clips (data.identities x data.tracklets)"
             )
         if ranks > 1:
+            _check_data(settings)  # once and soon, not by every rank after it has imported everything
             arguments = ["train", str(config), f"--resume={resume}", "--", *overrides]
             sys.exit(run_ranks(arguments, ranks, settings.run_dir / "logs"))
     _train(settings, resume == "auto")
@@ -82,15 +83,20 @@ def _is_first_rank() -> bool:
     return position()[0] == 0
 
 
-def _print_plan(settings) -> None:
-    import yaml
-
-    from keyreid.model import build_model
+def _check_data(settings):
     from keyreid.shards.index import ShardSet
     from keyreid.shards.plan import TrainingPlan
 
     shards = ShardSet.from_config(settings.data)
-    plan = TrainingPlan(shards, settings.data, settings.clip, settings.model.parts, settings.seed)
+    return shards, TrainingPlan(shards, settings.data, settings.clip, settings.model.parts, settings.seed)
+
+
+def _print_plan(settings) -> None:
+    import yaml
+
+    from keyreid.model import build_model
+
+    shards, plan = _check_data(settings)
     network = build_model(settings.model, settings.clip, plan.num_identities, len(shards.camera_index))
     print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
     steps = settings.schedule.steps_per_epoch or plan.steps_per_epoch

@@ -42,7 +42,8 @@ class TrainingState:
 
     Attributes:
         step: optimizer steps taken, over all epochs.
-        best: best score so far and the step it belongs to.
+        best_score, best_step: best evaluation so far.
+        evaluated_step: of the newest evaluation; a run stopped just before one does it when it goes on.
         bad_steps: steps that were not applied because the loss was not finite.
         loss_scale: state of the fp16 loss scaler.
         keep: kept for ever (`training.keep_every_epochs`).
@@ -52,6 +53,7 @@ class TrainingState:
     steps_per_epoch: int = 0
     best_score: float | None = None
     best_step: int | None = None
+    evaluated_step: int | None = None
     bad_steps: int = 0
     loss_scale: Mapping[str, float] = field(default_factory=dict)
     keep: bool = False

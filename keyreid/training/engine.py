@@ -75,7 +75,8 @@ def _from_our_configuration(config: Config) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         # We call step() when the batch is complete, after as many backward passes as accumulation needs.
         "managed_gradient_accumulation": False,
-        "gradient_clipping": training.clip_gradient_norm,
+        # Without ZeRO, DeepSpeed clips and forgets the norm: step.py clips there, and reports it.
+        "gradient_clipping": training.clip_gradient_norm if training.zero_stage else 0.0,
         "zero_optimization": {"stage": training.zero_stage},
         "zero_allow_untested_optimizer": True,  # SGD with momentum is element-wise, so sharding it is exact
         "zero_force_ds_cpu_optimizer": False,

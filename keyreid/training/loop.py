@@ -6,8 +6,9 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -33,6 +34,9 @@ from keyreid.training.step import Stepper, TrainedModule
 
 log = logging.getLogger(__name__)
 PROFILE_AFTER_STEPS = 10
+# Called on the first rank with the epochs done, their evaluation and last training numbers, and the checkpoint that
+# holds them; whether the run goes on.
+OnEvaluation = Callable[[int, Mapping[str, float], Path], bool]
 
 
 class Interrupted(Exception):  # noqa: N818 - an ending in order, not an error
@@ -48,13 +52,24 @@ class Trainer:
         tracker: MLflow; silent on all ranks but the first.
         stop: asked after every step.
         resume: go on from the newest whole checkpoint of the run's folder, if there is one.
+        on_evaluation: who hears of each evaluation, once its checkpoint is on disk, and may end the run there.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, tracker: Tracker, stop: StopRequest, resume: bool = True) -> None:
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        tracker: Tracker,
+        stop: StopRequest,
+        resume: bool = True,
+        on_evaluation: OnEvaluation | None = None,
+    ) -> None:
         self.config = config
         self.ranks = ranks
         self.tracker = tracker
         self.stop = stop
+        self.on_evaluation = on_evaluation
+        self._numbers: dict[str, float] = {}
         self.root = config.run_dir / "checkpoints"
         check_precision(config.training, ranks.device)
 
@@ -138,9 +153,10 @@ class Trainer:
         """
         try:
             self._introduce()
-            result = self._steps()
+            result = self._evaluate() if self._evaluation_is_due() else None
+            result = self._steps() or result
             self.writer.wait()
-            return result if result is not None else self._evaluate()
+            return result or self._evaluate()
         finally:
             self.reader.close()
 
@@ -155,7 +171,7 @@ class Trainer:
             deepspeed.__version__, type(self.engine).__name__, training.zero_stage, training.precision,
             training.casting, ranks.world_size, backend, ranks.device,
         )  # fmt: skip
-        log.info("reader: %s", self.reader)
+        log.info("reader: %s (%s)", config.data.reader, type(self.reader).__name__)
         trained = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in self.network.parameters())
         log.info(
             "data: %s, %d training identities, batch %d x %d tracklets x %d frames, %d steps an epoch",
@@ -166,7 +182,7 @@ class Trainer:
         self.tracker.params({"ranks": ranks.world_size, "parameters": trained, "num_identities": self.plan.num_identities})
 
     def _steps(self) -> dict | None:
-        """All steps that are left; the evaluation after the last one, None if there was no step left."""
+        """All steps that are left; gives the last evaluation among them."""
         config, training = self.config, self.config.training
         factor = report.mfu_factor(self.network, config, self.ranks.world_size) if self._can_measure_mfu() else None
         meter = report.Meter(self.plan.batch_size, self.total_steps)
@@ -193,13 +209,15 @@ class Trainer:
                 epoch, left = divmod(step + 1, self.steps_per_epoch)
                 if (step + 1) % training.log_every_steps == 0 or step + 1 == self.total_steps:
                     self._log(meter, epoch - (left == 0), step + 1, factor)
-                if left == 0 and self._evaluates_after(epoch):
-                    result = self._evaluate()
                 stopping, failed = self.ranks.agree(self.stop.signal is not None, self.writer.error is not None)
                 if failed:
                     raise self.writer.error or CheckpointError("the first rank could not write a checkpoint")
+                if not stopping and self._evaluation_is_due():
+                    result = self._evaluate()
                 if stopping or self._saves_after(step + 1, epoch if left == 0 else None):
                     self._save(epoch if left == 0 else None)
+                if not stopping and self.on_evaluation and self.state.evaluated_step == step + 1:
+                    self._tell_of_evaluation(epoch, result)
                 if stopping:
                     self.writer.wait()
                     raise Interrupted(f"{self.stop.signal.name if self.stop.signal else 'a signal on another rank'}")
@@ -244,11 +262,15 @@ class Trainer:
         lr = self.engine.basic_optimizer.param_groups[0]["lr"]
         values = meter.report(step, lr, self.reader.wait_seconds, factor)
         log.info("%s", report.line(values, epoch, self.config.schedule.epochs, step, self.total_steps))
-        self.tracker.metrics({f"train/{name}": value for name, value in values.items()}, step)
+        self._numbers = {f"train/{name}": value for name, value in values.items()}
+        self.tracker.metrics(self._numbers, step)
 
-    def _evaluates_after(self, epoch: int) -> bool:
+    def _evaluation_is_due(self) -> bool:
+        """At the end of an epoch that is evaluated, unless that was done."""
+        epoch, left = divmod(self.state.step, self.steps_per_epoch)
         every = self.config.evaluation.every_epochs
-        return epoch == self.config.schedule.epochs or bool(every and epoch % every == 0)
+        wanted = epoch == self.config.schedule.epochs or bool(every and epoch and epoch % every == 0)
+        return left == 0 and wanted and self.state.evaluated_step != self.state.step
 
     def _evaluate(self) -> dict:
         """Embed and judge the test split with the weights that would be used: the average where there is one."""
@@ -259,6 +281,7 @@ class Trainer:
             result = evaluate(
                 network, self.shards, self.config, folder, ranks.rank, ranks.world_size, ranks.device, part=part
             )
+        self.state = replace(self.state, evaluated_step=self.state.step)
         score = result["metrics"][f"{self.config.evaluation.protocol}/mAP"]
         if self.state.best_score is None or score > self.state.best_score:
             self.state = replace(self.state, best_score=score, best_step=self.state.step)
@@ -303,6 +326,14 @@ class Trainer:
         if taken is not None:
             self.writer.write(taken, best=current.best_step == current.step)
         self.tracker.metrics({"checkpoint/stall_seconds": time.monotonic() - start}, current.step)
+
+
+    def _tell_of_evaluation(self, epoch: int, result: dict) -> None:
+        self.writer.wait()
+        folder = self.root / checkpoints.folder_name(self.state.step)
+        numbers = {**self._numbers, **result["metrics"]}
+        if not self.ranks.from_first(self.ranks.first and self.on_evaluation(epoch, numbers, folder)):
+            raise Interrupted("ended after an evaluation")
 
 
 class _NoProfiler:

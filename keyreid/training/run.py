@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import platform
 import sys
 import warnings
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from keyreid.config import Config, load_config, save_config
 from keyreid.files import replace_text
@@ -16,17 +19,31 @@ from keyreid.tracking import Tracker
 from keyreid.training.preemption import StopRequest
 from keyreid.training.ranks import Ranks, join, leave
 
+if TYPE_CHECKING:
+    from keyreid.training.loop import OnEvaluation
+
 log = logging.getLogger("keyreid")
 
 RESULT, INTERRUPTED, COMPLETED, RESOLVED = "result.json", "interrupted", "completed", "config.yaml"
 LOGGED_VERSIONS = ("keyreid", "torch", "deepspeed", "timm", "webdataset", "nvidia-dali-cuda130", "ray", "mlflow", "numpy")
 
 
-def train(config: Config, resume: bool = True) -> dict | None:
+def train(
+    config: Config,
+    resume: bool = True,
+    tags: Mapping[str, str] | None = None,
+    stop: StopRequest | None = None,
+    on_evaluation: OnEvaluation | None = None,
+) -> dict | None:
     """Train on this process's rank; every rank of the run calls it.
 
     The run's folder then holds the resolved configuration, checkpoints, evaluations, logs, and either `completed` and
     `result.json`, or `interrupted` after a stop signal.
+
+    Args:
+        tags: of the MLflow run, when it is new.
+        stop: asked after every step; default one that listens to stop signals, which only a main thread can.
+        on_evaluation: see training/loop.py.
 
     Returns:
         the last evaluation, or None after a stop signal.
@@ -39,25 +56,32 @@ def train(config: Config, resume: bool = True) -> dict | None:
         _start_logging(config.run_dir, ranks)
         if ranks.first:
             _prepare_folder(config)
-        tracker = Tracker(config.tracking, Path(config.output), config.run_dir, config.name, enabled=ranks.first)
-        with StopRequest() as stop:
-            return _tracked(config, ranks, tracker, stop, resume)
+        tracker = Tracker(config.tracking, Path(config.output), config.run_dir, config.name, tags, ranks.first)
+        with contextlib.nullcontext(stop) if stop else StopRequest() as stop:
+            return _tracked(config, ranks, tracker, stop, resume, on_evaluation)
     finally:
         leave()
 
 
-def _tracked(config: Config, ranks: Ranks, tracker: Tracker, stop: StopRequest, resume: bool) -> dict | None:
+def _tracked(
+    config: Config,
+    ranks: Ranks,
+    tracker: Tracker,
+    stop: StopRequest,
+    resume: bool,
+    on_evaluation: OnEvaluation | None,
+) -> dict | None:
     from keyreid.training.loop import Interrupted, Trainer  # imports DeepSpeed, which takes seconds
 
     tracker.params(_flatten(config.model_dump(mode="json")) | _environment())
     tracker.artifact(config.run_dir / RESOLVED)
     status = "FAILED"
     try:
-        result = Trainer(config, ranks, tracker, stop, resume).run()
+        result = Trainer(config, ranks, tracker, stop, resume, on_evaluation).run()
         status = "FINISHED"
     except Interrupted as interruption:
         status = "KILLED"
-        log.info("stopped by signal (%s); the same command goes on from here", interruption)
+        log.info("stopped (%s); the same command goes on from here", interruption)
         if ranks.first:
             replace_text(config.run_dir / INTERRUPTED, str(interruption))
         return None
@@ -107,7 +131,8 @@ def _start_logging(run_dir: Path, ranks: Ranks) -> None:
         log.addHandler(to_terminal)
     # DeepSpeed 0.19.8 calls collectives that torch 2.14 renames; it tells so at every call.
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    for chatty in ("torch.utils.cpp_extension", "mlflow"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
 
 
 def _flatten(values: dict, prefix: str = "") -> dict[str, object]:

@@ -20,6 +20,7 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from deepspeed.runtime.zero import GatheredParameters
 from torch import nn
 
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's dynamic scaler
@@ -30,15 +31,18 @@ OPTIMIZER_STATES = {
 
 
 def full_weights(engine) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each trained parameter, float32 and whole; a collective for each, so all ranks must iterate to the end."""
+    """Each parameter, float32 and whole; a collective for each, so all ranks must iterate to the end."""
     for name, parameter in engine.module.named_parameters():
-        whole = safe_get_full_fp32_param(parameter)
-        yield name, (parameter if whole is None else whole).detach()
+        whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        if whole is None:  # no float32 state beside it: not trained, or the engine shards nothing
+            with GatheredParameters([parameter]):
+                whole = parameter.detach().clone()
+        yield name, whole.detach()
 
 
 def full_optimizer_states(engine) -> Iterator[tuple[str, torch.Tensor]]:
     """`NAME/STATE` and its tensor, for each parameter; a collective for each, so all ranks must iterate to the end."""
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in _trained(engine):
         for key in OPTIMIZER_STATES[type(engine.basic_optimizer)]:
             if _is_sharded(parameter):
                 whole = safe_get_full_optimizer_state(parameter, key)
@@ -69,7 +73,7 @@ def create_optimizer_states(engine, steps: int) -> None:
 
 def restore_optimizer_states(engine, states: Mapping[str, torch.Tensor]) -> None:
     """Put `full_optimizer_states` back, after `create_optimizer_states`."""
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in _trained(engine):
         for key in OPTIMIZER_STATES[type(engine.basic_optimizer)]:
             value = states[f"{name}/{key}"].to(engine.device)
             if hasattr(parameter, "ds_id"):
@@ -82,12 +86,16 @@ def restore_optimizer_states(engine, states: Mapping[str, torch.Tensor]) -> None
 
 def restore_master_weights(engine, weights: Mapping[str, torch.Tensor]) -> None:
     """Put float32 weights into an engine that computes in lower precision and keeps float32 copies of its own."""
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in _trained(engine):
         value = weights[name].to(engine.device)
         if hasattr(parameter, "ds_id"):
             safe_set_local_fp32_param(parameter, own_shard(parameter, value))
         else:
             safe_set_full_fp32_param(parameter, value)
+
+
+def _trained(engine) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
 
 
 def _is_sharded(parameter: nn.Parameter) -> bool:

@@ -86,8 +86,8 @@ class Stepper:
         self.ranks = ranks
         self.paths = paths
         self._gradient_norm: float | None = None
-        if config.training.zero_stage == 0:  # ZeRO reports the norm; without it we look just before the update
-            engine.basic_optimizer.register_step_pre_hook(self._note_gradient_norm)
+        if config.training.zero_stage == 0:  # ZeRO clips and reports the norm itself
+            engine.basic_optimizer.register_step_pre_hook(self._clip_gradients)
 
     def step(self, batch: ClipBatch, step: int) -> StepResult:
         """Train on this rank's clips of step `step`; a collective.
@@ -161,9 +161,10 @@ class Stepper:
         visibility = batch.visibility if mode == "aligned" else None  # the published losses know no visibility
         return Clips(images, guidance, batch.cameras, batch.labels, batch.erased, visibility)
 
-    def _note_gradient_norm(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._gradient_norm = torch.nn.utils.get_total_norm(gradients).item()
+    def _clip_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        limit = self.config.training.clip_gradient_norm or float("inf")
+        self._gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
 
 
 def loss_scale(engine) -> float:

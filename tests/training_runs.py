@@ -1,0 +1,131 @@
+"""Small training runs of real ranks: processes forked from a server that has imported everything once."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from packed import make_dataset, pack_dataset
+
+from keyreid.config import Config, check_config
+from keyreid.training import checkpoints
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["keyreid.training.loop", "keyreid.training.run", "mlflow", "keyreid.shards.dali"])
+TIMEOUT = 300
+
+
+def toy_shards(folder: Path, identities: int = 12) -> Path:
+    """Shards of a dataset of 64 x 32 pictures; half of the identities train."""
+    pack_dataset(make_dataset(folder / "pictures", identities=identities), folder / "pictures", folder / "shards")
+    return folder / "shards"
+
+
+def toy_config(shards: Path, output: Path, **sections) -> Config:
+    """A run of seconds: two blocks of a narrow ViT, clips of two frames, 8 clips a step, 5 steps an epoch."""
+    values = {
+        "name": "toy",
+        "output": str(output),
+        "data": {"shards": str(shards), "workers": 1, "identities": 4, "tracklets": 2, "augment": {"pad_pixels": 3}},
+        "clip": {"frames": 2, "height": 64, "width": 32},
+        "model": {"backbone": "vit_tiny_patch16_224", "depth": 2, "local_heads": 6, "drop_path": 0.3},
+        "optimizer": {"lr": 0.01},
+        "schedule": {"epochs": 2, "warmup_epochs": 1, "steps_per_epoch": 5},
+        "training": {"precision": "fp32", "log_every_steps": 1},
+        "evaluation": {"every_epochs": 0, "pictures": 0},
+        "tracking": {"system_metrics": False},
+    }
+    for section, changes in sections.items():
+        values[section] = {**values[section], **changes} if isinstance(changes, dict) else changes
+    return check_config(values, "toy")
+
+
+@dataclass
+class Ranks:
+    """Processes of one run."""
+
+    processes: list
+
+    def kill(self) -> None:
+        """SIGKILL to every rank at once."""
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+        self.wait()
+
+    def signal(self, number: int, rank: int = 0) -> None:
+        """Send a signal to one rank."""
+        os.kill(self.processes[rank].pid, number)
+
+    def wait(self) -> list[int]:
+        """Exit codes, once all have ended."""
+        for process in self.processes:
+            process.join(TIMEOUT)
+            assert process.exitcode is not None, "a rank hangs"
+        return [process.exitcode for process in self.processes]
+
+
+def start(target, config: Config, ranks: int, *arguments) -> Ranks:
+    """Start `target(config, *arguments)` on each rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        words = {name: str(value) for name, value in place.items()}
+        processes.append(SERVER.Process(target=_as_rank, args=(words, config.run_dir, target, config, *arguments)))
+        processes[-1].start()
+    return Ranks(processes)
+
+
+def run(target, config: Config, ranks: int = 1, *arguments) -> None:
+    """Start and wait; a rank that fails is an error with what it printed."""
+    codes = start(target, config, ranks, *arguments).wait()
+    assert codes == [0] * ranks, f"{codes}\n{printed(config)}"
+
+
+def train(config: Config) -> None:
+    """What `keyreid train` does on a rank."""
+    from keyreid.training.run import train
+
+    train(config)
+
+
+def printed(config: Config) -> str:
+    """What the ranks of a run wrote to their terminals."""
+    return "\n".join(path.read_text() for path in sorted(config.run_dir.parent.glob("output-*.txt")))
+
+
+def newest_tensors(config: Config) -> dict[str, torch.Tensor]:
+    """Everything that the newest checkpoint holds."""
+    folder = checkpoints.newest_whole(config.run_dir / "checkpoints")
+    return {
+        f"{file}:{name}": tensor
+        for file in (checkpoints.WEIGHTS, checkpoints.EMA, checkpoints.TRAINING)
+        for name, tensor in checkpoints.read_tensors(folder, file).items()
+    }
+
+
+def logged(config: Config, key: str) -> list[tuple[int, float]]:
+    """(step, value) of a metric in the order in which it was logged."""
+    lines = (config.run_dir / "tracking" / "events.jsonl").read_text().splitlines()
+    events = (json.loads(line) for line in lines if line.endswith("}"))
+    return [(event["step"], event["metrics"][key]) for event in events if key in event.get("metrics", {})]
+
+
+def _as_rank(environment: dict[str, str], run_dir: Path, target, config: Config, *arguments) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    output = (run_dir.parent / f"output-{run_dir.name}-{environment['RANK']}.txt").open("a", buffering=1)
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115, PTH123
+    target(config, *arguments)
