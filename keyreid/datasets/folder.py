@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from keyreid.datasets.imported import MANIFEST, ImportCard, is_imported, read_import_card
 from keyreid.datasets.listing import RESERVED, Keys, folders, numbered, pictures
 from keyreid.datasets.tracklet import JUNK_IDENTITY, Dataset, Frame, Tracklet
 from keyreid.errors import DataError
@@ -23,7 +24,7 @@ SPLITS = ("train", "test", "query", "gallery", "junk", "all")
 def open_folder(
     root: Path, layout: str = "camera/identity/tracklet", test_share: float = 0.0, seed: int = 0
 ) -> Dataset:
-    """Read a folder of folders, or a table when `root` is a file.
+    """Read a folder of folders, a table when `root` is a file, or what `keyreid import` wrote.
 
     A table has the column `path` (below the table's folder, or absolute) and any of identity, camera, tracklet, split
     and frame (the order within a tracklet; otherwise the order of the rows). An empty identity is unknown. Without the
@@ -41,6 +42,9 @@ def open_folder(
     """
     if not 0 <= test_share < 1:
         raise DataError(f"test_share={test_share}: from 0 to below 1")
+    card = ImportCard()
+    if is_imported(root):
+        card, root = read_import_card(root), root / MANIFEST
     if root.is_file():
         records, origin = _read_table(root), f"{root}"
     else:
@@ -51,7 +55,7 @@ def open_folder(
         records, origin = list(_walk(root, levels, {}, root)), f"{root} as {layout}"
     if not records:
         raise DataError(f"{origin}: no pictures found")
-    return _dataset(records, origin, test_share, seed)
+    return _dataset(records, origin, test_share, seed, card)
 
 
 Record = tuple[dict[str, str], list[Path]]  # names of LEVELS -> frames of one tracklet
@@ -108,9 +112,10 @@ def _read_table(path: Path) -> list[Record]:
     return [({n: v for n, v in zip(levels, values, strict=True) if v}, frames) for values, frames in groups.items()]
 
 
-def _dataset(records: list[Record], origin: str, test_share: float, seed: int) -> Dataset:
-    identities = numbered((names["identity"] for names, _ in records if "identity" in names), RESERVED)
-    cameras = numbered(names.get("camera", "1") for names, _ in records)
+def _dataset(records: list[Record], origin: str, test_share: float, seed: int, card: ImportCard) -> Dataset:
+    named = (names["identity"] for names, _ in records if "identity" in names)
+    identities = numbered(named, RESERVED, card.names["identity"])
+    cameras = numbered((names.get("camera", "1") for names, _ in records), known=card.names["camera"])
     wanted = {names["split"] for names, _ in records if "split" in names}
     if wanted - set(SPLITS):
         raise DataError(f"{origin}: split {sorted(wanted - set(SPLITS))[0]!r}; splits are {', '.join(SPLITS)}")
@@ -124,10 +129,18 @@ def _dataset(records: list[Record], origin: str, test_share: float, seed: int) -
     keys, tracklets = Keys(), []
     for at, (names, frames) in enumerate(records):
         split = splits[at] if splits[at] != "test" else "query" if at in asking else "gallery"
-        key = keys.give(names.get("identity", "unknown"), names.get("camera", "1"), names.get("tracklet", "0"))
+        parts = (names.get("identity", "unknown"), names.get("camera", "1"), names.get("tracklet", "0"))
+        key = (
+            keys.give(parts[-1]) if card.sources else keys.give(*parts)
+        )  # an import's tracklets have names of their own
         split = "junk" if people[at] == JUNK_IDENTITY else split
         tracklets.append(Tracklet(key, people[at], places[at], split, tuple(Frame(path) for path in frames)))
-    return Dataset("folder", tuple(tracklets), names={"identity": identities, "camera": cameras})
+    return Dataset(
+        "folder",
+        tuple(tracklets),
+        names={"identity": identities, "camera": cameras},
+        frames_per_second=card.frames_per_second,
+    )
 
 
 def _drawn(identities: list[int], share: float, seed: int) -> set[int]:

@@ -66,12 +66,15 @@ class Keys:
         return key
 
 
-def numbered(names: Iterable[str], reserved: dict[str, int] | None = None) -> dict[str, int]:
-    """Names in natural order, numbered from 1; `reserved` names keep their own numbers."""
-    reserved = reserved or {}
+def numbered(
+    names: Iterable[str], reserved: dict[str, int] | None = None, known: dict[str, int] | None = None
+) -> dict[str, int]:
+    """Names in natural order, numbered from 1; `reserved` and `known` names keep their numbers, new ones follow."""
+    kept = {**(known or {}), **(reserved or {})}
     plain = sorted(set(names), key=natural)
-    numbers = {name: number for number, name in enumerate((n for n in plain if n not in reserved), start=1)}
-    return {name: numbers.get(name, reserved.get(name, 0)) for name in plain}
+    first = max(0, *kept.values()) + 1 if kept else 1
+    numbers = {name: number for number, name in enumerate((n for n in plain if n not in kept), start=first)}
+    return {name: numbers.get(name, kept.get(name, 0)) for name in plain}
 
 
 def halves(identities: Sequence[int], seed: int, count: int) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:

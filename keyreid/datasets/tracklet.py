@@ -69,6 +69,7 @@ class Dataset:
             then camera `query_camera` queries the others.
         query_camera: see `splits`.
         names: what the numbers stand for, where the dataset uses names: {"identity": {...}, "camera": {...}}.
+        frames_per_second: of the cameras (by name) whose frames are numbered as in a video of known rate.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Dataset:
     splits: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
     query_camera: int | None = None
     names: dict[str, dict[str, int]] = field(default_factory=dict)
+    frames_per_second: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         seen: set[str] = set()

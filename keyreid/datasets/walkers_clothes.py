@@ -19,10 +19,10 @@ V, U = np.meshgrid(
 
 # Streets are mostly black, grey, white, blue and brown; the weight comes first.
 DYES = (
-    (3.0, (0.09, 0.09, 0.10)),
-    (1.5, (0.25, 0.25, 0.26)),
-    (1.5, (0.52, 0.52, 0.53)),
-    (2.5, (0.90, 0.90, 0.90)),
+    (2.0, (0.09, 0.09, 0.10)),
+    (1.0, (0.25, 0.25, 0.26)),
+    (1.0, (0.52, 0.52, 0.53)),
+    (1.8, (0.90, 0.90, 0.90)),
     (1.8, (0.32, 0.17, 0.12)),  # navy
     (1.5, (0.58, 0.38, 0.24)),  # denim
     (1.2, (0.75, 0.40, 0.15)),  # blue
@@ -199,7 +199,7 @@ def _dress_torso(person: Person, skin: np.ndarray, rng: np.random.Generator) -> 
     girth, build = person.build.girth, person.build
     shirt = _cloth(rng, patterned=0.5)
     sleeves = shirt
-    layer = rng.choice(["shirt", "open jacket", "zipped jacket", "vest"], p=[0.52, 0.22, 0.18, 0.08])
+    layer = rng.choice(["shirt", "open jacket", "zipped jacket", "vest"], p=[0.62, 0.14, 0.18, 0.06])
     if layer != "shirt":
         jacket = _cloth(rng, patterned=0.2)
         opening = {"open jacket": rng.uniform(0.35, 0.65), "zipped jacket": 0.0, "vest": rng.uniform(0.2, 0.4)}[layer]
@@ -209,12 +209,12 @@ def _dress_torso(person: Person, skin: np.ndarray, rng: np.random.Generator) -> 
         sleeves = shirt if layer == "vest" else jacket
     else:
         torso = shirt
-        if rng.random() < 0.35:  # an emblem on the chest
+        if rng.random() < 0.3:  # an emblem on the chest
             spot = (np.abs(U - rng.uniform(-0.4, 0.4)) < rng.uniform(0.3, 0.7)) & (
                 np.abs(V - 0.32) < rng.uniform(0.06, 0.13)
             )
             torso = _paint(torso, spot, _dye(rng, unlike=torso.mean((0, 1))))
-    if rng.random() < 0.25:  # a print on the back
+    if rng.random() < 0.15:  # a print on the back
         spot = (np.abs(U) > np.pi - rng.uniform(0.4, 0.8)) & (np.abs(V - 0.35) < rng.uniform(0.08, 0.18))
         torso = _paint(torso, spot, _dye(rng, unlike=torso.mean((0, 1))))
     if rng.random() < 0.3:
@@ -291,7 +291,7 @@ def _dress_head(person: Person, skin: np.ndarray, rng: np.random.Generator) -> N
 
 
 def _hand_bags(person: Person, rng: np.random.Generator) -> None:
-    kind = rng.choice(["none", "backpack", "shoulder bag", "hand bag"], p=[0.45, 0.25, 0.18, 0.12])
+    kind = rng.choice(["none", "backpack", "shoulder bag", "hand bag"], p=[0.5, 0.2, 0.18, 0.12])
     cloth = _cloth(rng, patterned=0.35)
     strap = cloth.mean((0, 1)) * 0.8
     torso = person.parts["torso"]

@@ -16,6 +16,7 @@ LOOKS = (
     ((0.95, 1.06, 0.95), 0.97, 2, 1.04, 1.04, -0.01),  # old tubes, greenish
     ((1.04, 0.94, 1.04), 1.05, -3, 1.10, 1.06, -0.01),  # bad white balance, deep shadows
 )
+DIRECTIONS = (0.1, 0.6, -0.5, 1.1, -0.25, -0.85)  # from which they look, radians from straight ahead (or behind)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def camera(number: int, rng: np.random.Generator, height: int, width: int) -> Ca
     extra = 0.25 if number > len(LOOKS) else 0.05
     gain = np.array(gain) * np.exp(rng.normal(0, extra, 3))
     return Camera(
-        yaw=(number - 1) * 0.9 + rng.uniform(-0.2, 0.2),
+        yaw=DIRECTIONS[(number - 1) % len(DIRECTIONS)] + rng.uniform(-0.1, 0.1),
         pitch=rng.uniform(0.05, 0.4),
         colour=colour_map(gain, saturation, turn + rng.normal(0, 40 * extra), contrast, offset),
         gamma=gamma * np.exp(rng.normal(0, extra)),
@@ -66,7 +67,7 @@ def camera(number: int, rng: np.random.Generator, height: int, width: int) -> Ca
         quality=int(rng.integers(55, 92)),
         tight=rng.uniform(0.84, 0.94),
         light=_light(rng),
-        ambient=rng.uniform(0.4, 0.75),
+        ambient=rng.uniform(0.55, 0.8),
         street=_street(rng, height, width),
     )
 

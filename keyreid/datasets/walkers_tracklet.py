@@ -54,10 +54,10 @@ def render_tracklet(
     yaw = camera.yaw + rng.choice([0.0, np.pi]) + rng.normal(0, 0.22)
     figure = _enter(person or dress(rng), camera, yaw, frames, rng, height, width, junk)
     company = None
-    if rng.random() < 0.1:  # someone else in the picture
+    if rng.random() < 0.08:  # someone else in the picture
         company = _enter(dress(rng), camera, yaw + rng.choice([0.0, np.pi]), frames, rng, height, width, junk=True)
     company_in_front = rng.random() < 0.3
-    obstacle = scene.occluder(rng, height, width, frames) if rng.random() < 0.15 else None
+    obstacle = scene.occluder(rng, height, width, frames) if rng.random() < 0.12 else None
     backdrop = _backdrop(camera.street, frames, rng, height, width)
     develop = _developer(camera, rng, height, width)
     pictures, keypoints = [], np.zeros((frames, body.KEYPOINTS, 3), np.float32)
