@@ -92,7 +92,7 @@ class LocalBranch(nn.Module):
             parts = self.block(rows, log_weight=log_weight)
         else:
             # The published view joins T consecutive tokens of a frame: [B, 1+N, T*D]
-            rows = tokens.contiguous().view(len(guidance), tokens.shape[1], -1).index_select(1, self.gather)
+            rows = tokens.contiguous().view(guidance.shape[0], tokens.shape[1], -1).index_select(1, self.gather)
             missing = len(self.order) - guidance.shape[2]
             if missing:  # the published code stops here; the repeated row takes the guidance of the last place
                 guidance = torch.cat([guidance, guidance[..., -1:].expand(-1, -1, missing)], -1)
