@@ -21,6 +21,7 @@ from typing import Any
 import keyreid
 from keyreid.datasets.tracklet import Dataset, Tracklet
 from keyreid.errors import DataError, KeyreidError
+from keyreid.files import sync
 from keyreid.progress import track
 from keyreid.shards import format
 from keyreid.shards.writer import PackSettings, fingerprint, index_path, kept, write_atomically, write_shard
@@ -122,6 +123,7 @@ def finish(plan: PackPlan, out: Path) -> dict[str, Any]:
         )
     card = make_card(plan, out)
     write_atomically(out / format.CARD_NAME, format.encode_card(card))
+    sync(out)  # all the renames
     return card
 
 

@@ -135,11 +135,6 @@ def write_atomically(path: Path, content: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _write_tracklet(out: TarWriter, tracklet: Tracklet, settings: PackSettings, columns: _Columns) -> None:
@@ -219,10 +214,10 @@ def _picture(tracklet: Tracklet, frame: Frame, settings: PackSettings) -> tuple[
         size = format.picture_size(content, kind)
         format.check_picture(content)
         return content, kind, size
-    except (OSError, ValueError) as error:
+    except (DataError, ValueError) as error:
+        place = "" if str(frame.path) in str(error) else f"{frame.path}: "
         raise DataError(
-            f"{frame.path}: {getattr(error, 'strerror', None) or error} (tracklet {tracklet.key}); "
-            "mend or remove the picture and run the same command again"
+            f"{place}{error} (tracklet {tracklet.key}); mend or remove the picture and run the same command again"
         ) from None
 
 
