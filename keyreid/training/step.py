@@ -114,6 +114,10 @@ class Stepper:
             if finite := torch.isfinite(total).item():
                 self.engine.backward(total)
         else:
+            if self.config.training.zero_stage == 3:
+                # DeepSpeed 0.19.8 copies a step's first gradients over those of the step before and adds the rest; the
+                # backbone gets none in our first backward pass, and would add to what is left from the step before.
+                self.engine.optimizer.grad_partitions_flat_buffer.zero_()
             pieces = [(start, start + micro) for start in range(0, len(batch), micro)]
             cached = []
             for start, stop in pieces:
