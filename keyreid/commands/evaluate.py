@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +13,8 @@ def evaluate(
     weights: Annotated[
         str | None,
         typer.Argument(
-            help="A run's folder, a checkpoint, exported .safetensors, or a published .pth. "
-            "With --all-splits it may hold {split}: each split's own weights.",
+            help="A run's folder (its best checkpoint), a checkpoint, keyreid .safetensors, or a published .pth. With "
+            "--all-splits it may hold {split}, for weights of each split.",
             show_default=False,
         ),
     ] = None,
@@ -26,8 +27,7 @@ def evaluate(
     protocol: Annotated[
         list[str] | None,
         typer.Option(
-            help="torchreid, official, inclusive or released; repeat it for several. Default: torchreid, "
-            "or what the configuration says.",
+            help="torchreid, official, inclusive or released; repeat it for several. Default: the configuration's.",
             show_default=False,
         ),
     ] = None,
@@ -37,41 +37,55 @@ def evaluate(
         str | None, typer.Option(help="Shards to evaluate on. Default: those of the configuration.")
     ] = None,
     vectors: Annotated[
-        Path | None, typer.Option(help="vectors.npz of an earlier evaluation: nothing is embedded again.")
+        Path | None, typer.Option(help="vectors.npz of an earlier evaluation; then nothing is embedded again.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for vectors, scores and pictures. Default: the run's.")
+        Path | None, typer.Option(help="Folder for vectors, scores and pictures. Default: one beside the weights.")
     ] = None,
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Processes on this machine. Default: one for each GPU, else one.")
     ] = None,
-    split_number: Annotated[int | None, typer.Option(min=0, help="Which split (iLIDS-VID, PRID2011: 0 to 9).")] = None,
-    all_splits: Annotated[bool, typer.Option(help="Mean and standard deviation over all splits.")] = False,
+    split_number: Annotated[
+        int | None, typer.Option(min=0, help="Which split of the dataset (iLIDS-VID, PRID2011: 0 to 9).")
+    ] = None,
+    all_splits: Annotated[
+        bool, typer.Option(help="Mean and standard deviation over all splits of the dataset.")
+    ] = False,
 ) -> None:
-    """Evaluate: mAP, mINP and CMC by named protocols, with ranked lists and curves as pictures.
+    """Evaluate: mAP, mINP and CMC by named protocols, with ranked lists, curves, guidance and attention as pictures.
 
-    Prints one table with the protocol and the data set beside each number. JSON values are fractions from 0 to 1.
+    Prints one table with the protocol and the data set beside each number; JSON values are fractions from 0 to 1.
+    Several machines: start it with torchrun or slurm/evaluate.sbatch; the ranks come from their variables.
     """
     from keyreid.errors import ConfigError
 
     protocols = tuple(dict.fromkeys(protocol or ()))
     if distance is not None:
-        given = {
-            "WEIGHTS": weights,
-            "--config": config,
-            "--shards": shards,
-            "--vectors": vectors,
-            "--out": out,
-            "--ranks": ranks,
-            "--split-number": split_number,
-            "--all-splits": all_splits or None,
-        }
-        extra = [name for name, value in given.items() if value is not None]
+        options = {"--config": config, "--shards": shards, "--vectors": vectors, "--out": out, "--ranks": ranks}
+        options |= {"WEIGHTS": weights, "--split-number": split_number, "--all-splits": all_splits or None}
+        extra = sorted(name for name, value in options.items() if value is not None)
         if extra:
-            raise ConfigError(f"--distance judges a matrix as it is: it does not go with {', '.join(extra)}")
+            raise ConfigError(f"--distance judges a matrix as it is; it does not go with {', '.join(extra)}")
         _judge_matrix(distance, protocols or ("torchreid",), json)
         return
-    raise ConfigError("name a run, a checkpoint or weights, or a matrix with --distance FILE.npz")
+    if weights is None and (vectors is None or (config is None and shards is None)):
+        raise ConfigError(
+            "name a run, a checkpoint or weights; or --vectors FILE.npz with --shards; or --distance FILE.npz"
+        )
+    if all_splits and split_number is not None:
+        raise ConfigError("--split-number is one split, --all-splits all of them")
+    if weights is None or vectors is not None:
+        ranks = 1  # nothing is embedded
+
+    from keyreid.training.launch import default_ranks, is_launched, run_ranks
+
+    ranks = ranks or default_ranks()
+    if ranks > 1 and not is_launched():
+        given = {"--json": json, "--config": config, "--shards": shards, "--out": out, "--split-number": split_number}
+        arguments = ["evaluate", *(f"{name}={value}" for name, value in given.items() if value is not None)]
+        arguments += [f"--protocol={name}" for name in protocols] + ["--all-splits"] * all_splits
+        sys.exit(run_ranks([*arguments, "--", str(weights), *(overrides or [])], ranks, _logs(out)))
+    _evaluate(weights, overrides or [], protocols, json, config, shards, vectors, out, split_number, all_splits)
 
 
 def _judge_matrix(path: Path, protocols: tuple[str, ...], json: Path | None) -> None:
@@ -84,3 +98,42 @@ def _judge_matrix(path: Path, protocols: tuple[str, ...], json: Path | None) -> 
         print(note)
     if json is not None:
         write_json(result, json)
+
+
+def _logs(out: Path | None) -> Path:
+    """Where ranks other than the first write what they say."""
+    import tempfile
+
+    return out / "logs" if out is not None else Path(tempfile.mkdtemp(prefix="keyreid-evaluate-"))
+
+
+def _evaluate(
+    weights: str | None,
+    overrides: list[str],
+    protocols: tuple[str, ...],
+    json: Path | None,
+    config: Path | None,
+    shards: str | None,
+    vectors: Path | None,
+    out: Path | None,
+    split_number: int | None,
+    all_splits: bool,
+) -> None:
+    from keyreid.evaluation.protocols import protocol_named
+    from keyreid.evaluation.report import table, write_json
+    from keyreid.evaluation.splits import Evaluation
+    from keyreid.training import ranks as processes
+
+    for name in protocols:
+        protocol_named(name)  # before the long work
+    ranks = processes.join()
+    try:
+        where = ranks.rank, ranks.world_size, ranks.device
+        evaluation = Evaluation(weights, overrides, config, shards, protocols, vectors, out, *where)
+        result = evaluation.all_splits() if all_splits else evaluation.one_split(split_number)
+    finally:
+        processes.leave()
+    if ranks.first:
+        print(f"\n{table(result)}\nwritten to {result['folder']}")
+        if json is not None:
+            write_json(result, json)

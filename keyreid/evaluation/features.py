@@ -37,6 +37,7 @@ def extract(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
+    cameras_known: bool = True,
 ) -> Vectors | None:
     """Embed tracklets. Every rank calls it; with several, the default process group must exist.
 
@@ -46,6 +47,7 @@ def extract(
     Args:
         positions: of the tracklets in `shards.tracklets`.
         config: clip size, batch size, number of clips, reader and precision.
+        cameras_known: the model was trained on these cameras; otherwise all are unknown to it.
 
     Returns:
         the vectors in the order of `positions` on the first rank, None on the others.
@@ -64,7 +66,8 @@ def extract(
     try:
         start = time.monotonic()
         shown = track(reader, len(chosen), "embedding", "batches", quiet=rank > 0)
-        vectors, seen = _mean_by_tracklet(model, shown, batches[rank], size, counts, share[rank], config, device)
+        embedded = (_embed(model, batch.to(device), config, cameras_known) for batch in shown)
+        means = _mean_by_tracklet(embedded, batches[rank], size, counts, share[rank])
         if rank == 0 and clips:
             rate = len(clips) / (time.monotonic() - start)
             print(f"embedded {len(counts)} tracklets, {len(clips)} clips: {rate:.1f} clips/s on {world_size} rank(s)")
@@ -73,19 +76,18 @@ def extract(
         model.train(was_training)
 
     if world_size > 1:
-        lengths = [len(tracklets) for tracklets in share]
-        vectors = _gather_rows(vectors, lengths, rank, device)
-        seen = _gather_rows(seen, lengths, rank, device)
+        means = _gather_rows(means, [len(tracklets) for tracklets in share], rank, device)
     if rank > 0:
         return None
+    width = model.width + model.parts * model.part_width
     records = [shards.tracklets[position] for position in positions]
     return Vectors(
         keys=np.array([record.key for record in records], np.str_),
         identities=np.array([-2 if record.identity is None else record.identity for record in records], np.int64),
         cameras=np.array([record.camera for record in records], np.int64),
         frames=np.array([record.frames for record in records], np.int64),
-        vectors=vectors.numpy(),
-        visibility=seen.numpy(),
+        vectors=means[:, :width].numpy(),
+        visibility=means[:, width:].numpy(),
         global_width=model.width,
         dataset=str(shards.card.get("name", "")),
     )
@@ -120,48 +122,44 @@ def _batches_of(share: list[range], counts: np.ndarray, size: int) -> list[list[
 
 
 def _mean_by_tracklet(
-    model: KeyReID,
-    reader: Iterator[ClipBatch],
-    batches: list[int],
-    size: int,
-    counts: np.ndarray,
-    own: range,
-    config: Config,
-    device: torch.device | str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means over the clips of this rank's tracklets: vectors [n, D] and visibility [n, P], float32 on the CPU.
+    embedded: Iterator[torch.Tensor], batches: list[int], size: int, counts: np.ndarray, own: range
+) -> torch.Tensor:
+    """Means over the clips of this rank's tracklets: float32 [n, E] on the CPU.
 
     A batch's clips are summed by tracklet on the device in float64; a tracklet's batches are added in their order.
+
+    Args:
+        embedded: [B, E] of each of `batches`.
     """
     ends = np.cumsum(counts)
     tracklet_of = np.repeat(np.arange(len(counts)), counts)
-    width = model.width + model.parts * model.part_width
-    means = torch.zeros(len(own), width + model.parts)
-    total = torch.zeros(width + model.parts, dtype=torch.float64)
+    means: dict[int, torch.Tensor] = {}
+    total: torch.Tensor | float = 0.0
     done = -1
-    for number, batch in zip(batches, reader, strict=True):
-        embedded = _embed(model, batch.to(device), config)
+    width = 0
+    for number, vectors in zip(batches, embedded, strict=True):
+        width = vectors.shape[1]
         if number == done:  # run again only because another rank has more batches
             continue
         done = number
-        last_clip = number * size + len(batch)
+        last_clip = number * size + len(vectors)
         of_clip = tracklet_of[number * size : last_clip]
         present = np.unique(of_clip)
-        members = torch.from_numpy(of_clip[None] == present[:, None]).to(embedded.device, torch.float64)
-        for tracklet, clip_sum in zip(present.tolist(), (members @ embedded.double()).cpu(), strict=True):
+        members = torch.from_numpy(of_clip[None] == present[:, None]).to(vectors.device, torch.float64)
+        for tracklet, clip_sum in zip(present.tolist(), (members @ vectors.double()).cpu(), strict=True):
             if tracklet in own:
-                total += clip_sum
+                total = total + clip_sum
                 if ends[tracklet] <= last_clip:
-                    means[tracklet - own.start] = (total / counts[tracklet]).float()
-                    total.zero_()
-    return means[:, :width].contiguous(), means[:, width:].contiguous()
+                    means[tracklet] = (total / counts[tracklet]).float()
+                    total = 0.0
+    return torch.stack([means[tracklet] for tracklet in own]) if len(own) else torch.zeros(0, width)
 
 
 @torch.no_grad()
-def _embed(model: KeyReID, batch: ClipBatch, config: Config) -> torch.Tensor:
+def _embed(model: KeyReID, batch: ClipBatch, config: Config, cameras_known: bool) -> torch.Tensor:
     """Embedding and visibility of each clip side by side: float32 [B, D + P]."""
     images, guidance = prepare(batch, config.model.guidance)
-    cameras = batch.cameras.masked_fill(batch.cameras >= model.num_cameras, UNKNOWN_CAMERA)
+    cameras = batch.cameras if cameras_known else torch.full_like(batch.cameras, UNKNOWN_CAMERA)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[config.training.precision]
     device = batch.images.device.type
     # On a CPU half precision costs accuracy and saves nothing.

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -141,8 +142,8 @@ class Scores:
         first = self.first_match[self.first_match > 0]
         return np.searchsorted(np.sort(first), np.arange(1, ranks + 1), side="right") / len(first)
 
-    def as_dict(self) -> dict[str, str | float | int]:
-        """The scores by the names that tables, JSON files and MLflow use."""
+    def as_dict(self) -> dict[str, Any]:
+        """The scores by the names that tables, JSON files and MLflow use; `cmc` is the curve up to the last rank."""
         cmc = self.cmc(max(CMC_RANKS))
         return {
             "protocol": self.protocol,
@@ -154,6 +155,7 @@ class Scores:
             "gallery": self.gallery,
             "junk": self.junk,
             "distractors": self.distractors,
+            "cmc": cmc.tolist(),
         }
 
 

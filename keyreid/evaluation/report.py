@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from keyreid.errors import KeyreidError
+from keyreid.errors import DataError, KeyreidError
 from keyreid.evaluation.protocols import CMC_RANKS, PROTOCOLS
 
 RATES = ("mAP", "mINP", *(f"rank{rank}" for rank in CMC_RANKS))
@@ -61,6 +61,21 @@ def write_json(result: Mapping[str, Any], path: Path) -> None:
         path.write_text(json.dumps(result, indent=1) + "\n")
     except OSError as error:
         raise KeyreidError(f"{path}: {error.strerror}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what `write_json` wrote.
+
+    Raises:
+        DataError: it is missing or something else.
+    """
+    try:
+        result = json.loads(path.read_text())
+        if result["protocols"] and result["dataset"]:
+            return result
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: no scores of an evaluation ({error})") from None
+    raise DataError(f"{path}: no scores of an evaluation")
 
 
 def _percent(value: float, deviation: float | None) -> str:

@@ -13,15 +13,54 @@ from keyreid.config import Config
 from keyreid.errors import DataError, KeyreidError
 from keyreid.evaluation.features import extract
 from keyreid.evaluation.report import combine, write_json
-from keyreid.evaluation.scoring import Ranking, rank_gallery
+from keyreid.evaluation.scoring import rank_gallery
 from keyreid.evaluation.vectors import Vectors
 from keyreid.model import KeyReID
 from keyreid.shards.index import ShardSet
+from keyreid.visualization.evaluation import draw
+from keyreid.visualization.page import write_page
 
 Part = Literal["test", "holdout"]
 
 
 def evaluate(
+    model: KeyReID,
+    shards: ShardSet,
+    config: Config,
+    out_dir: Path,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    protocols: Sequence[str] = (),
+    part: Part = "test",
+    vectors_path: Path | None = None,
+) -> dict[str, Any]:
+    """Evaluate a model on the test split that the configuration names. All ranks call it and get the same result.
+
+    Writes what `judge_vectors` writes, and the vectors.
+
+    Args:
+        protocols: names; default `config.evaluation.protocol`. Pictures show the first.
+        part: `holdout` judges the training identities that `data.holdout` kept out of training.
+        vectors_path: default `out_dir/vectors.npz`.
+
+    Returns:
+        `judge_vectors`' result and `vectors`, the path.
+
+    Raises:
+        DataError: the split has no queries, or no query has a match.
+    """
+    query, gallery = test_positions(shards, config.data.split_number, part)
+    vectors = extract(model, shards, sorted({*query, *gallery}), config, rank, world_size, device)
+    path = vectors_path or out_dir / "vectors.npz"
+    if vectors is not None:
+        vectors.save(path)
+    result = judge_vectors(vectors, model, shards, config, out_dir, rank, world_size, device, protocols, part)
+    return {**result, "vectors": str(path)}
+
+
+def judge_vectors(
+    vectors: Vectors | None,
     model: KeyReID | None,
     shards: ShardSet,
     config: Config,
@@ -31,39 +70,28 @@ def evaluate(
     device: torch.device | str = "cpu",
     protocols: Sequence[str] = (),
     part: Part = "test",
-    vectors: Vectors | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a model on the test split that the configuration names. All ranks call it and get the same result.
+    """Judge embedded tracklets. All ranks call it and get the same result; the first one needs the vectors.
 
-    Writes to `out_dir`: `vectors.npz`, `scores.json`, `ranked.png`, `cmc.png`.
-
-    Args:
-        protocols: names; default `config.evaluation.protocol`. Pictures show the first.
-        part: `holdout` judges the training identities that `data.holdout` kept out of training.
-        vectors: embedded earlier; then nothing is embedded and the model may be None.
+    Writes to `out_dir`: `scores.json` and, unless `evaluation.pictures` is 0, `ranked.png`, `cmc.png`, `guidance.png`,
+    `attention.png` (where there is a model) and `index.html`, which shows them all.
 
     Returns:
         `report.combine`'s object with `split_number`, `part`, `distance` and `rerank`; beside it `pictures` and
-        `vectors`, the paths of what was written.
-
-    Raises:
-        DataError: the split has no queries, or no query has a match.
+        `files`, the paths of the pictures and of all that was written.
     """
     protocols = tuple(protocols) or (config.evaluation.protocol,)
-    query, gallery = test_positions(shards, config.data.split_number, part)
-    if vectors is None:
-        vectors = extract(model, shards, sorted({*query, *gallery}), config, rank, world_size, device)
     result: Any = None
     if rank == 0:
         try:
-            result = _judge_and_draw(vectors, shards, config, out_dir, device, protocols, part, query, gallery)
-        except KeyreidError as error:  # the other ranks wait for an answer
+            result = _judge_and_draw(vectors, model, shards, config, out_dir, device, protocols, part)
+        except (KeyreidError, OSError) as error:  # the other ranks wait for an answer
             result = error
     if world_size > 1:
         box = [result]
         dist.broadcast_object_list(box, src=0)
         result = box[0]
-    if isinstance(result, KeyreidError):
+    if isinstance(result, Exception):
         raise result
     return result
 
@@ -82,48 +110,53 @@ def test_positions(shards: ShardSet, split_number: int, part: Part = "test") -> 
     return query, gallery
 
 
+def split_vectors(
+    vectors: Vectors, shards: ShardSet, split_number: int, part: Part = "test"
+) -> tuple[Vectors, Vectors]:
+    """The vectors of a split's queries and gallery.
+
+    Raises:
+        DataError: one of them is not among the vectors.
+    """
+    query, gallery = (
+        vectors[vectors.rows_of([shards.tracklets[position].key for position in positions])]
+        for positions in test_positions(shards, split_number, part)
+    )
+    return query, gallery
+
+
 def _judge_and_draw(
     vectors: Vectors,
+    model: KeyReID | None,
     shards: ShardSet,
     config: Config,
     out_dir: Path,
     device: torch.device | str,
     protocols: tuple[str, ...],
     part: Part,
-    query: list[int],
-    gallery: list[int],
 ) -> dict[str, Any]:
     out_dir.mkdir(parents=True, exist_ok=True)
-    vectors.save(out_dir / "vectors.npz")
-    query_vectors, gallery_vectors = (
-        vectors[vectors.rows_of([shards.tracklets[position].key for position in positions])]
-        for positions in (query, gallery)
-    )
-    rankings = rank_gallery(query_vectors, gallery_vectors, config.evaluation, protocols, device)
+    query, gallery = split_vectors(vectors, shards, config.data.split_number, part)
+    rankings = rank_gallery(query, gallery, config.evaluation, protocols, device)
     junk = len(shards.select("junk", config.data.split_number)) if part == "test" else 0
     scores = {name: {**ranking.scores.as_dict(), "junk": junk} for name, ranking in rankings.items()}
     result = combine(
         scores,
-        vectors.dataset,
+        _label(shards, config.data.split_number, part),
         split_number=config.data.split_number,
         part=part,
         distance=config.evaluation.distance,
         rerank=config.evaluation.rerank,
     )
     write_json(result, out_dir / "scores.json")
-    pictures = draw(rankings, shards, config, out_dir)
-    return {**result, "pictures": [str(path) for path in pictures], "vectors": str(out_dir / "vectors.npz")}
+    pictures = draw(rankings, model, shards, config, out_dir, device) if config.evaluation.pictures else []
+    if pictures:
+        write_page(out_dir / "index.html", result, pictures)
+    files = [out_dir / "scores.json", *pictures, *([out_dir / "index.html"] if pictures else [])]
+    return {**result, "pictures": [str(path) for path in pictures], "files": [str(path) for path in files]}
 
 
-def draw(rankings: dict[str, Ranking], shards: ShardSet, config: Config, out_dir: Path) -> list[Path]:
-    """Write the ranked lists of the first ranking and the CMC curves of all; gives their paths."""
-    from keyreid.visualization.curves import draw_cmc
-    from keyreid.visualization.evaluation import ranked_picture
-
-    if not config.evaluation.pictures:
-        return []
-    ranked, cmc = out_dir / "ranked.png", out_dir / "cmc.png"
-    first = next(iter(rankings.values()))
-    ranked_picture(first, shards, config.evaluation.pictures, config.seed).save(ranked)
-    draw_cmc({name: ranking.scores for name, ranking in rankings.items()}, first.query.dataset, cmc)
-    return [ranked, cmc]
+def _label(shards: ShardSet, split_number: int, part: Part) -> str:
+    """The data set as it stands beside numbers: its name, its split where it has several."""
+    split = f" split {split_number}" if shards.card["splits"] else ""
+    return f"{shards.card['name']}{split}{' (held out of training)' if part == 'holdout' else ''}"

@@ -2,17 +2,56 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import torch
 from PIL import Image
 
+from keyreid.config import Config
 from keyreid.datasets.tracklet import DISTRACTOR_IDENTITY
 from keyreid.evaluation.protocols import ranked_list
 from keyreid.evaluation.scoring import Ranking
 from keyreid.evaluation.vectors import Vectors
+from keyreid.model import KeyReID
 from keyreid.shards.index import ShardSet
+from keyreid.visualization.attention import attention_picture, can_draw_attention
+from keyreid.visualization.curves import draw_cmc
+from keyreid.visualization.guidance import guidance_picture
 from keyreid.visualization.ranked import RankedRow, Tile, draw_ranked
 
 TOP = 10
+SHOWN_IN_STRIPS = 4  # queries whose guidance and attention are shown
+
+
+def draw(
+    rankings: dict[str, Ranking],
+    model: KeyReID | None,
+    shards: ShardSet,
+    config: Config,
+    out_dir: Path,
+    device: torch.device | str = "cpu",
+) -> list[Path]:
+    """Write all pictures of an evaluation; gives their paths, the ranked lists first.
+
+    Ranked lists are those of the first ranking, CMC curves of all. Guidance, and attention where there is a model,
+    are those of its best and worst queries.
+    """
+    first = next(iter(rankings.values()))
+    pictures = {"ranked": ranked_picture(first, shards, config.evaluation.pictures, config.seed)}
+    chosen = chosen_queries(first, SHOWN_IN_STRIPS // 2, config.seed)
+    rows = np.unique(np.concatenate([chosen["Best queries"], chosen["Worst queries"]]))
+    positions = [shards.position[str(key)] for key in first.query.keys[rows]]
+    pictures["guidance"] = guidance_picture(shards, positions)
+    if model is not None and can_draw_attention(model):
+        pictures["attention"] = attention_picture(model, shards, positions, config, device)
+    paths = []
+    for name, picture in pictures.items():
+        picture.save(out_dir / f"{name}.png")
+        paths.append(out_dir / f"{name}.png")
+    curves = out_dir / "cmc.png"
+    draw_cmc({name: ranking.scores.as_dict() for name, ranking in rankings.items()}, first.query.dataset, curves)
+    return [paths[0], curves, *paths[1:]]
 
 
 def chosen_queries(ranking: Ranking, count: int, seed: int) -> dict[str, np.ndarray]:
@@ -29,15 +68,16 @@ def chosen_queries(ranking: Ranking, count: int, seed: int) -> dict[str, np.ndar
     }
 
 
-def ranked_picture(ranking: Ranking, shards: ShardSet, count: int, seed: int) -> Image.Image:
-    """Ranked lists of best, worst and random queries, as the ranking's protocol shows them.
+def ranked_picture(
+    ranking: Ranking, shards: ShardSet, count: int, seed: int, rows: np.ndarray | None = None
+) -> Image.Image:
+    """Ranked lists of best, worst and random queries (or of the given rows), as the ranking's protocol shows them.
 
     A tracklet is shown by its middle frame. Tracklets that the protocol leaves out for a query do not appear.
     """
     scores = ranking.scores
-    groups = []
-    for heading, rows in chosen_queries(ranking, count, seed).items():
-        groups.append((heading, [_row(ranking, shards, int(row)) for row in rows]))
+    chosen = chosen_queries(ranking, count, seed) if rows is None else {"Queries": rows}
+    groups = [(heading, [_row(ranking, shards, int(row)) for row in rows]) for heading, rows in chosen.items()]
     title = f"{ranking.query.dataset} · protocol {scores.protocol}"
     subtitle = (
         f"mAP {scores.mean_ap:.1%} · rank-1 {scores.cmc(1)[0]:.1%} · {scores.valid_queries} valid queries of "
@@ -54,7 +94,8 @@ def _row(ranking: Ranking, shards: ShardSet, row: int) -> RankedRow:
         for entry, match in zip(entries.tolist(), right, strict=True)
     ]
     ap, first = ranking.scores.average_precision[row], ranking.scores.first_match[row]
-    label = f"{query.keys[row]} · AP {ap:.1%} · first match at rank {first}"
+    verdict = f"AP {ap:.1%} · first match at rank {first}" if first else "no match in the gallery"
+    label = f"{query.keys[row]} · {verdict}"
     return RankedRow(label, _tile(query, row, shards), results)
 
 

@@ -1,0 +1,127 @@
+"""`keyreid visualize`: pictures of what a model sees and finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Draw ranked lists, guidance, attention and curves.", no_args_is_help=True)
+
+Keys = Annotated[list[str] | None, typer.Option("--key", help="A tracklet to show; repeat it for several.")]
+Count = Annotated[int, typer.Option(min=1, help="How many tracklets, evenly spaced, where no --key is given.")]
+
+
+@app.command("ranked")
+def ranked(
+    vectors: Annotated[Path, typer.Argument(help="vectors.npz of an evaluation.")],
+    shards: Annotated[str, typer.Option(help="Shards with the tracklets' pictures.")],
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("ranked.png"),
+    protocol: Annotated[str, typer.Option(help="torchreid, official, inclusive or released.")] = "torchreid",
+    distance: Annotated[str, typer.Option(help="euclidean, cosine or visible.")] = "euclidean",
+    rerank: Annotated[bool, typer.Option(help="Re-rank by k-reciprocal neighbours.")] = False,
+    count: Annotated[int, typer.Option(min=1, help="Queries of each kind: best, worst, random.")] = 8,
+    key: Keys = None,
+    seed: Annotated[int, typer.Option(help="Draws the random queries.")] = 1234,
+    split_number: Annotated[int, typer.Option(min=0, help="Which split of the dataset.")] = 0,
+) -> None:
+    """Queries and what was found for them: green frames are right, red ones wrong."""
+    import pydantic
+
+    from keyreid.config import EvaluationConfig
+    from keyreid.errors import ConfigError
+    from keyreid.evaluation.run import split_vectors
+    from keyreid.evaluation.scoring import rank_gallery
+    from keyreid.evaluation.vectors import Vectors
+    from keyreid.shards.index import ShardSet
+    from keyreid.visualization.evaluation import ranked_picture
+
+    try:
+        settings = EvaluationConfig(distance=distance, rerank=rerank)
+    except pydantic.ValidationError:
+        raise ConfigError(f"--distance {distance}: euclidean, cosine or visible") from None
+    packed = ShardSet.open(shards)
+    query, gallery = split_vectors(Vectors.load(vectors), packed, split_number)
+    ranking = rank_gallery(query, gallery, settings, (protocol,))[protocol]
+    rows = query.rows_of(key, "the queries") if key else None
+    _save(ranked_picture(ranking, packed, count, seed, rows), out)
+
+
+@app.command("guidance")
+def guidance(
+    shards: Annotated[str, typer.Argument(help="Shards.")],
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("guidance.png"),
+    key: Keys = None,
+    count: Count = 4,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of each tracklet, evenly spaced.")] = 6,
+) -> None:
+    """Part heatmaps of tracklets over their frames, as they are packed."""
+    from keyreid.shards.index import ShardSet
+    from keyreid.visualization.guidance import guidance_picture
+
+    packed = ShardSet.open(shards)
+    _save(guidance_picture(packed, _positions(packed, key, count), frames), out)
+
+
+@app.command("attention")
+def attention(
+    weights: Annotated[str, typer.Argument(help="A run, a checkpoint, keyreid .safetensors, or a published .pth.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
+    shards: Annotated[str | None, typer.Option(help="Default: those of the run.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Configuration. Default: the run's own.")] = None,
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("attention.png"),
+    key: Keys = None,
+    count: Count = 4,
+) -> None:
+    """Where the last block's class token, and each part's token, look."""
+    import torch
+
+    from keyreid.evaluation.weights import open_trained
+    from keyreid.shards.index import ShardSet
+    from keyreid.visualization.attention import attention_picture
+
+    trained = open_trained(weights, config, overrides or (), shards)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    packed = ShardSet.from_config(trained.config.data)
+    chosen = _positions(packed, key, count)
+    _save(attention_picture(trained.network.to(device), packed, chosen, trained.config, device), out)
+
+
+@app.command("curves")
+def curves(
+    scores: Annotated[list[Path], typer.Argument(help="scores.json of evaluations, or what --json wrote.")],
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("cmc.png"),
+    title: Annotated[str, typer.Option(help="Stands above the curves.")] = "CMC",
+) -> None:
+    """CMC curves of several evaluations in one picture, each named by its folder, data set and protocol."""
+    from keyreid.evaluation.report import read_json
+    from keyreid.visualization.curves import draw_cmc
+
+    named = {}
+    for path in scores:
+        result = read_json(path)
+        for protocol, values in result["protocols"].items():
+            named[f"{path.parent.name or path.stem}, {result['dataset']}, {protocol}"] = values
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw_cmc(named, title, out)
+    print(out)
+
+
+def _positions(shards, keys: list[str] | None, count: int) -> list[int]:
+    """The named tracklets, or evenly spaced ones."""
+    from keyreid.errors import DataError
+    from keyreid.visualization.guidance import evenly_spaced
+
+    if not keys:
+        return evenly_spaced(len(shards), count)
+    missing = [key for key in keys if key not in shards.position]
+    if missing:
+        raise DataError(f"{shards.location} holds no tracklet {missing[0]}; `keyreid inspect` lists them")
+    return [shards.position[key] for key in keys]
+
+
+def _save(picture, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(out)
+    print(f"{out}: {picture.width} x {picture.height} pixels")

@@ -1,0 +1,156 @@
+"""Evaluation of saved weights: on one split of a dataset, or on all of them with mean and deviation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from keyreid.config import Config
+from keyreid.errors import ConfigError
+from keyreid.evaluation.features import extract
+from keyreid.evaluation.report import COUNTS, RATES, combine
+from keyreid.evaluation.run import judge_vectors, test_positions
+from keyreid.evaluation.vectors import Vectors
+from keyreid.evaluation.weights import Trained, open_config, open_trained
+from keyreid.shards.index import ShardSet
+
+
+class Evaluation:
+    """What `keyreid evaluate` was asked for. Every rank makes one and calls the same method.
+
+    Args:
+        weights: as `open_trained` takes them; may hold `{split}`. None with `vectors`.
+        overrides, config, shards: see `open_trained`.
+        protocols: names; none: the configuration's.
+        vectors: a file of vectors to judge instead of embedding.
+        out: folder to write to; default one beside the weights.
+    """
+
+    def __init__(
+        self,
+        weights: str | None,
+        overrides: Sequence[str],
+        config: Path | None,
+        shards: str | None,
+        protocols: Sequence[str],
+        vectors: Path | None,
+        out: Path | None,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        self.weights = weights
+        self.settings = (config, overrides, shards)
+        self.protocols = protocols
+        self.vectors = None if vectors is None else Vectors.load(vectors)
+        self.out = out if out is not None or vectors is None else vectors.parent
+        self.ranks = (rank, world_size, device)
+
+    def one_split(self, number: int | None = None) -> dict[str, Any]:
+        """`judge_vectors`' result on one split (None: the configuration's), with the `folder` it was written to."""
+        trained, config = self._open(number or 0)
+        config = _on_split(config, config.data.split_number if number is None else number)
+        shards = ShardSet.from_config(config.data)
+        folder = self._folder(trained, shards)
+        vectors = self._embed(trained, shards, config, [config.data.split_number], folder)
+        return {**self._judge(trained, shards, config, folder, vectors), "folder": str(folder)}
+
+    def all_splits(self) -> dict[str, Any]:
+        """Mean and sample standard deviation (`RATE_deviation`) over all splits.
+
+        Weights that are the same for all splits embed every tracklet once.
+
+        Raises:
+            ConfigError: the dataset has one split only.
+        """
+        trained, config = self._open(0)
+        shards = ShardSet.from_config(config.data)
+        splits = range(len(shards.card["splits"]))
+        if len(splits) < 2:
+            raise ConfigError(f"{shards.location}: {shards.card['name']} has one split; leave out --all-splits")
+        folder = self._folder(trained, shards)
+        weights_by_split = self.weights is not None and "{split}" in self.weights
+        vectors, results = None, []
+        if not weights_by_split:
+            vectors = self._embed(trained, shards, config, splits, folder)
+        for number in splits:
+            own = folder / f"split-{number}"
+            if weights_by_split:
+                trained, config = self._open(number)
+                vectors = self._embed(trained, shards, config, [number], own)
+            results.append(self._judge(trained, shards, _on_split(config, number), own, vectors))
+        return {**mean_over_splits(results, shards.card["name"]), "folder": str(folder)}
+
+    def _embed(
+        self, trained: Trained | None, shards: ShardSet, config: Config, splits: Iterable[int], folder: Path
+    ) -> Vectors | None:
+        """The vectors of these splits' test tracklets on the first rank, kept in `folder`."""
+        if self.vectors is not None:
+            return self.vectors
+        known = trained.knows_cameras(shards)
+        if self.ranks[0] == 0:
+            _print_notes(trained, shards, splits, known)
+        sides = (side for number in splits for side in test_positions(shards, number))
+        wanted = sorted({position for side in sides for position in side})
+        vectors = extract(trained.network, shards, wanted, config, *self.ranks, known)
+        if vectors is not None:
+            vectors.save(folder / "vectors.npz")
+        return vectors
+
+    def _judge(
+        self, trained: Trained | None, shards: ShardSet, config: Config, folder: Path, vectors: Vectors | None
+    ) -> dict[str, Any]:
+        model = None if trained is None else trained.network
+        return judge_vectors(vectors, model, shards, config, folder, *self.ranks, self.protocols)
+
+    def _open(self, number: int) -> tuple[Trained | None, Config]:
+        config, overrides, shards = self.settings
+        if self.weights is None:
+            return None, open_config(config, overrides, shards)
+        trained = open_trained(self.weights.replace("{split}", str(number)), config, overrides, shards)
+        trained.network.to(self.ranks[2])
+        return trained, trained.config
+
+    def _folder(self, trained: Trained | None, shards: ShardSet) -> Path:
+        if self.out is not None:
+            return self.out
+        return trained.file.parent / f"evaluation-{trained.file.stem}-{shards.card['name']}"
+
+
+def mean_over_splits(results: Sequence[dict[str, Any]], dataset: str) -> dict[str, Any]:
+    """One object of several splits' results: rates are means, `RATE_deviation` sample standard deviations.
+
+    Counts are means too (whole numbers where the splits agree), `cmc` the mean curve; `splits` holds each split's own.
+    """
+    scores = {}
+    for name in results[0]["protocols"]:
+        each = [result["protocols"][name] for result in results]
+        rates = {rate: fmean(split[rate] for split in each) for rate in RATES}
+        deviations = {f"{rate}_deviation": stdev(split[rate] for split in each) for rate in RATES}
+        counts = {key: fmean(split[key] for split in each) for key in COUNTS}
+        counts = {key: int(value) if math.floor(value) == value else value for key, value in counts.items()}
+        curve = [fmean(values) for values in zip(*(split["cmc"] for split in each), strict=True)]
+        scores[name] = {"protocol": name, **rates, **deviations, **counts, "cmc": curve}
+    about = {key: results[0][key] for key in ("part", "distance", "rerank")}
+    return combine(
+        scores, f"{dataset}, {len(results)} splits", **about, splits=[result["protocols"] for result in results]
+    )
+
+
+def _on_split(config: Config, number: int) -> Config:
+    return config.model_copy(update={"data": config.data.model_copy(update={"split_number": number})})
+
+
+def _print_notes(trained: Trained, shards: ShardSet, splits: Iterable[int], cameras_known: bool) -> None:
+    """What a reader of the scores must know about weights and data."""
+    if not cameras_known and trained.network.backbone.camera is not None:
+        print("note: the weights were trained on other cameras; the mean of their camera embeddings is used")
+    for number in splits:
+        seen = trained.trained_on(shards, test_positions(shards, number)[0])
+        if seen:
+            print(f"note: split {number}: the weights were trained on {len(seen)} of its test identities")

@@ -1,0 +1,148 @@
+"""Where the network looks: the attention of the class token in the last block, frame by frame, and of each part.
+
+The network never builds these maps (docs/model.md: one query is folded through the keys), so they are computed here,
+from what goes into its attention modules during a forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from keyreid.config import Config
+from keyreid.errors import ConfigError
+from keyreid.model import KeyReID
+from keyreid.model.inputs import prepare
+from keyreid.model.single_query import SingleQueryAttention, SingleQueryBlock
+from keyreid.pose.parts import part_names
+from keyreid.shards import open_reader
+from keyreid.shards.batch import ClipBatch, ClipPlan
+from keyreid.shards.index import ShardSet
+from keyreid.visualization.guidance import describe, evenly_spaced
+from keyreid.visualization.strips import Strip, draw_strips, overlay
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """Shares of attention, mean over the heads.
+
+    Attributes:
+        frames: float32 [B, T, Hp, Wp], of each frame's class token over its patches (global branch).
+        parts: float32 [B, P, Hp, Wp], of each part's token over the patches, all T frames together (local branch);
+            None for `released`, whose rows are no patches.
+    """
+
+    frames: np.ndarray
+    parts: np.ndarray | None
+
+
+def can_draw_attention(model: KeyReID) -> bool:
+    """Whether the last block's attention is plain: no query/key norms, no gates."""
+    return isinstance(model.global_branch.block, SingleQueryBlock)
+
+
+@torch.no_grad()
+def attention_maps(model: KeyReID, batch: ClipBatch) -> AttentionMaps:
+    """Run the network on clips and give its attention.
+
+    Raises:
+        ConfigError: the backbone's attention is of another kind than the single-query form.
+    """
+    if not can_draw_attention(model):
+        raise ConfigError("attention pictures need a backbone with plain attention (no query/key norms or gates)")
+    caught: dict[str, Any] = {}
+    branches = {"frames": model.global_branch.block.attention, "parts": model.local_branch.block.attention}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: caught.update({name: args}))
+        for name, module in branches.items()
+    ]
+    was_training = model.training
+    try:
+        images, guidance = prepare(batch, model.guidance)
+        weights = next(model.parameters()).dtype
+        cameras = batch.cameras.masked_fill(batch.cameras >= model.num_cameras, -1)
+        model.eval().features(images.to(weights), guidance.to(weights), cameras)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    rows, columns = model.patch_grid
+    x = caught["frames"][0]
+    frames = _attention(branches["frames"], x)[:, 0, -rows * columns :]
+    parts = None
+    if model.guidance == "aligned":
+        x, _, log_weight = caught["parts"]
+        shuffled = _attention(branches["parts"], x, log_weight)[:, :, 1:]
+        parts = torch.empty_like(shuffled)
+        parts[:, :, model.local_branch.order] = shuffled  # back from TCSS to raster order
+        parts = parts.unflatten(2, (rows, columns)).cpu().numpy()
+    return AttentionMaps(frames.unflatten(0, (-1, model.frames)).unflatten(2, (rows, columns)).cpu().numpy(), parts)
+
+
+def attention_picture(
+    model: KeyReID, shards: ShardSet, positions: Sequence[int], config: Config, device: torch.device | str = "cpu"
+) -> Image.Image:
+    """A clip of evenly spaced frames of each tracklet, and over them the attention."""
+    plans = [_spread_clip(shards, position, config.clip.frames) for position in positions]
+    reader = open_reader(shards, iter([plans]), config, device=device)
+    try:
+        batch = next(iter(reader)).to(device)
+    finally:
+        reader.close()
+    maps = attention_maps(model, batch)
+    pictures = batch.images.permute(0, 1, 3, 4, 2).cpu().numpy()
+    strips = []
+    for clip, plan in enumerate(plans):
+        rows = [("frame", list(pictures[clip])), ("class token", _overlaid(pictures[clip], maps.frames[clip]))]
+        if maps.parts is not None:
+            for part, name in enumerate(part_names(model.parts)):
+                over_frames = [maps.parts[clip, part]] * config.clip.frames
+                rows.append((name.replace("_", " "), _overlaid(pictures[clip], over_frames)))
+        strips.append(Strip(describe(shards.tracklets[plan.tracklet]), [str(frame) for frame in plan.frames], rows))
+    return draw_strips(
+        strips,
+        f"{shards.card['name']} · attention of the last block",
+        "columns: frame numbers · mean over heads, each map from its least to its most · parts: one map for all frames",
+    )
+
+
+def _spread_clip(shards: ShardSet, position: int, frames: int) -> ClipPlan:
+    """A clip over the whole tracklet instead of consecutive frames."""
+    chosen = evenly_spaced(shards.tracklets[position].frames, frames)
+    chosen = np.array((chosen * frames)[:frames] if len(chosen) < frames else chosen)
+    nothing = np.zeros(frames, bool)
+    return ClipPlan(
+        position,
+        -1,
+        np.sort(chosen),
+        nothing,
+        np.zeros((frames, 2), np.int64),
+        np.zeros((frames, 4), np.int64),
+        nothing,
+    )
+
+
+def _overlaid(pictures: Sequence[np.ndarray], maps: Sequence[np.ndarray]) -> list[np.ndarray]:
+    spread = [(m - m.min()) / max(float(np.ptp(m)), 1e-12) for m in maps]
+    return [overlay(picture, values) for picture, values in zip(pictures, spread, strict=True)]
+
+
+def _attention(module: SingleQueryAttention, x: torch.Tensor, log_weight: torch.Tensor | None = None) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d)) of the first token, with keys built in full: float32 [S, P, rows], mean over heads."""
+    x = x.float()
+    gain, bias = module.norm_weight.float(), module.norm_bias.float()
+    normalised = functional.layer_norm(x, x.shape[-1:], gain, bias, module.eps)
+    q_weight, k_weight, _ = module.qkv_weight.float().chunk(3)
+    q_bias, k_bias, _ = module.qkv_bias.float().chunk(3)
+    query = functional.linear(normalised[:, 0], q_weight, q_bias).unflatten(-1, (module.heads, -1))
+    keys = functional.linear(normalised, k_weight, k_bias).unflatten(-1, (module.heads, -1))
+    logits = torch.einsum("shd,snhd->shn", query, keys).unsqueeze(1) * query.shape[-1] ** -0.5
+    if log_weight is not None:
+        logits = logits + functional.pad(log_weight.float(), (1, 0)).unsqueeze(2)
+    return logits.softmax(-1).mean(2)
