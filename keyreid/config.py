@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pydantic
 import yaml
@@ -26,6 +26,9 @@ class Section(BaseModel):
     """One part of the configuration: unknown keys are refused, and values do not change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+SectionType = TypeVar("SectionType", bound=Section)
 
 
 class ClipConfig(Section):
@@ -162,7 +165,7 @@ class TrainingConfig(Section):
     compile: bool = Field(False, description="torch.compile the network")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="average of the weights, evaluated and saved")
     log_every_steps: int = Field(20, ge=1)
-    checkpoint_every_steps: int | None = Field(None, ge=1, description="beside the one after each epoch")
+    checkpoint_every_steps: int | None = Field(None, ge=1, description="beside those after epochs")
     checkpoint_every_epochs: int = Field(1, ge=1)
     keep_checkpoints: int = Field(2, ge=1, description="newest ones kept, beside the best")
     keep_every_epochs: int | None = Field(None, ge=1, description="also keep each k-th epoch's for ever")
@@ -233,16 +236,31 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: a file is missing or not YAML, a key is unknown (with the nearest known one), a value is wrong.
     """
+    return load_section(Config, path, overrides)
+
+
+def load_section(section: type[SectionType], path: str | Path, overrides: Sequence[str] = ()) -> SectionType:
+    """`load_config` for a file of another type, such as a search."""
     merged = OmegaConf.merge(_read_with_parents(Path(path), ()), _parse_overrides(overrides))
-    return check_config(OmegaConf.to_container(merged, resolve=True), str(path))
+    return check_section(section, OmegaConf.to_container(merged, resolve=True), str(path))
+
+
+def merge_overrides(values: dict[str, Any], overrides: Sequence[str]) -> Any:
+    """Values with `section.key=value` strings merged into them, not yet checked."""
+    return OmegaConf.to_container(OmegaConf.merge(values, _parse_overrides(overrides)), resolve=True)
 
 
 def check_config(values: Any, source: str) -> Config:
     """Type and check merged values; `source` names them in errors."""
+    return check_section(Config, values, source)
+
+
+def check_section(section: type[SectionType], values: Any, source: str) -> SectionType:
+    """`check_config` for another type."""
     try:
-        return Config.model_validate(values)
+        return section.model_validate(values)
     except pydantic.ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
+        lines = [_explain(detail, section) for detail in error.errors()]
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
 
 
@@ -280,13 +298,13 @@ def _parse_overrides(overrides: Sequence[str]) -> Any:
         raise ConfigError(f"overrides {list(overrides)}: {error}") from None
 
 
-def _explain(detail: Any) -> str:
+def _explain(detail: Any, section: type[Section]) -> str:
     """One line for one pydantic error, with the nearest known name for an unknown key."""
     place = ".".join(str(step) for step in detail["loc"])
     if detail["type"] != "extra_forbidden":
         message = detail["msg"].removeprefix("Value error, ")
         return f"{place}: {message} (got {detail['input']!r})" if place and detail["type"] != "missing" else f"{place}: {message}".lstrip(": ")
-    known = _known_keys(Config)
+    known = _known_keys(section)
     near = difflib.get_close_matches(place, known, n=1, cutoff=0.0)[0]
     return f"unknown key {place!r}; the nearest known one is {near!r}"
 

@@ -1,1 +1,1 @@
-"""Search of hyperparameters with Ray Tune."""
+"""Hyperparameter search with Ray Tune: what a search is, its trials, and what comes out."""
