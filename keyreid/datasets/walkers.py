@@ -223,7 +223,7 @@ def _render_person(walkers: Walkers, root: Path, folder: str, jobs: list[_Job]) 
         scores = rendered.keypoints[..., 2].mean(axis=1)
         provenance = {"tool": "keyreid walkers", "version": VERSION, "seed": walkers.seed}
         truth = keypoint_files.KeypointFile(rendered.keypoints, scores, names, provenance)
-        keypoint_files.save(keypoint_files.path_of(root / "keypoints", job.key), truth)
+        keypoint_files.save(keypoint_files.path_of(root / "keypoints", job.key), truth, durable=False)
     cv2.setNumThreads(threads)
 
 

@@ -64,11 +64,13 @@ def path_of(directory: Path, key: str) -> Path:
     return directory / f"{key}.npz"
 
 
-def save(path: Path, file: KeypointFile, dtype: str = "float32") -> None:
+def save(path: Path, file: KeypointFile, dtype: str = "float32", durable: bool = True) -> None:
     """Write a keypoint file; it is either whole or absent, whenever the process is killed.
 
     Args:
         dtype: of the stored keypoints, `float32` or `float16`.
+        durable: wait until the file is on the disk, so that it also outlives a machine that loses its power; costs
+            milliseconds a file, for files that took longer to make.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -80,8 +82,9 @@ def save(path: Path, file: KeypointFile, dtype: str = "float32") -> None:
             frame_names=np.array(file.frame_names, dtype=np.str_),
             provenance=np.array(json.dumps(file.provenance, sort_keys=True)),
         )
-        stream.flush()
-        os.fsync(stream.fileno())
+        if durable:
+            stream.flush()
+            os.fsync(stream.fileno())
     partial.replace(path)
 
 
