@@ -47,11 +47,13 @@ def shard(
 
     number, shares = _share(share)
     root = root.expanduser()
-    data = open_dataset(dataset, root, **_options(option or []))
+    options = _options(option or [])
+    data = open_dataset(dataset, root, **options)
     if keypoints is None and (root / "keypoints").is_dir():
         keypoints = root / "keypoints"
     without = sum(tracklet.keypoints is None for tracklet in data.tracklets) if keypoints is None else 0
-    settings = PackSettings(root, keypoints, heatmaps, image, quality, parts)
+    folder = root.parent if root.is_file() else root
+    settings = PackSettings(folder, keypoints, heatmaps, image, quality, parts, dataset, options)
     out = out or Path("shards") / data.name
     plan = packing.plan_shards(data, settings, int(target_megabytes * 1e6))
     frames = sum(len(tracklet.frames) for tracklet in data.tracklets)

@@ -252,6 +252,9 @@ def read_index(path: Path) -> ShardIndex:
         DataError: it is missing, damaged, of another version, or contradicts itself.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("its arrays are compressed")  # and might grow without bound
         with np.load(path, allow_pickle=False) as arrays:
             header = json.loads(arrays["header"].tobytes())
             index = ShardIndex(header, arrays["key"], **{name: arrays[name] for name in _COLUMNS})
@@ -267,6 +270,7 @@ def read_index(path: Path) -> ShardIndex:
     expected = dict.fromkeys(("identity", "camera", "split", "frames"), total)
     expected |= dict.fromkeys(("offset", "size", "crc"), members)
     expected |= dict.fromkeys(("picture", "width", "height", "visible"), frames)
-    if lengths != expected or any(getattr(index, name).dtype != dtype for name, dtype in _COLUMNS.items()):
+    right_types = all(getattr(index, name).dtype == dtype for name, dtype in _COLUMNS.items())
+    if lengths != expected or not right_types or (index.frames < 1).any() or (index.offset < 0).any():
         raise DataError(f"{path}: the index contradicts itself; delete it and pack the dataset again")
     return index

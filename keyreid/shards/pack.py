@@ -167,7 +167,11 @@ def make_card(plan: PackPlan, out: Path) -> dict[str, Any]:
         "format": f"keyreid-dataset/{format.VERSION}",
         "name": dataset.name,
         "tool": f"keyreid {keyreid.__version__}",
-        "source": settings.root.name,
+        "source": {
+            "dataset": settings.dataset or dataset.name,
+            "folder": settings.root.name,
+            "options": settings.options,
+        },
         "settings": settings.described(),
         "counts": _counts(dataset.tracklets)
         | {"frames_with_keypoints": frames_with_keypoints, "heatmap_bytes": heatmap_bytes},

@@ -11,7 +11,7 @@ import hashlib
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,6 +42,7 @@ class PackSettings:
         image: keep JPEG and PNG byte for byte, or make JPEG of everything that is none (`jpeg`).
         quality: of JPEGs that are made.
         parts: P.
+        dataset, options: what `keyreid.datasets.open_dataset` was given; the card notes them.
     """
 
     root: Path
@@ -50,6 +51,8 @@ class PackSettings:
     image: str = "keep"
     quality: int = 95
     parts: int = 6
+    dataset: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
 
     def described(self) -> dict[str, Any]:
         """The settings as they stand in the dataset card: no path of this machine in them."""
@@ -192,13 +195,15 @@ def _described(tracklet: Tracklet, root: Path) -> dict[str, Any]:
 
 
 def _sources(paths: list[Path], root: Path) -> dict[str, Any]:
-    """The frames' files: their common folder relative to the dataset's, and their names in it."""
+    """The frames' files, named from the dataset's folder: one for all, or their folder and their names in it."""
     prefix = f"{root}{os.sep}"
     names = [str(path).removeprefix(prefix).replace(os.sep, "/") for path in paths]
     if len(set(names)) == 1:
         return {"file": names[0]}
-    folder = os.path.commonpath([name.rpartition("/")[0] for name in names]) if "/" in names[0] else ""
-    return {"folder": folder, "files": [name[len(folder) :].lstrip("/") for name in names]}
+    folders = {name.rpartition("/")[0] for name in names}
+    if len(folders) > 1:
+        return {"folder": "", "files": names}
+    return {"folder": folders.pop(), "files": [name.rpartition("/")[2] for name in names]}
 
 
 def _picture(tracklet: Tracklet, frame: Frame, settings: PackSettings) -> tuple[bytes, str, tuple[int, int]]:

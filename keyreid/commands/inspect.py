@@ -1,0 +1,143 @@
+"""`keyreid inspect`: what is in a set of shards, and whether all of it is whole."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from keyreid.errors import DataError
+
+if TYPE_CHECKING:
+    from keyreid.shards.index import ShardSet
+    from keyreid.shards.verify import Problem
+
+SHEET_TRACKLETS = 12
+_BAR = 50
+_SHOWN = 200  # problems that are printed
+
+
+def inspect(
+    shards: Annotated[str, typer.Argument(help="folder (or URL) that `keyreid shard` wrote")],
+    verify: Annotated[bool, typer.Option("--verify", help="check every hash, header and member")] = False,
+    against: Annotated[
+        Path | None, typer.Option(help="compare with the dataset in this folder, which was packed")
+    ] = None,
+    keypoints: Annotated[
+        Path | None, typer.Option(help="with --against: the keypoint files that were packed; default ROOT/keypoints")
+    ] = None,
+    sheet: Annotated[Path | None, typer.Option(help="write a contact sheet (PNG) of some tracklets")] = None,
+    tracklet: Annotated[str | None, typer.Option(help="print the JSON of the tracklet with this key")] = None,
+) -> None:
+    """Say what is in a set of shards; check it, compare it with its source, draw it. Status 1: something is wrong."""
+    from keyreid.shards.index import ShardSet
+
+    if verify:
+        _verify(Path(shards).expanduser())
+    opened = ShardSet.open(shards)
+    if tracklet is not None:
+        if tracklet not in opened.position:
+            raise DataError(f"{shards}: no tracklet has the key {tracklet}")
+        typer.echo(opened.read(opened.position[tracklet], ["json"])[0].decode())
+        return
+    _describe(opened)
+    if sheet is not None:
+        _contact_sheet(opened).save(sheet)
+        typer.echo(f"contact sheet: {sheet}")
+    if against is not None:
+        _compare(opened, against.expanduser(), keypoints)
+
+
+def _verify(folder: Path) -> None:
+    from keyreid.progress import track
+    from keyreid.shards.index import read_card
+    from keyreid.shards.verify import verify
+
+    total = len(read_card(folder)["shards"])
+    results = verify(folder, len(os.sched_getaffinity(0)))
+    found = [problem for _, problems in track(results, total + 1, "verifying", "shards") for problem in problems]
+    _report(found, f"{folder}: verified, {total} shards are whole")
+
+
+def _compare(shards: ShardSet, root: Path, keypoints: Path | None) -> None:
+    from keyreid.datasets import open_dataset
+    from keyreid.progress import track
+    from keyreid.shards.verify import compare
+    from keyreid.shards.writer import PackSettings
+
+    source = shards.card["source"]
+    dataset = open_dataset(source["dataset"], root, **source["options"])
+    if shards.card["settings"]["keypoints"] != "keypoint files":
+        keypoints = None
+    elif keypoints is None and (root / "keypoints").is_dir():
+        keypoints = root / "keypoints"
+    settings = PackSettings(root, keypoints, image=shards.card["settings"]["image"])
+    results = track(compare(shards, dataset, settings), len(dataset.tracklets), "comparing", "tracklets")
+    found = [problem for _, problems in results for problem in problems]
+    _report(found, f"{shards.location}: the same as {root}, {len(dataset.tracklets)} tracklets")
+
+
+def _report(found: list[Problem], good: str) -> None:
+    for problem in found[:_SHOWN]:
+        typer.echo(str(problem))
+    if len(found) > _SHOWN:
+        typer.echo(f"... and {len(found) - _SHOWN} more")
+    if found:
+        typer.echo(f"{len(found)} problems; pack the dataset again, what is whole is kept", err=True)
+        sys.exit(1)
+    typer.echo(good)
+
+
+def _describe(shards: ShardSet) -> None:
+    import numpy as np
+
+    card = shards.card
+    counts, size = card["counts"], sum(shard["bytes"] for shard in card["shards"])
+    typer.echo(
+        f"{card['name']} in {shards.location}: {len(card['shards'])} shards, {size / 1e9:.3g} GB, by {card['tool']}"
+    )
+    typer.echo(f"{'':10}{'tracklets':>12}{'frames':>12}{'identities':>12}")
+    for name, row in {**card["by_split"], "in all": counts}.items():
+        typer.echo(f"{name:10}{row['tracklets']:12}{row['frames']:12}{row['identities']:12}")
+    typer.echo(f"cameras: {', '.join(map(str, card['cameras']))}" + _splits(card))
+    frames = counts["frames"]
+    typer.echo(
+        f"heatmaps from {card['settings']['heatmaps']['from']}, {shards.parts} parts, "
+        f"{counts['heatmap_bytes'] / frames:.0f} bytes a frame; "
+        f"{counts['frames_with_keypoints']} of {frames} frames have keypoints"
+    )
+    sizes, often = np.unique(shards.frame_sizes, axis=0, return_counts=True)
+    common = sizes[often.argmax()]
+    typer.echo(f"pictures: {len(sizes)} sizes, most often {common[0]} x {common[1]} (width x height)")
+    lengths = np.array([record.frames for record in shards.tracklets])
+    typer.echo(f"frames a tracklet: least {lengths.min()}, median {np.median(lengths):g}, most {lengths.max()}")
+    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, 11).round().astype(int))
+    heights = np.histogram(lengths, edges)[0]
+    for low, high, height in zip(edges[:-1], edges[1:], heights, strict=True):
+        label = f"{low}" if high == low + 1 else f"{low} to {high - 1}"
+        typer.echo(f"{label:>12} {'#' * round(_BAR * height / heights.max())} {height}")
+
+
+def _splits(card: dict) -> str:
+    return f"; {len(card['splits'])} splits, camera {card['query_camera']} queries the others" if card["splits"] else ""
+
+
+def _contact_sheet(shards: ShardSet):
+    """Some tracklets, evenly spaced in the set: frames, and under them all parts' heatmaps."""
+    from keyreid.visualization.guidance import describe, evenly_spaced
+    from keyreid.visualization.strips import Strip, draw_strips, overlay
+
+    strips = []
+    for position in evenly_spaced(len(shards), SHEET_TRACKLETS):
+        record = shards.tracklets[position]
+        frames = evenly_spaced(record.frames, 8)
+        pictures = [shards.picture(position, frame) for frame in frames]
+        heatmaps = [shards.heatmaps(position, frame).max(0) / 255 for frame in frames]
+        shown = [overlay(picture, heatmap) for picture, heatmap in zip(pictures, heatmaps, strict=True)]
+        strips.append(Strip(describe(record), [str(frame) for frame in frames], [("", pictures), ("parts", shown)]))
+    return draw_strips(
+        strips, shards.card["name"], f"{len(strips)} of {len(shards)} tracklets · columns: frame numbers"
+    )
