@@ -4,7 +4,24 @@ import sys
 
 import typer
 
-from keyreid.commands import checkpoints, config, evaluate, export, pose, shard, submit, train, walkers
+from keyreid.commands import (
+    checkpoints,
+    config,
+    doctor,
+    embed,
+    evaluate,
+    export,
+    import_,
+    inspect,
+    pose,
+    search,
+    shard,
+    submit,
+    train,
+    tune,
+    visualize,
+    walkers,
+)
 from keyreid.errors import KeyreidError
 
 app = typer.Typer(
@@ -24,11 +41,18 @@ app.command("pose-export")(pose.pose_export)
 app.command("pose-convert")(pose.pose_convert)
 app.command("pose-train")(pose.pose_train)
 app.command("shard")(shard.shard)
+app.command("inspect")(inspect.inspect)
 app.command("train")(train.train)
+app.command("tune")(tune.tune)
 app.command("evaluate")(evaluate.evaluate)
+app.add_typer(visualize.app, name="visualize")
 app.add_typer(export.app, name="export")
+app.add_typer(import_.app, name="import")
+app.command("embed")(embed.embed)
+app.command("search")(search.search)
 app.command("checkpoints")(checkpoints.checkpoints)
 app.command("config")(config.config)
+app.command("doctor")(doctor.doctor)
 app.command("submit")(submit.submit)
 
 

@@ -1,0 +1,50 @@
+"""`keyreid doctor`: what works on this machine, and the command that mends what does not."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def doctor(
+    require: Annotated[
+        list[str] | None,
+        typer.Option(help="Also fail without this: gpu, dali, pose, slurm, video, tune, search, export, remote."),
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Check this alone; repeat it for several.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Check versions, GPU, DALI, DeepSpeed, NCCL/gloo, Slurm, MLflow, pose and disk by using each a little.
+
+    Exit status 1 when something that training needs, or that --require names, is missing or broken.
+    """
+    import dataclasses
+    import json as encoder
+    import sys
+
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from keyreid import doctor as surgery
+    from keyreid.errors import ConfigError
+
+    for name in (*(require or ()), *(only or ())):
+        if name not in surgery.CHECKS:
+            raise ConfigError(f"doctor knows no {name!r}; it checks {', '.join(surgery.CHECKS)}")
+    checks = surgery.examine(only or ())
+    failed = surgery.failures(checks, require or ())
+    if json:
+        print(encoder.dumps([dataclasses.asdict(check) for check in checks], indent=1))
+    else:
+        table = Table("", "", "found", "to mend it")
+        colours = {"ok": "green", "note": "cyan", "missing": "yellow", "broken": "red"}
+        for check in checks:
+            colour = "red" if check in failed else colours[check.state]
+            table.add_row(check.name, f"[{colour}]{check.state}[/]", escape(check.found), escape(check.remedy))
+        Console().print(table)
+        if failed:
+            print(f"{len(failed)} things that are needed do not work: {', '.join(check.name for check in failed)}")
+    if failed:
+        sys.exit(1)

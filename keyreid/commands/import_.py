@@ -1,0 +1,111 @@
+"""`keyreid import`: one's own videos, folders and tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(
+    help="Bring one's own videos and pictures into a folder that pose and shard read.", no_args_is_help=True
+)
+
+Out = Annotated[Path, typer.Option(help="Folder to write; further sources are added to it.")]
+Name = Annotated[
+    str | None, typer.Option(help="Of the source; the same name replaces its earlier import. Default the file's.")
+]
+
+
+@app.command("video")
+def video(
+    file: Annotated[
+        Path, typer.Argument(help="A video, a folder of its pictures, or MOTChallenge sequences (one or a folder).")
+    ],
+    out: Out,
+    tracks: Annotated[
+        Path | None,
+        typer.Option(
+            help="frame, id, x, y, width, height[, confidence, class, visibility] a line, or CSV with these names. "
+            "Sequences bring theirs."
+        ),
+    ] = None,
+    camera: Annotated[str | None, typer.Option(help="Any name. Default the file's.")] = None,
+    name: Name = None,
+    identity: Annotated[
+        Literal["none", "track", "person"],
+        typer.Option(
+            help="What an id says. none: nothing. track: a person, in this source alone. person: a person, the same in "
+            "every source."
+        ),
+    ] = "none",
+    min_width: Annotated[float, typer.Option(min=1, help="Least width of a box, pixels.")] = 24,
+    min_height: Annotated[float, typer.Option(min=1, help="Least height of a box, pixels.")] = 48,
+    min_length: Annotated[int, typer.Option(min=1, help="Least boxes of a track.")] = 4,
+    min_visibility: Annotated[float, typer.Option(min=0, max=1, help="Least visibility of a box, if known.")] = 0.0,
+    min_confidence: Annotated[float, typer.Option(help="Least confidence of a box, if known.")] = 0.0,
+    max_gap: Annotated[int, typer.Option(min=1, help="Frames to the next box before a track is cut; 1: next.")] = 5,
+    max_frames: Annotated[int, typer.Option(min=1, help="Longer tracks are cut into equal tracklets.")] = 64,
+    every: Annotated[int, typer.Option(min=1, help="Take one frame of so many.")] = 1,
+    padding: Annotated[float, typer.Option(min=0, help="A box grows by this share of its size on each side.")] = 0.05,
+    fps: Annotated[float | None, typer.Option(min=0, help="Frames a second; default what the video says.")] = None,
+) -> None:
+    """Cut the people of a video, by their tracks, into tracklets of pictures.
+
+    Then: keyreid pose folder OUT --out OUT/keypoints; keyreid shard folder OUT.
+    """
+    from keyreid.ingest.video import VideoSettings, import_video
+
+    settings = VideoSettings(
+        identity=identity,
+        min_width=min_width,
+        min_height=min_height,
+        min_length=min_length,
+        min_visibility=min_visibility,
+        min_confidence=min_confidence,
+        max_gap=max_gap,
+        max_frames=max_frames,
+        every=every,
+        padding=padding,
+    )
+    _report(out, import_video(file.expanduser(), out.expanduser(), tracks, camera, settings, name, fps))
+
+
+@app.command("folder")
+def folder(
+    source: Annotated[
+        Path, typer.Argument(help="A folder of folders, or a table (.csv, .parquet) with a column path.")
+    ],
+    out: Out,
+    layout: Annotated[
+        str, typer.Option(help="What the levels of folders are: split, camera, identity, tracklet, in any order.")
+    ] = "camera/identity/tracklet",
+    test_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the identities that becomes test data, drawn once by --seed.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of that draw.")] = 0,
+    min_width: Annotated[int, typer.Option(min=1, help="Least width of a picture, pixels.")] = 1,
+    min_height: Annotated[int, typer.Option(min=1, help="Least height of a picture, pixels.")] = 1,
+    min_length: Annotated[int, typer.Option(min=1, help="Least pictures of a tracklet.")] = 1,
+    name: Name = None,
+) -> None:
+    """Take in a folder or a table of pictures, which stay where they are.
+
+    Then: keyreid pose folder OUT --out OUT/keypoints; keyreid shard folder OUT.
+    """
+    from keyreid.ingest.folder import import_folder
+
+    result = import_folder(
+        source.expanduser(), out.expanduser(), layout, test_share, seed, min_width, min_height, min_length, name
+    )
+    _report(out, result)
+
+
+def _report(out: Path, result) -> None:
+    for reason, count in result.left_out.items():
+        if count:
+            print(f"left out: {count} {reason}")
+    print(
+        f"{out}: {result.tracklets} tracklets, {result.pictures} pictures, "
+        f"camera{'s' * (len(result.cameras) > 1)} {', '.join(result.cameras)}"
+    )

@@ -1,0 +1,34 @@
+"""One safetensors file of a network: whatever takes WEIGHTS takes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from keyreid.errors import ConfigError
+from keyreid.export.source import ExportSource
+from keyreid.model.weights_file import WeightsHeader, write_weights
+
+
+def export_weights(source: ExportSource, out: Path) -> None:
+    """Write a network with all that is known of it; the file is there whole or not at all.
+
+    Raises:
+        ConfigError: the file's name does not end in .safetensors.
+    """
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"{out}: the name of a weights file ends in .safetensors")
+    header = source.header
+    about = {**header.about, "averaged": source.averaged}
+    if source.training:
+        about["training"] = dict(source.training)
+    if source.scores:
+        about["scores"] = {name: value for name, value in source.scores.items() if name not in ("pictures", "vectors")}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        model = header.model.model_copy(update={"weights": None})
+        header = WeightsHeader(model, header.clip, header.identities, header.cameras, about)
+        write_weights(partial, source.tensors, header)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)

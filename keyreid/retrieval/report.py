@@ -1,0 +1,145 @@
+"""Search results as people and programs read them: a table, JSON, and the ranked picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from rich.table import Table
+
+from keyreid.errors import KeyreidError
+from keyreid.retrieval.search import Found, SearchSettings
+from keyreid.retrieval.vector_file import VectorFiles
+from keyreid.visualization.ranked import RankedRow, Tile, draw_ranked
+
+NO_PICTURE = np.full((160, 80, 3), 226, np.uint8)
+
+
+def table_of(found: Found) -> Table:
+    """A table of one query's hits."""
+    table = Table(title=f"query {found.query['key']}  ({_where(found.query)})", title_justify="left")
+    for heading, side in (("rank", "right"), ("tracklet", "left"), ("camera", "left"), ("when", "left")):
+        table.add_column(heading, justify=side, overflow="fold")
+    table.add_column("person", overflow="fold")
+    table.add_column("distance", justify="right")
+    for rank, hit in enumerate(found.hits, start=1):
+        mark = {True: "  same", False: "", None: ""}[same_person(found.query, hit)]
+        table.add_row(
+            str(rank), hit["key"], str(hit["camera_name"]), when(hit), f"{person(hit)}{mark}", f"{hit['distance']:.4g}"
+        )
+    return table
+
+
+def summary(results: Sequence[Found]) -> str:
+    """One line: how many queries, and how often the nearest is the same person, where persons are known."""
+    line = f"{len(results)} queries"
+    judged = [same_person(found.query, found.hits[0]) for found in results if found.hits]
+    known = [verdict for verdict in judged if verdict is not None]
+    if known:
+        line += f"; of {len(known)} whose person is known, {sum(known)} have the same person first"
+    return line
+
+
+def write_json(results: Sequence[Found], settings: SearchSettings, path: Path) -> None:
+    """Write all results, with the settings that they were found by.
+
+    Raises:
+        KeyreidError: the file cannot be written.
+    """
+    values = {
+        "metric": settings.metric,
+        "other_cameras": settings.other_cameras,
+        "rerank": settings.rerank,
+        "results": [{"query": found.query, "hits": found.hits} for found in results],
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values, indent=1) + "\n")
+    except OSError as error:
+        raise KeyreidError(f"{path}: {error.strerror}") from None
+
+
+def ranked_picture(
+    results: Sequence[Found], queries: VectorFiles, gallery: VectorFiles, settings: SearchSettings
+) -> Image.Image:
+    """Each query beside its hits, by the pictures that the vector files hold; grey where they hold none."""
+    asked = _pictures(queries, queries.rows_of([found.query["key"] for found in results]))
+    rows = sorted({hit["row"] for found in results for hit in found.hits})
+    shown = dict(zip(rows, _pictures(gallery, np.array(rows, np.int64)), strict=True))
+    lines = []
+    for found, picture in zip(results, asked, strict=True):
+        tiles = [
+            Tile(
+                shown[hit["row"]],
+                (f"{hit['distance']:.4g}", _where(hit), person(hit) or hit["key"]),
+                same_person(found.query, hit),
+            )
+            for hit in found.hits
+        ]
+        query = Tile(picture, ("query", _where(found.query), person(found.query) or found.query["key"]))
+        lines.append(RankedRow(found.query["key"], query, tiles))
+    how = ", ".join(
+        [settings.metric, *(["re-ranked"] * settings.rerank), *(["other cameras only"] * settings.other_cameras)]
+    )
+    title = f"{gallery.about.dataset} · {len(gallery)} tracklets · {gallery.about.weights.get('name', '')}"
+    note = f"{how} · blue: query, grey: not known, green: same person, red: another"
+    return draw_ranked([("", lines)], title, note)
+
+
+def same_person(one: dict[str, Any], other: dict[str, Any]) -> bool | None:
+    """Whether two rows are of one person; None where that is not known of both."""
+    names = one["identity_name"], other["identity_name"]
+    if None not in names:
+        return names[0] == names[1]
+    if one["identity"] is None or other["identity"] is None:
+        return None
+    return one["identity"] == other["identity"]
+
+
+def person(row: dict[str, Any]) -> str:
+    """A name, a number, or nothing."""
+    if row["identity_name"] is not None:
+        return row["identity_name"]
+    return "" if row["identity"] is None else f"identity {row['identity']}"
+
+
+def when(row: dict[str, Any]) -> str:
+    """Time in the video, or frame numbers, or nothing."""
+    if row["start_seconds"] is not None:
+        return f"{_clock(row['start_seconds'])} - {_clock(row['end_seconds'])}"
+    if row["first_frame"] is not None:
+        return f"frames {row['first_frame']} - {row['last_frame']}"
+    return f"{row['frames']} frames"
+
+
+def _where(row: dict[str, Any]) -> str:
+    start = row["start_seconds"]
+    time = f" {_clock(start)}" if start is not None else ""
+    if not time and row["first_frame"] is not None:
+        time = f" f{row['first_frame']}"
+    return f"{row['camera_name']}{time}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(seconds, 60)
+    hours, minutes = divmod(int(minutes), 60)
+    return f"{hours}:{minutes:02d}:{rest:05.2f}"
+
+
+def _pictures(files: VectorFiles, rows: np.ndarray) -> list[np.ndarray]:
+    """uint8 RGB pictures of rows."""
+    column = files.take(rows, ["picture"])["picture"] if len(rows) else pa.chunked_array([[]], pa.binary())
+    return [_decoded(content.as_py()) for content in column]
+
+
+def _decoded(content: bytes | None) -> np.ndarray:
+    if content is None:
+        return NO_PICTURE
+    picture = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    return NO_PICTURE if picture is None else cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)

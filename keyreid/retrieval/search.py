@@ -1,0 +1,193 @@
+"""Find the nearest tracklets of query vectors: exactly, in one pass over the gallery's files, or by an index.
+
+Memory of the exact search: the queries of one pass (QUERY_BYTES at most), one block of the gallery, and what
+`evaluation.distance` needs (256 MiB), whatever the gallery's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from keyreid.errors import ConfigError
+from keyreid.evaluation.distance import BLOCK_BYTES, Metric, nearest
+from keyreid.evaluation.reranking import rerank
+from keyreid.retrieval.index import GalleryIndex
+from keyreid.retrieval.vector_file import DESCRIPTION, VectorFiles, check_comparable, embeddings_of
+
+QUERY_BYTES = 256 * 2**20
+SHOWN = [name for name, _ in DESCRIPTION]
+RERANK_CANDIDATES = 200
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How the gallery is searched.
+
+    Attributes:
+        top: hits a query.
+        metric: as `evaluation.distance`.
+        other_cameras: leave out tracklets of the query's own camera.
+        rerank: k-reciprocal re-ranking among each query's RERANK_CANDIDATES nearest.
+    """
+
+    top: int = 10
+    metric: Metric = "euclidean"
+    other_cameras: bool = False
+    rerank: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """A query's description and its hits, nearest first; each a dict of the vector file's columns.
+
+    A hit also has `row` (in the gallery) and `distance`.
+    """
+
+    query: dict[str, Any]
+    hits: list[dict[str, Any]] = field(default_factory=list)
+
+
+def search(
+    queries: VectorFiles,
+    rows: np.ndarray | None,
+    gallery: VectorFiles,
+    settings: SearchSettings,
+    index: GalleryIndex | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[Found]:
+    """Search for queries, in their order. A tracklet never finds itself (the entry of its own key).
+
+    Args:
+        queries, rows: vector files and the rows of them that ask; None: all.
+        index: an index of the gallery instead of the exact search.
+
+    Raises:
+        ConfigError: the distance does not fit the vectors or the index.
+        DataError: queries and gallery were embedded by different networks.
+    """
+    check_comparable(gallery.about, queries.about, f"{gallery.paths[0]}", f"{queries.paths[0]}")
+    if settings.metric == "visible" and gallery.about.width == gallery.about.global_width:
+        raise ConfigError("--metric visible compares parts, and these are global features only; embed whole vectors")
+    if len(gallery) == 0:
+        raise ConfigError(f"{gallery.paths[0]}: the gallery is empty")
+    cameras = _cameras(gallery) if settings.other_cameras or index is not None else None
+    step = max(1, QUERY_BYTES // (4 * queries.about.width))
+    rows = np.arange(len(queries)) if rows is None else rows
+    for start in range(0, len(rows), step):
+        table = queries.take(rows[start : start + step], [*SHOWN, "vector", "visibility"])
+        wanted = settings.top + 1  # itself
+        if settings.rerank:
+            wanted = max(wanted, RERANK_CANDIDATES)
+        wanted = min(wanted, len(gallery))
+        if index is None:
+            distances, found = _exact(table, gallery, wanted, settings, cameras, device)
+        else:
+            distances, found = _indexed(table, gallery, wanted, settings, cameras, index)
+        yield from _described(table, gallery, distances, found, settings, device)
+
+
+def _exact(
+    table: pa.Table,
+    gallery: VectorFiles,
+    k: int,
+    settings: SearchSettings,
+    cameras: _Cameras | None,
+    device: torch.device | str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest rows of each query: distances [Q, k] and rows [Q, k]; infinity and -1 where there are fewer."""
+    query = embeddings_of(table, gallery.about)
+    asking = cameras.groups_of(table) if cameras else None
+    distances = np.full((len(query), k), np.inf, np.float32)
+    found = np.full((len(query), k), -1, np.int64)
+    for first, block in gallery.blocks(["vector", "visibility"]):
+        groups = cameras.of_gallery[first : first + len(block)] if cameras else None
+        near, rows = nearest(
+            query,
+            embeddings_of(block, gallery.about),
+            min(k, len(block)),
+            settings.metric,
+            device,
+            BLOCK_BYTES,
+            query_group=asking,
+            gallery_group=groups,
+        )
+        near = np.concatenate([distances, near], axis=1)
+        rows = np.concatenate([found, np.where(rows < 0, -1, rows + first)], axis=1)
+        best = np.argsort(near, axis=1, kind="stable")[:, :k]
+        distances, found = np.take_along_axis(near, best, 1), np.take_along_axis(rows, best, 1)
+    return distances, found
+
+
+def _indexed(
+    table: pa.Table,
+    gallery: VectorFiles,
+    k: int,
+    settings: SearchSettings,
+    cameras: _Cameras | None,
+    index: GalleryIndex,
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `_exact`, by the index; queries of one camera go together, since they leave out the same rows."""
+    vectors = embeddings_of(table, gallery.about).vectors
+    if not settings.other_cameras or cameras is None:
+        return index.search(vectors, k)
+    distances = np.full((len(table), k), np.inf, np.float32)
+    found = np.full((len(table), k), -1, np.int64)
+    groups = cameras.groups_of(table)
+    for group in np.unique(groups):
+        chosen = groups == group
+        distances[chosen], found[chosen] = index.search(vectors[chosen], k, cameras.of_gallery != group)
+    return distances, found
+
+
+def _described(
+    table: pa.Table,
+    gallery: VectorFiles,
+    distances: np.ndarray,
+    found: np.ndarray,
+    settings: SearchSettings,
+    device: torch.device | str,
+) -> Iterator[Found]:
+    """From rows to results: without the query itself, re-ranked where asked for, described."""
+    described = table.select(SHOWN).to_pylist()
+    if settings.rerank:
+        for at in range(len(found)):
+            candidates = found[at][found[at] >= 0]
+            rows = gallery.take(candidates, ["vector", "visibility"])
+            one = embeddings_of(table.slice(at, 1), gallery.about)
+            again = rerank(one, embeddings_of(rows, gallery.about), settings.metric, device=device)[0]
+            order = np.argsort(again, kind="stable")
+            distances[at, : len(order)], found[at, : len(order)] = again[order], candidates[order]
+    keep = settings.top + 1
+    shown = np.unique(found[:, :keep][found[:, :keep] >= 0])
+    by_row = dict(zip(shown.tolist(), gallery.take(shown, SHOWN).to_pylist(), strict=True))
+    for query, near, rows in zip(described, distances[:, :keep].tolist(), found[:, :keep].tolist(), strict=True):
+        hits = [
+            {**by_row[row], "row": row, "distance": distance}
+            for distance, row in zip(near, rows, strict=True)
+            if row >= 0 and by_row[row]["key"] != query["key"]
+        ]
+        yield Found(query, hits[: settings.top])
+
+
+@dataclass(frozen=True)
+class _Cameras:
+    """Cameras as numbers of our own, by name: files of different data sets may count them differently."""
+
+    numbers: dict[str, int]
+    of_gallery: np.ndarray
+
+    def groups_of(self, table: pa.Table) -> np.ndarray:
+        """int64: the camera of each row; -1 where the gallery does not have it."""
+        return np.array([self.numbers.get(name, -1) for name in table["camera_name"].to_pylist()], np.int64)
+
+
+def _cameras(gallery: VectorFiles) -> _Cameras:
+    names = gallery.column("camera_name")
+    known, numbers = np.unique(names.astype(str), return_inverse=True)
+    return _Cameras({name: number for number, name in enumerate(known.tolist())}, numbers.astype(np.int64))
