@@ -128,8 +128,8 @@ def test_command_line_refusals(tmp_path):
     path = saved(tmp_path / "made.npz")
     for arguments, message in (
         (["--distance", str(path), "--protocol", "market"], "unknown protocol 'market'; there are torchreid, official"),
-        (["--distance", str(path), "--shards", "s", "--all-splits"], "does not go with --shards, --all-splits"),
-        ([], "name a run, a checkpoint or weights, or a matrix with --distance"),
+        (["--distance", str(path), "--shards", "s", "--all-splits"], "does not go with --all-splits, --shards"),
+        ([], "name a run, a checkpoint or weights; or --vectors FILE.npz"),
     ):
         run = CliRunner().invoke(app, ["evaluate", *arguments])
         assert isinstance(run.exception, ConfigError)

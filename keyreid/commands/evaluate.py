@@ -60,6 +60,8 @@ def evaluate(
     from keyreid.errors import ConfigError
 
     protocols = tuple(dict.fromkeys(protocol or ()))
+    if vectors is not None and weights is not None and "=" in weights:  # without weights the first word is an override
+        weights, overrides = None, [weights, *(overrides or [])]
     if distance is not None:
         options = {"--config": config, "--shards": shards, "--vectors": vectors, "--out": out, "--ranks": ranks}
         options |= {"WEIGHTS": weights, "--split-number": split_number, "--all-splits": all_splits or None}

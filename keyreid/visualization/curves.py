@@ -36,4 +36,5 @@ def draw_cmc(scores: Mapping[str, Mapping[str, Any]], title: str, path: Path) ->
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center")
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)  # inches
     figure.savefig(path)

@@ -1,0 +1,140 @@
+"""Vectors of tracklets: the mean over their clips, whatever batches and ranks they were computed in."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from evaluation_toys import save_weights, toy_config, toy_model, toy_shards
+
+from keyreid.errors import DataError
+from keyreid.evaluation.features import _batches_of, _mean_by_tracklet, _shares, extract
+from keyreid.evaluation.vectors import Vectors
+from keyreid.model.inputs import prepare
+from keyreid.shards import open_reader
+from keyreid.shards.plan import evaluation_clips
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    shards = toy_shards(tmp_path_factory.mktemp("toy"))
+    config = toy_config(shards)
+    return shards, config, toy_model(config)
+
+
+def clip_by_clip(shards, config, model, position):
+    """The tracklet's vector, one clip at a time."""
+    clips = [[clip] for clip in evaluation_clips(shards, [position], config.clip.frames, mode=config.model.guidance)]
+    reader = open_reader(shards, iter(clips), config, workers=0)
+    vectors, seen = [], []
+    with torch.no_grad():
+        for batch in reader:
+            vectors.append(model.embed(*prepare(batch, config.model.guidance), batch.cameras)[0].double())
+            seen.append(batch.visibility[0])
+    reader.close()
+    return torch.stack(vectors).mean(0).numpy(), torch.stack(seen).mean(0).numpy()
+
+
+def test_a_tracklets_vector_is_the_mean_over_its_clips(toy):
+    shards, config, model = toy
+    positions = [17, 3, 30, 9, 8]
+    found = extract(model, shards, positions, config)
+    assert found.keys.tolist() == [shards.tracklets[position].key for position in positions]
+    assert found.frames.tolist() == [shards.tracklets[position].frames for position in positions]
+    for row, position in enumerate(positions):
+        vector, seen = clip_by_clip(shards, config, model, position)
+        assert found.vectors[row] == pytest.approx(vector, abs=2e-5)
+        assert found.visibility[row] == pytest.approx(seen, abs=1e-6)
+    assert not model.training
+
+
+def test_cameras_that_the_network_does_not_know(toy):
+    shards, config, model = toy
+    known, unknown = (extract(model, shards, [3, 8], config, cameras_known=flag) for flag in (True, False))
+    assert np.abs(known.vectors - unknown.vectors).max() > 1e-3
+    with torch.no_grad():
+        was = model.backbone.camera.clone()
+        model.backbone.camera[:] = was.mean(0)
+    as_mean = extract(model, shards, [3, 8], config)
+    with torch.no_grad():
+        model.backbone.camera[:] = was
+    assert unknown.vectors == pytest.approx(as_mean.vectors, abs=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 50])
+def test_ranks_share_all_tracklets_and_run_equally_many_batches(world_size):
+    rng = np.random.default_rng(world_size)
+    for _ in range(20):
+        counts = rng.integers(1, rng.choice([2, 5, 60]), rng.integers(1, 40))
+        share = _shares(counts, world_size)
+        assert [tracklet for tracklets in share for tracklet in tracklets] == list(range(len(counts)))
+        batches = _batches_of(share, counts, 4)
+        assert len({len(own) for own in batches}) == 1
+        first_clip = np.cumsum(counts) - counts
+        for tracklets, own in zip(share, batches, strict=True):
+            for tracklet in tracklets:
+                clips = range(first_clip[tracklet], first_clip[tracklet] + counts[tracklet])
+                assert {clip // 4 for clip in clips} <= set(own)
+        longest = max(counts.max(), counts.sum() / world_size)
+        assert max(counts[list(tracklets)].sum() for tracklets in share) <= counts.sum() / world_size + longest
+
+
+def test_means_do_not_depend_on_the_ranks():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 30, 25)
+    clips = torch.from_numpy(rng.standard_normal((counts.sum(), 9), dtype=np.float32))
+    means = []
+    for world_size in (1, 2, 5):
+        share = _shares(counts, world_size)
+        pieces = []
+        for rank, batches in enumerate(_batches_of(share, counts, 4)):
+            embedded = (clips[4 * number : 4 * number + 4] for number in batches)
+            pieces.append(_mean_by_tracklet(embedded, batches, 4, counts, share[rank]))
+        means.append(torch.cat(pieces))
+    assert torch.equal(means[0], means[1])
+    assert torch.equal(means[0], means[2])
+    ends = np.cumsum(counts)
+    expected = np.stack([clips[end - count : end].numpy().mean(0) for end, count in zip(ends, counts, strict=True)])
+    assert means[0].numpy() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_bits_of_one(toy, tmp_path):
+    shards, config, model = toy
+    weights = save_weights(model, config, shards, tmp_path / "weights.safetensors")
+    settings = ["evaluation.clips_per_batch=5", "evaluation.pictures=0", "training.precision=fp32", "data.reader=plain"]
+    for ranks in (1, 2):
+        command = ["evaluate", f"--ranks={ranks}", f"--shards={shards.location}", "--protocol=inclusive"]
+        command += [f"--out={tmp_path / str(ranks)}", str(weights), *settings]
+        done = subprocess.run(
+            [sys.executable, "-m", "keyreid.cli", *command],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"clips/s on {ranks} rank(s)" in done.stdout
+    one, two = (tmp_path / str(ranks) for ranks in (1, 2))
+    assert (one / "vectors.npz").read_bytes() == (two / "vectors.npz").read_bytes()
+    assert (one / "scores.json").read_text() == (two / "scores.json").read_text()
+
+
+def test_vectors_are_kept_and_read_again(toy, tmp_path):
+    shards, config, model = toy
+    made = extract(model, shards, [4, 5, 6], config)
+    made.save(tmp_path / "vectors.npz")
+    read = Vectors.load(tmp_path / "vectors.npz")
+    for name in ("keys", "identities", "cameras", "frames", "vectors", "visibility"):
+        assert np.array_equal(getattr(read, name), getattr(made, name))
+    assert (read.global_width, read.dataset) == (192, "toy")
+    assert read.rows_of([made.keys[2], made.keys[0]]).tolist() == [2, 0]
+    with pytest.raises(DataError, match=r"hold no tracklet nobody \(1 are missing\)"):
+        read.rows_of(["nobody"])
+    with pytest.raises(DataError, match=r"absent\.npz: no such file"):
+        Vectors.load(tmp_path / "absent.npz")
+    (tmp_path / "other.npz").write_text("other")
+    with pytest.raises(DataError, match=r"other\.npz: not a file of vectors"):
+        Vectors.load(tmp_path / "other.npz")

@@ -1,0 +1,165 @@
+"""From weights and shards to scores, a page of pictures, and means over splits, by function and by command."""
+
+import json
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from evaluation_toys import save_weights, toy_config, toy_model, toy_shards
+from typer.testing import CliRunner
+
+from keyreid.cli import app
+from keyreid.errors import CheckpointError, ConfigError, DataError
+from keyreid.evaluation import evaluate
+from keyreid.evaluation.distance import pairwise
+from keyreid.evaluation.protocols import judge
+from keyreid.evaluation.vectors import Vectors
+from keyreid.evaluation.weights import open_trained
+from keyreid.model.released import to_released
+
+SETTINGS = ["training.precision=fp32", "data.reader=plain", "data.workers=1", "evaluation.pictures=1"]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    shards = toy_shards(folder)
+    config = toy_config(shards)
+    model = toy_model(config)
+    return shards, config, model, save_weights(model, config, shards, folder / "weights.safetensors")
+
+
+@pytest.fixture(scope="module")
+def evaluated(toy, tmp_path_factory):
+    """The toy's evaluation through the command, by all protocols."""
+    shards, _, _, weights = toy
+    out = tmp_path_factory.mktemp("evaluated")
+    protocols = [f"--protocol={name}" for name in ("torchreid", "official", "inclusive", "released")]
+    arguments = ["evaluate", f"--shards={shards.location}", f"--out={out}", f"--json={out}/too.json", *protocols]
+    run = CliRunner().invoke(app, [*arguments, str(weights), *SETTINGS])
+    assert run.exit_code == 0, run.output
+    return out, run.output
+
+
+def test_scores_are_the_protocols_of_the_vectors(toy, evaluated):
+    out, output = evaluated
+    result = json.loads((out / "scores.json").read_text())
+    vectors = Vectors.load(out / "vectors.npz")
+    shards = toy[0]
+    query, gallery = (
+        vectors[vectors.rows_of([shards.tracklets[p].key for p in shards.select(s)])] for s in ("query", "gallery")
+    )
+    distance = pairwise(query.embeddings, gallery.embeddings)
+    expected = judge(distance, query.side, gallery.side, "torchreid").as_dict()
+    assert {name: result[name] for name in expected} == expected
+    assert (result["queries"], result["gallery"]) == (4, 12)
+    assert result["protocols"]["official"]["gallery"] == result["protocols"]["inclusive"]["gallery"] == 16
+    assert (result["dataset"], result["distance"], result["rerank"], result["part"]) == (
+        "toy",
+        "euclidean",
+        False,
+        "test",
+    )
+    assert f"{100 * expected['mAP']:.2f} %" in output
+    assert "clips/s on 1 rank(s)" in output
+    assert json.loads((out / "too.json").read_text())["metrics"] == result["metrics"]
+
+
+def test_everything_is_on_one_page(evaluated):
+    out, _ = evaluated
+    page = (out / "index.html").read_text()
+    for name in ("ranked", "cmc", "guidance", "attention"):
+        assert f'src="{name}.png"' in page
+        assert (out / f"{name}.png").stat().st_size > 5000
+    assert "released: the published evaluator with its faulty camera filter" in page
+
+
+def test_kept_vectors_need_no_second_pass(toy, evaluated, tmp_path):
+    out, _ = evaluated
+    arguments = ["evaluate", f"--vectors={out}/vectors.npz", f"--shards={toy[0].location}", f"--out={tmp_path}"]
+    run = CliRunner().invoke(app, [*arguments, "--", "evaluation.rerank=true", "evaluation.pictures=0"])
+    assert run.exit_code == 0, run.output
+    assert "embedded" not in run.output
+    result = json.loads((tmp_path / "scores.json").read_text())
+    assert result["rerank"] is True
+    assert not (tmp_path / "ranked.png").exists()
+
+
+def test_visible_distance_and_people_held_out_of_training(toy, tmp_path):
+    shards, _, model, _ = toy
+    config = toy_config(shards, data__holdout=0.5, evaluation__distance="visible", evaluation__pictures=0)
+    held_out = type(shards).from_config(config.data)
+    result = evaluate(model, held_out, config, tmp_path, part="holdout")
+    assert result["dataset"] == "toy (held out of training)"
+    assert result["queries"] == len(held_out.select("holdout_query"))
+    assert result["valid_queries"] > 0
+    assert result["files"] == [str(tmp_path / "scores.json")]
+    with pytest.raises(DataError, match="no identities are held out"):
+        evaluate(model, shards, toy_config(shards), tmp_path, part="holdout")
+
+
+def test_mean_and_deviation_over_splits(toy, tmp_path):
+    _, config, model, _ = toy
+    shards = toy_shards(tmp_path, splits=3)
+    weights = save_weights(model, config, shards, tmp_path / "weights.safetensors")
+    arguments = ["evaluate", f"--shards={shards.location}", f"--out={tmp_path / 'out'}", "--all-splits"]
+    run = CliRunner().invoke(app, [*arguments, str(weights), *SETTINGS, "evaluation.pictures=0"])
+    assert run.exit_code == 0, run.output
+    assert "toy, 3 splits" in run.output
+    assert " ± " in run.output
+    assert "note: split 0: the weights were trained on 3 of its test identities" in run.output
+    each = [json.loads((tmp_path / "out" / f"split-{n}" / "scores.json").read_text()) for n in range(3)]
+    assert each[1]["dataset"] == "toy split 1"
+    one = CliRunner().invoke(
+        app, ["evaluate", f"--vectors={tmp_path}/out/vectors.npz", f"--shards={shards.location}", "--split-number=1",
+              f"--out={tmp_path}/one", f"--json={tmp_path}/one.json", "--", "evaluation.pictures=0"]
+    )  # fmt: skip
+    assert one.exit_code == 0, one.output
+    assert json.loads((tmp_path / "one.json").read_text())["protocols"] == each[1]["protocols"]
+    both = CliRunner().invoke(
+        app, ["evaluate", f"--shards={shards.location}", f"--vectors={tmp_path}/out/vectors.npz", "--all-splits",
+              f"--json={tmp_path}/all.json", f"--out={tmp_path}/again", "--", "evaluation.pictures=0"]
+    )  # fmt: skip
+    assert both.exit_code == 0, both.output
+    mean = json.loads((tmp_path / "all.json").read_text())
+    values = [result["mAP"] for result in each]
+    assert mean["mAP"] == pytest.approx(statistics.fmean(values))
+    assert mean["mAP_deviation"] == pytest.approx(statistics.stdev(values))
+    assert len(mean["splits"]) == 3
+
+
+def test_a_published_checkpoint_brings_its_own_mode(toy, tmp_path):
+    shards = toy[0]
+    config = toy_config(shards, model__guidance="released")
+    torch.save(to_released(toy_model(config).state_dict()), tmp_path / "published.pth")
+    trained = open_trained(tmp_path / "published.pth", shards=shards.location)
+    assert (trained.config.model.guidance, trained.config.clip.frames, trained.config.clip.height) == (
+        "released",
+        2,
+        64,
+    )
+    assert trained.knows_cameras(shards)
+    arguments = ["evaluate", f"--shards={shards.location}", "--protocol=released", f"--out={tmp_path / 'out'}"]
+    run = CliRunner().invoke(app, [*arguments, str(tmp_path / "published.pth"), *SETTINGS])
+    assert run.exit_code == 0, run.output
+    assert (tmp_path / "out" / "attention.png").exists()
+    assert np.isfinite(Vectors.load(tmp_path / "out" / "vectors.npz").vectors).all()
+
+
+def test_what_cannot_be_evaluated_is_refused(toy, tmp_path):
+    shards, _, _, weights = toy
+    here = f"--shards={shards.location}"
+    for arguments, kind, message in (
+        ([str(weights)], ConfigError, "name the shards to evaluate on"),
+        ([here, str(weights), "model.parts=3"], ConfigError, "model and clip come with the weights"),
+        ([here, str(tmp_path)], CheckpointError, "no run, checkpoint or weights file"),
+        ([here, "--all-splits", str(weights)], ConfigError, "toy has one split; leave out --all-splits"),
+        ([here, "--split-number=4", str(weights)], DataError, "split_number=4, but the dataset has one split"),
+        ([here, "--protocol=market", str(weights)], ConfigError, "unknown protocol 'market'"),
+        (["--all-splits", "--split-number=1", str(weights)], ConfigError, "--split-number is one split"),
+        (["--vectors=v.npz"], ConfigError, "or --vectors FILE.npz with --shards"),
+    ):
+        run = CliRunner().invoke(app, ["evaluate", "--ranks=1", *arguments])
+        assert isinstance(run.exception, kind), (arguments, run.exception, run.output)
+        assert message in str(run.exception)
