@@ -104,12 +104,12 @@ def network(walkers: Path, keypoints: Path) -> None:
     from keyreid.pose.pictures import decode, fit
 
     start = time.monotonic()
-    summary = estimate(open_dataset("mars", walkers), keypoints, PoseSettings(long_edge=256), PoseWork(workers=1))
+    summary = estimate(open_dataset("mars", walkers), keypoints, PoseSettings(long_edge=128), PoseWork(workers=1))
     print(f"keyreid pose: {summary.frames} frames, {summary.frames / (time.monotonic() - start):.1f} frames a second")
     decoder = pifpaf.PoseDecoder(pifpaf.load_network(pifpaf.WALKERS)[0])
     files = sorted(walkers.glob("bbox_test/*/*.jpg"))[:64]
     start = time.process_time()
-    pictures = np.stack([fit(decode(path.read_bytes()), 256).pixels for path in files])
+    pictures = np.stack([fit(decode(path.read_bytes()), 128).pixels for path in files])
     read = time.process_time()
     decoder.pictures(pictures)
     print(f"read and fit {(read - start) / 64 * 1e3:.2f} ms a frame; network and decoder "

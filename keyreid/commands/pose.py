@@ -41,7 +41,7 @@ def pose(
     workers: Annotated[int, typer.Option(min=0, help="reading processes beside each device's")] = 2,
     long_edge: Annotated[
         int | None,
-        typer.Option(min=17, help="enlarge frames to so many pixels; default: 256 for walkers, else as they are"),
+        typer.Option(min=17, help="resize frames to so many pixels; default: 128 for walkers, else as they are"),
     ] = None,
     threshold: Annotated[
         float | None,
@@ -69,7 +69,7 @@ def pose(
     from keyreid.pose.estimate import PoseSettings, PoseWork, all_devices, estimate
 
     if long_edge is None and checkpoint == "walkers":
-        long_edge = 256
+        long_edge = 128
     settings = PoseSettings(checkpoint, long_edge, threshold, select, dtype)
     devices = all_devices() if device == "auto" else tuple(device.split(","))
     work = PoseWork(batch_size, workers, devices, trust, max_unreadable)
@@ -107,7 +107,7 @@ def pose_report(
         typer.echo(
             f"PCK@0.05 of the height: {accuracy['pck_0.05']:.3f} of all true joints, "
             f"{accuracy['pck_0.05_in_plain_sight']:.3f} of those in plain sight; "
-            f"median error {accuracy['median_pixels']:.2f} pixels"
+            f"median error {accuracy['median_pixels'] or float('nan'):.2f} pixels"
         )
 
 
@@ -174,7 +174,7 @@ def pose_convert(
 
 def pose_train(
     out: Annotated[Path, typer.Argument(help="weights file to write (.safetensors)")],
-    pictures: Annotated[int, typer.Option(min=16, help="rendered for training")] = 6000,
+    pictures: Annotated[int, typer.Option(min=16, help="rendered for training")] = 4800,
     epochs: Annotated[int, typer.Option(min=1)] = 8,
     seed: Annotated[int, typer.Option(help="of the pictures and the training")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",

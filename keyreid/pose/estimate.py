@@ -85,12 +85,14 @@ def estimate(
         share: (i, n): this is task i, from 0, of n that cut the dataset between them.
 
     Raises:
-        ConfigError: `out` holds keypoints of other settings, or the share is none.
+        ConfigError: `out` holds keypoints of other settings, or there is no such share or device.
         DataError: more frames than `work.max_unreadable` could not be read.
     """
     number, shares = share
     if not 0 <= number < shares:
         raise ConfigError(f"share {number}/{shares}: of n tasks, the first is 0/n and the last (n - 1)/n")
+    for device in work.devices:
+        _check_device(device)
     processes = len(work.devices)
     cuts = [(position, processes * shares) for position in range(number * processes, (number + 1) * processes)]
     if processes == 1:
@@ -111,6 +113,13 @@ def estimate(
 def all_devices() -> tuple[str, ...]:
     """Every visible GPU, or the CPU where there is none."""
     return tuple(f"cuda:{i}" for i in range(torch.cuda.device_count())) or ("cpu",)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
 def _estimate_on(
@@ -173,6 +182,8 @@ def _claim(out: Path, provenance: dict[str, Any]) -> None:
             changes = ", ".join(f"{key} was {earlier.get(key)!r}, now {provenance.get(key)!r}" for key in changed)
             raise ConfigError(f"{out} holds keypoints of other settings ({changes}); give another --out")
         return
+    if any(out.glob("*.npz")):
+        raise ConfigError(f"{out} holds keypoint files that were not made by `keyreid pose`; give another --out")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(provenance, indent=1, sort_keys=True) + "\n")
     partial.replace(path)

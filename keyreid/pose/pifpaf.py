@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -164,10 +164,10 @@ class PoseDecoder:
         if threshold is not None:
             torch.classes.openpifpaf_decoder.CifCaf.set_keypoint_threshold(threshold)
             pifpaf.decoder.utils.nms.Keypoints.set_keypoint_threshold(threshold)
-        self._decoder = pifpaf.decoder.factory(network.head_metas)
+        self._new_decoder = lambda: pifpaf.decoder.factory(network.head_metas)
 
     def pictures(self, pictures: np.ndarray) -> list[list[Pose]]:
-        """Find the people in pictures of one size.
+        """Find the people in pictures of one size; what is found depends on these pictures alone.
 
         Args:
             pictures: uint8 [N, H, W, 3], RGB.
@@ -175,12 +175,15 @@ class PoseDecoder:
         batch = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2)
         with torch.inference_mode():
             heads = [head.float().cpu() for head in self.network(normalise(batch))]
-        return [self.fields(fields) for fields in zip(*heads, strict=True)]
+        return self.fields(list(zip(*heads, strict=True)))
 
-    def fields(self, fields: Sequence[torch.Tensor]) -> list[Pose]:
-        """Decode the fields of one picture: CIF [17, 5, h, w] and CAF [19, 8, h, w]."""
-        found = self._decoder(list(fields))
-        return [Pose(pose.data.astype(np.float32), float(pose.score)) for pose in found]
+    def fields(self, fields: Sequence[Sequence[torch.Tensor]]) -> list[list[Pose]]:
+        """Decode the fields of pictures: for each, CIF [17, 5, h, w] and CAF [19, 8, h, w]."""
+        # A decoder's rounding drifts with the number of pictures that it has seen, so none outlives a batch.
+        decoder = self._new_decoder()
+        return [
+            [Pose(pose.data.astype(np.float32), float(pose.score)) for pose in decoder(list(heads))] for heads in fields
+        ]
 
 
 class Encoder:
@@ -211,17 +214,6 @@ def normalise(pictures: torch.Tensor) -> torch.Tensor:
     return (pictures - mean) / deviation
 
 
-def loss(network: torch.nn.Module) -> Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], torch.Tensor]:
-    """OpenPifPaf's loss of a network in training mode: of its heads' fields and the encoded ones, a scalar."""
-    composite = import_openpifpaf().network.losses.composite.CompositeLoss
-    parts = [composite.factory_from_headmeta(meta) for meta in network.head_metas]
-
-    def total(fields: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
-        return sum(sum(part(field, target)) for part, field, target in zip(parts, fields, targets, strict=True))
-
-    return total
-
-
 def fields_of_targets(cif: torch.Tensor, caf: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The fields that a perfect network would give for an encoded pose: what the decoder takes."""
     rows, columns = torch.meshgrid(*(torch.arange(size, dtype=cif.dtype) for size in cif.shape[-2:]), indexing="ij")
@@ -241,7 +233,7 @@ def check() -> float:
     network = build_network(WALKERS)
     upright = np.array(pifpaf.plugins.coco.constants.COCO_UPRIGHT_POSE, np.float32)
     keypoints = upright * [16, -22, 1] + [64, 228, 0]
-    poses = PoseDecoder(network).fields(fields_of_targets(*Encoder(network)(keypoints, 129, 257)))
+    (poses,) = PoseDecoder(network).fields([fields_of_targets(*Encoder(network)(keypoints, 129, 257))])
     if len(poses) != 1 or not (poses[0].keypoints[:, 2] > 0).all():
         raise KeyreidError(
             f"OpenPifPaf's decoder found {len(poses)} people in the fields of one: it does not work here"
