@@ -35,7 +35,7 @@ from keyreid.pose import keypoint_files
 from keyreid.progress import track
 
 SETTINGS_FILE = "walkers.json"
-VERSION = 2  # of the drawing: raised whenever the same settings give other pictures
+VERSION = 3  # of the drawing: raised whenever the same settings give other pictures
 _PERSON, _CAMERA, _VISITS, _TRACKLET, _DISTRACTOR, _JUNK = range(1, 7)  # random streams
 
 

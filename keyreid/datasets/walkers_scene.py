@@ -16,7 +16,7 @@ LOOKS = (
     ((0.95, 1.06, 0.95), 0.97, 2, 1.04, 1.04, -0.01),  # old tubes, greenish
     ((1.04, 0.94, 1.04), 1.05, -3, 1.10, 1.06, -0.01),  # bad white balance, deep shadows
 )
-DIRECTIONS = (0.1, 0.6, -0.5, 1.1, -0.25, -0.85)  # from which they look, radians from straight ahead (or behind)
+DIRECTIONS = (0.1, 0.45, -0.35, 0.95, -0.15, -0.55)  # from which they look, radians from straight ahead (or behind)
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,16 @@ def camera(number: int, rng: np.random.Generator, height: int, width: int) -> Ca
     gain = np.array(gain) * np.exp(rng.normal(0, extra, 3))
     return Camera(
         yaw=DIRECTIONS[(number - 1) % len(DIRECTIONS)] + rng.uniform(-0.1, 0.1),
-        pitch=rng.uniform(0.05, 0.4),
+        pitch=rng.uniform(0.05, 0.3),
         colour=colour_map(gain, saturation, turn + rng.normal(0, 40 * extra), contrast, offset),
         gamma=gamma * np.exp(rng.normal(0, extra)),
         blur=rng.uniform(0.3, 1.1),
         detail=rng.uniform(0.6, 1.0),
         noise=rng.uniform(1.5, 5),
         quality=int(rng.integers(55, 92)),
-        tight=rng.uniform(0.84, 0.94),
+        tight=rng.uniform(0.87, 0.93),
         light=_light(rng),
-        ambient=rng.uniform(0.55, 0.8),
+        ambient=rng.uniform(0.6, 0.85),
         street=_street(rng, height, width),
     )
 
@@ -179,7 +179,7 @@ def occluder(rng: np.random.Generator, height: int, width: int, frames: int) -> 
     tone = np.clip(rng.uniform(0.08, 0.85) + rng.normal(0, 0.15, 3), 0.03, 0.95)
     wide = int(
         width
-        * {"post": rng.uniform(0.1, 0.3), "low": rng.uniform(0.8, 2.5), "bush": rng.uniform(0.5, 1.0), "edge": 0.6}[
+        * {"post": rng.uniform(0.1, 0.25), "low": rng.uniform(0.8, 2.5), "bush": rng.uniform(0.4, 0.8), "edge": 0.4}[
             kind
         ]
     )
@@ -190,7 +190,7 @@ def occluder(rng: np.random.Generator, height: int, width: int, frames: int) -> 
     elif kind == "edge":  # a truck or a corner, straight and high
         layer[int(height * rng.uniform(0, 0.4)) :] = [*tone, 1]
     elif kind == "low":
-        top = int(height * rng.uniform(0.52, 0.82))
+        top = int(height * rng.uniform(0.58, 0.85))
         layer[top:] = [*tone, 1]
         layer[top : top + max(height // 40, 1), :, :3] *= 1.25
         for _ in range(rng.integers(0, 4)):

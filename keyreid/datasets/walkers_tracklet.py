@@ -51,13 +51,13 @@ def render_tracklet(
         person: who walks; None gives a detection that shows no one, or too little of someone (MARS's junk).
     """
     junk = person is None
-    yaw = camera.yaw + rng.choice([0.0, np.pi]) + rng.normal(0, 0.22)
+    yaw = camera.yaw + rng.choice([0.0, np.pi]) + rng.normal(0, 0.17)
     figure = _enter(person or dress(rng), camera, yaw, frames, rng, height, width, junk)
     company = None
-    if rng.random() < 0.08:  # someone else in the picture
+    if rng.random() < 0.06:  # someone else in the picture
         company = _enter(dress(rng), camera, yaw + rng.choice([0.0, np.pi]), frames, rng, height, width, junk=True)
     company_in_front = rng.random() < 0.3
-    obstacle = scene.occluder(rng, height, width, frames) if rng.random() < 0.12 else None
+    obstacle = scene.occluder(rng, height, width, frames) if rng.random() < 0.1 else None
     backdrop = _backdrop(camera.street, frames, rng, height, width)
     develop = _developer(camera, rng, height, width)
     pictures, keypoints = [], np.zeros((frames, body.KEYPOINTS, 3), np.float32)
@@ -93,12 +93,12 @@ def _enter(person: Person, camera, yaw: float, frames: int, rng, height: int, wi
     pitch = float(np.clip(camera.pitch + rng.normal(0, 0.04), 0, 0.6))
     points = body.look(body.walk(person.build, person.gait, phase), turning, pitch)
     top, bottom = points[..., 1].min(axis=1).mean(), points[..., 1].max(axis=1).mean()
-    scale = camera.tight * height * np.exp(rng.normal(0, 0.035)) / (bottom - top + 0.03)
+    scale = camera.tight * height * np.exp(rng.normal(0, 0.025)) / (bottom - top + 0.03)
     light = camera.light + rng.normal(0, 0.2, 3)
-    ambient = float(np.clip(camera.ambient + rng.normal(0, 0.08), 0.3, 0.9))
+    ambient = float(np.clip(camera.ambient + rng.normal(0, 0.05), 0.4, 0.95))
     sprites = drawing.bake(person, yaw, light / np.linalg.norm(light), ambient, scale)
     wander = np.cumsum(rng.normal(0, 0.006, (frames, 2)), axis=0)
-    shift = rng.normal(0, (0.04, 0.015), 2)
+    shift = rng.normal(0, (0.03, 0.012), 2)
     if junk:
         shift += rng.choice([-1, 1], 2) * rng.uniform((0.3, 0.0), (0.55, 0.35))
     crops = np.zeros((frames, 2, 3))
@@ -165,13 +165,13 @@ def _true_keypoints(figure: _Figure, t: int, owner: np.ndarray) -> np.ndarray:
 
 def _developer(camera: scene.Camera, rng: np.random.Generator, height: int, width: int):
     """The camera's sensor and encoder under this tracklet's light: drawn picture -> JPEG bytes."""
-    gain = np.exp(rng.normal(0, 0.07) + rng.normal(0, 0.03, 3))
+    gain = np.exp(rng.normal(0, 0.06) + rng.normal(0, 0.025, 3))
     matrix = (camera.colour * gain[:, None] * [1, 1, 1, 255]).astype(np.float32)
-    gamma = camera.gamma * np.exp(rng.normal(0, 0.07))
+    gamma = camera.gamma * np.exp(rng.normal(0, 0.05))
     curve = (255 * (np.arange(256) / 255) ** gamma + 0.5).astype(np.uint8)
-    across, down = rng.normal(0, 0.1, 2)
+    across, down = rng.normal(0, 0.07, 2)
     light = 1 + across * np.linspace(-1, 1, width)[None] + down * np.linspace(-1, 1, height)[:, None]
-    if rng.random() < 0.15:  # the edge of a shadow falls over the picture
+    if rng.random() < 0.12:  # the edge of a shadow falls over the picture
         slope, place, soft = rng.normal(0, 0.4), rng.uniform(0.2, 0.8), rng.uniform(0.02, 0.2)
         line = np.linspace(0, 1, height)[:, None] + slope * np.linspace(-0.5, 0.5, width)[None] - place
         light = light * (1 - rng.uniform(0.2, 0.5) / (1 + np.exp(-line / soft)))
