@@ -1,6 +1,6 @@
 """Predicted efficiency of data-parallel training on 1 to 64 nodes; docs/scaling.md explains every number.
 
-    python benchmarks/scaling.py
+python benchmarks/scaling.py
 """
 
 from __future__ import annotations

@@ -53,18 +53,27 @@ class DataConfig(Section):
     """Where the shards are, how batches are drawn from them, and who reads them."""
 
     shards: str = Field(description="folder or URL (s3://, gs://, https://) that `keyreid shard` wrote")
-    split_number: int = Field(0, ge=0, description="which of the dataset's train/test splits (iLIDS-VID, PRID2011: 0..9)")
-    holdout: float = Field(
-        0.0, ge=0, lt=1, description="share of the training identities kept out of training, for choosing hyperparameters"
+    split_number: int = Field(
+        0, ge=0, description="which of the dataset's train/test splits (iLIDS-VID, PRID2011: 0..9)"
     )
-    reader: Literal["dali", "plain"] = Field("dali", description="plain: PyTorch workers, for machines without DALI")
+    holdout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the training identities kept out of training, for choosing hyperparameters",
+    )
+    reader: Literal["dali", "plain", "stream"] = Field(
+        "dali",
+        description="plain: PyTorch workers, for machines without DALI; stream: whole tars in order by the webdataset "
+        "library, nothing kept on disk, for evaluating remote shards",
+    )
     workers: int = Field(2, ge=1, description="decoding threads (DALI) or processes (plain) of each rank")
     prefetch: int = Field(2, ge=1, description="batches decoded ahead")
     identities: int = Field(4, ge=1, description="P: identities a global batch, over all ranks together")
     tracklets: int = Field(4, ge=1, description="K: tracklets an identity in a batch")
     sampler: Literal["identity", "frames", "camera"] = Field(
         "identity",
-        description="identity: each identity equally often; frames: tracklets drawn by their length; "
+        description="identity: each tracklet has its turn; frames: an identity's tracklets drawn by their length; "
         "camera: the K tracklets of an identity from as many cameras as it has",
     )
     guidance_from: Literal["heatmaps", "keypoints"] = Field(
@@ -157,8 +166,12 @@ class TrainingConfig(Section):
     casting: Literal["autocast", "engine"] = Field(
         "autocast", description="autocast keeps fp32 weights and casts operations; engine casts the weights"
     )
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what DeepSpeed shards: 1 optimizer, 2 + gradients, 3 + weights")
-    deepspeed: str | dict[str, Any] | None = Field(None, description="DeepSpeed configuration: a JSON file or its content")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="what DeepSpeed shards: 1 optimizer, 2 + gradients, 3 + weights"
+    )
+    deepspeed: str | dict[str, Any] | None = Field(
+        None, description="DeepSpeed configuration: a JSON file or its content"
+    )
     accumulation: int = Field(1, ge=1, description="micro-batches a step; the losses still see the whole batch")
     clip_gradient_norm: float = Field(0.0, ge=0, description="0: none")
     activation_checkpointing: bool = False
@@ -276,7 +289,9 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> Any:
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}" + (f", named by `extends` in {children[-1]}" if children else "")) from None
+        raise ConfigError(
+            f"{path}: {error.strerror}" + (f", named by `extends` in {children[-1]}" if children else "")
+        ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
     if not isinstance(values, dict):
@@ -303,7 +318,11 @@ def _explain(detail: Any, section: type[Section]) -> str:
     place = ".".join(str(step) for step in detail["loc"])
     if detail["type"] != "extra_forbidden":
         message = detail["msg"].removeprefix("Value error, ")
-        return f"{place}: {message} (got {detail['input']!r})" if place and detail["type"] != "missing" else f"{place}: {message}".lstrip(": ")
+        return (
+            f"{place}: {message} (got {detail['input']!r})"
+            if place and detail["type"] != "missing"
+            else f"{place}: {message}".lstrip(": ")
+        )
     known = _known_keys(section)
     near = difflib.get_close_matches(place, known, n=1, cutoff=0.0)[0]
     return f"unknown key {place!r}; the nearest known one is {near!r}"

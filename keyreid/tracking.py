@@ -173,7 +173,9 @@ class Tracker:
                     replace_text(sent, str(done + len(lines)))
                 self._warned = False
             except Exception as error:  # whatever a server, a driver or a network does must not end a training
-                self._warn(f"MLflow at {self.uri}: {type(error).__name__}: {str(error).splitlines()[0][:200]}; trying again")
+                self._warn(
+                    f"MLflow at {self.uri}: {type(error).__name__}: {str(error).splitlines()[0][:200]}; trying again"
+                )
                 if not stopping:
                     self._stop.wait(RETRY_SECONDS)
                     continue

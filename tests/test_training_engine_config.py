@@ -18,7 +18,9 @@ def configure(tmp_path):
 
 
 def test_ours_reaches_deepspeed(configure):
-    values = deepspeed_config(configure("training.zero_stage=2", "training.clip_gradient_norm=3", "training.precision=bf16"))
+    values = deepspeed_config(
+        configure("training.zero_stage=2", "training.clip_gradient_norm=3", "training.precision=bf16")
+    )
     assert values["zero_optimization"]["stage"] == 2
     assert values["gradient_clipping"] == 3
     assert values["torch_autocast"] == {"enabled": True, "dtype": "torch.bfloat16"}
@@ -28,7 +30,9 @@ def test_ours_reaches_deepspeed(configure):
 
 def test_theirs_is_kept_and_auto_is_filled(configure, tmp_path):
     file = tmp_path / "ds.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": "auto", "reduce_bucket_size": 1000}, "dump_state": True}))
+    file.write_text(
+        json.dumps({"zero_optimization": {"stage": "auto", "reduce_bucket_size": 1000}, "dump_state": True})
+    )
     values = deepspeed_config(configure(f"training.deepspeed={file}", "training.zero_stage=3"))
     assert values["zero_optimization"]["stage"] == 3
     assert values["zero_optimization"]["reduce_bucket_size"] == 1000

@@ -1,11 +1,11 @@
 """Ranks on one machine: one that fails ends all, and stop signals reach every one."""
 
-import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
@@ -24,7 +24,9 @@ def run(tmp_path):
     started = []
 
     def start(script):
-        (tmp_path / "rank.py").write_text("import os, sys, time, signal\nrank = int(os.environ['RANK'])\n" + textwrap.dedent(script))
+        (tmp_path / "rank.py").write_text(
+            "import os, sys, time, signal\nrank = int(os.environ['RANK'])\n" + textwrap.dedent(script)
+        )
         command = [sys.executable, "-c", LAUNCH, str(tmp_path / "rank.py"), str(tmp_path)]
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
         return started[-1]
@@ -95,7 +97,6 @@ def test_no_rank_outlives_a_killed_launcher(run, tmp_path):
 
 def _alive(pid):
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False

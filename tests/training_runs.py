@@ -127,5 +127,5 @@ def _as_rank(environment: dict[str, str], run_dir: Path, target, config: Config,
     output = (run_dir.parent / f"output-{run_dir.name}-{environment['RANK']}.txt").open("a", buffering=1)
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115, PTH123
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
     target(config, *arguments)

@@ -28,7 +28,9 @@ def train(
     vit_path: Annotated[
         Path | None, typer.Option(help="File with the backbone's initial weights (the same as model.weights=FILE).")
     ] = None,
-    dry_run: Annotated[bool, typer.Option(help="Check configuration and shards, print the plan, train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Check configuration and shards, print the plan, train nothing.")
+    ] = False,
 ) -> None:
     """Train a model. Run again with the same configuration, it goes on where it stopped.
 
@@ -100,7 +102,9 @@ def _print_plan(settings) -> None:
     network = build_model(settings.model, settings.clip, plan.num_identities, len(shards.camera_index))
     print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
     steps = settings.schedule.steps_per_epoch or plan.steps_per_epoch
-    print(f"{plan.num_identities} training identities, {steps} steps an epoch, {steps * settings.schedule.epochs} in all")
+    print(
+        f"{plan.num_identities} training identities, {steps} steps an epoch, {steps * settings.schedule.epochs} in all"
+    )
     print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters")
 
 

@@ -58,8 +58,8 @@ def read_header(path: Path) -> WeightsHeader:
         metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: a safetensors file, but not one of keyreid's (format {metadata.get('format')!r}, expected {FORMAT!r}); "
-            "give pretrained backbones as model.weights"
+            f"{path}: a safetensors file, but not one of keyreid's (format {metadata.get('format')!r}, expected "
+            f"{FORMAT!r}); give pretrained backbones as model.weights"
         )
     try:
         return WeightsHeader(

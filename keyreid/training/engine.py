@@ -44,7 +44,8 @@ def check_precision(training: TrainingConfig, device: torch.device) -> None:
         raise ConfigError("training.precision=fp16 needs a GPU: on a CPU use bf16 or fp32")
     if training.casting == "engine" and training.precision != "fp32" and training.zero_stage == 0:
         raise ConfigError(
-            "training.casting=engine with zero_stage=0 keeps no float32 weights to save: use zero_stage=1 or casting=autocast"
+            "training.casting=engine with zero_stage=0 keeps no float32 weights to save: "
+            "use zero_stage=1 or casting=autocast"
         )
     if training.precision == "fp16" and training.casting == "autocast" and training.zero_stage > 0:
         raise ConfigError(
@@ -121,7 +122,7 @@ def _merge(theirs: dict[str, Any], ours: dict[str, Any], place: str) -> None:
         elif key in theirs and theirs[key] not in (value, "auto"):
             raise ConfigError(
                 f"training.deepspeed says {name} = {theirs[key]!r}, the rest of the configuration says {value!r}: "
-                "leave it out of the DeepSpeed configuration (or say \"auto\") and set it in `training`"
+                'leave it out of the DeepSpeed configuration (or say "auto") and set it in `training`'
             )
         else:
             theirs[key] = value

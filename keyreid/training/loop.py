@@ -149,7 +149,7 @@ class Trainer:
 
         Raises:
             Interrupted: a stop signal came; everything is saved.
-            KeyreidError: too many bad steps in a row, a checkpoint that cannot be written, a sample that cannot be read.
+            KeyreidError: too many bad steps in a row, a checkpoint that cannot be written, an unreadable sample.
         """
         try:
             self._introduce()
@@ -178,8 +178,12 @@ class Trainer:
             self.shards.card["name"], self.plan.num_identities, config.data.identities, config.data.tracklets,
             config.clip.frames, self.steps_per_epoch,
         )  # fmt: skip
-        log.info("network: %s, guidance %s, %.1f M parameters", config.model.backbone, config.model.guidance, trained / 1e6)
-        self.tracker.params({"ranks": ranks.world_size, "parameters": trained, "num_identities": self.plan.num_identities})
+        log.info(
+            "network: %s, guidance %s, %.1f M parameters", config.model.backbone, config.model.guidance, trained / 1e6
+        )
+        self.tracker.params(
+            {"ranks": ranks.world_size, "parameters": trained, "num_identities": self.plan.num_identities}
+        )
 
     def _steps(self) -> dict | None:
         """All steps that are left; gives the last evaluation among them."""
@@ -253,12 +257,15 @@ class Trainer:
         keys = [key for keys in self.ranks.from_all(list(batch.keys)) for key in keys]
         self.writer.wait()
         raise KeyreidError(
-            f"{in_a_row} steps in a row were not applied, the last with loss {loss}. Ranks whose features are not finite: "
-            f"{ranks or 'none'}; batch: {', '.join(keys)}; last checkpoint: {checkpoints.named(self.root, 'latest')}. "
-            "Lower optimizer.lr, set training.clip_gradient_norm, or look at these tracklets"
+            f"{in_a_row} steps in a row were not applied, the last with loss {loss}. Ranks whose features are not "
+            f"finite: {ranks or 'none'}; batch: {', '.join(keys)}; "
+            f"last checkpoint: {checkpoints.named(self.root, 'latest')}. Lower optimizer.lr, "
+            "set training.clip_gradient_norm, or look at these tracklets"
         )
 
     def _log(self, meter: report.Meter, epoch: int, step: int, factor: float | None) -> None:
+        if not meter.steps:  # none was applied: the warnings have said so
+            return
         lr = self.engine.basic_optimizer.param_groups[0]["lr"]
         values = meter.report(step, lr, self.reader.wait_seconds, factor)
         log.info("%s", report.line(values, epoch, self.config.schedule.epochs, step, self.total_steps))
@@ -278,9 +285,9 @@ class Trainer:
             folder = self.config.run_dir / "evaluation" / checkpoints.folder_name(self.state.step)
             part = "holdout" if self.config.data.holdout else "test"
             ranks = self.ranks
-            result = evaluate(
-                network, self.shards, self.config, folder, ranks.rank, ranks.world_size, ranks.device, part=part
-            )
+            where = ranks.rank, ranks.world_size, ranks.device
+            newest = folder.parent / "vectors.npz"  # large: kept of the newest evaluation only, and not logged
+            result = evaluate(network, self.shards, self.config, folder, *where, part=part, vectors_path=newest)
         self.state = replace(self.state, evaluated_step=self.state.step)
         score = result["metrics"][f"{self.config.evaluation.protocol}/mAP"]
         if self.state.best_score is None or score > self.state.best_score:
@@ -321,12 +328,13 @@ class Trainer:
             loss_scale=state.loss_scale_state(self.engine),
             keep=bool(every and epoch and epoch % every == 0),
         )
-        header = replace(self.header, about={**self.header.about, "step": current.step, "best_score": current.best_score})
+        header = replace(
+            self.header, about={**self.header.about, "step": current.step, "best_score": current.best_score}
+        )
         taken = snapshot.take(self.engine, self.average, current, header, self.ranks.first)
         if taken is not None:
             self.writer.write(taken, best=current.best_step == current.step)
         self.tracker.metrics({"checkpoint/stall_seconds": time.monotonic() - start}, current.step)
-
 
     def _tell_of_evaluation(self, epoch: int, result: dict) -> None:
         self.writer.wait()

@@ -21,6 +21,9 @@ class Meter:
     Args:
         clips: a step's, over all ranks.
         total_steps: of the whole run, for the time left.
+
+    Attributes:
+        steps: applied since the last report.
     """
 
     def __init__(self, clips: int, total_steps: int) -> None:
@@ -30,7 +33,7 @@ class Meter:
 
     def add(self, loss: float, terms: Mapping[str, torch.Tensor], gradient_norm: float | None) -> None:
         """Count a step that was applied."""
-        self._steps += 1
+        self.steps += 1
         self._loss += loss
         for name, value in terms.items():
             self._terms[name] = self._terms.get(name, 0.0) + value
@@ -45,13 +48,13 @@ class Meter:
             mfu_factor: FLOP a clip and GPU, over what the GPU can do in a second.
         """
         seconds = time.monotonic() - self._since
-        steps = max(self._steps, 1)
+        steps = max(self.steps, 1)
         values = {"loss": self._loss / steps}
         values |= {name: float(value) / steps for name, value in self._terms.items()}
         values |= {
             "lr": lr,
             "gradient_norm": self._norm / steps,
-            "clips_per_second": self._steps * self.clips / seconds,
+            "clips_per_second": self.steps * self.clips / seconds,
             "data_wait_share": (waited_seconds - self._waited) / seconds,
             "memory_gigabytes": memory_gigabytes(),
             "seconds_left": (self.total_steps - step) * seconds / steps,
@@ -64,7 +67,7 @@ class Meter:
     def _reset(self, waited_seconds: float) -> None:
         self._since = time.monotonic()
         self._waited = waited_seconds
-        self._steps = 0
+        self.steps = 0
         self._loss = 0.0
         self._norm = 0.0
         self._terms: dict[str, torch.Tensor | float] = {}

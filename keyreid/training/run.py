@@ -25,7 +25,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("keyreid")
 
 RESULT, INTERRUPTED, COMPLETED, RESOLVED = "result.json", "interrupted", "completed", "config.yaml"
-LOGGED_VERSIONS = ("keyreid", "torch", "deepspeed", "timm", "webdataset", "nvidia-dali-cuda130", "ray", "mlflow", "numpy")
+LOGGED_VERSIONS = (
+    "keyreid",
+    "torch",
+    "deepspeed",
+    "timm",
+    "webdataset",
+    "nvidia-dali-cuda130",
+    "ray",
+    "mlflow",
+    "numpy",
+)
 
 
 def train(

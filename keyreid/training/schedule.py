@@ -10,7 +10,9 @@ from timm.scheduler import CosineLRScheduler
 from keyreid.config import OptimizerConfig, ScheduleConfig
 
 
-def build_optimizer(parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig
+) -> torch.optim.Optimizer:
     """SGD or AdamW over two groups: weights, and biases at their own rate (published: twice)."""
     weights, biases = [], []
     for name, parameter in parameters:

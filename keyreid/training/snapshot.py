@@ -61,7 +61,9 @@ def read(folder: Path, config: Config, header: WeightsHeader) -> Restored:
     check_same_network(folder, read_header(folder / checkpoints.WEIGHTS), header)
     ema = checkpoints.read_tensors(folder, checkpoints.EMA)
     if config.training.ema_decay is not None and not ema:
-        raise CheckpointError(f"{folder} has no average of the weights: set training.ema_decay=null, or start a new run")
+        raise CheckpointError(
+            f"{folder} has no average of the weights: set training.ema_decay=null, or start a new run"
+        )
     return Restored(
         state=checkpoints.read_state(folder),
         weights=checkpoints.read_tensors(folder, checkpoints.WEIGHTS),

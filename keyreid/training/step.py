@@ -34,7 +34,7 @@ class TrainedModule(nn.Module):
         self.criterion = criterion
 
     def forward(self, clips: Clips, features: Features | None = None, losses: bool = True):
-        """Features of `clips` unless given; then, with `losses`, (total, terms, global features) of the global batch."""
+        """Features of `clips` unless given; with `losses`, (total, terms, features) of the global batch."""
         if features is None:
             dtype = next(self.network.parameters()).dtype  # lower than float32 where the engine casts the weights
             features = self.network.features(clips.images.to(dtype), clips.guidance.to(dtype), clips.cameras)
@@ -181,6 +181,8 @@ def loss_scale(engine) -> float:
 def _inner_product(features: Features, gradients: Features, start: int, stop: int) -> torch.Tensor:
     """The scalar whose gradient with respect to `features` are rows start..stop of `gradients`."""
     rows = Features(
-        gradients.global_feature[start:stop], gradients.part_features[:, start:stop], gradients.temporal_scores[start:stop]
+        gradients.global_feature[start:stop],
+        gradients.part_features[:, start:stop],
+        gradients.temporal_scores[start:stop],
     )
     return sum((value * gradient).sum() for value, gradient in zip(features, rows, strict=True))
