@@ -108,8 +108,9 @@ def search() -> None:
             with own_memory() as memory:
                 found, seconds = timed(lambda name=metric_name: nearest(query, gallery, 10, name))
             assert (found[1][:, 0] == rows).all()
+            peak = memory["peak"] / MIB
             print(
-                f"{metric_name:<10} {seconds:5.1f} s, {memory['peak'] / MIB:.0f} MiB for a gallery of {count * width * 2 / MIB:.0f} MiB"
+                f"{metric_name:<10} {seconds:5.1f} s, {peak:.0f} MiB; the gallery has {count * width * 2 / MIB:.0f} MiB"
             )
 
 

@@ -119,7 +119,10 @@ class Evaluation:
     def _folder(self, trained: Trained | None, shards: ShardSet) -> Path:
         if self.out is not None:
             return self.out
-        return trained.file.parent / f"evaluation-{trained.file.stem}-{shards.card['name']}"
+        name = shards.card["name"]
+        if trained.run is None:
+            return trained.file.with_name(f"{trained.file.stem}-evaluation-{name}")
+        return trained.run / "evaluation" / f"{name}-{trained.file.parent.name}"
 
 
 def mean_over_splits(results: Sequence[dict[str, Any]], dataset: str) -> dict[str, Any]:

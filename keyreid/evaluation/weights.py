@@ -32,6 +32,12 @@ class Trained:
     header: WeightsHeader | None
     file: Path
 
+    @property
+    def run(self) -> Path | None:
+        """The run's folder, if the weights lie in one."""
+        own = _run_config(self.file)
+        return own and own.parent
+
     def knows_cameras(self, shards: ShardSet) -> bool:
         """Whether the camera embeddings belong to the cameras of these shards."""
         if self.header is None:
