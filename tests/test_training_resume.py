@@ -116,7 +116,7 @@ def test_another_architecture_is_refused(shards, undisturbed):
     )
     ranks = start(train, other, 1)
     assert ranks.wait() != [0]
-    assert "of another architecture or dataset: depth is 2 there and 3 here" in printed(other)
+    assert "of another architecture or dataset: model.depth is 2 there and 3 here" in printed(other)
 
 
 def _step(config):
