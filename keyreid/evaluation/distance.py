@@ -88,7 +88,9 @@ def nearest(
     found = np.full((len(query), k), _NO_ENTRY, np.int64)
     for rows, columns, block in distance_blocks(query, gallery, metric, device, block_bytes):
         # Distances are not negative, so their bits order as they do; with the index below them no two keys are equal.
-        keys = (block.view(torch.int32).long() << 32) | torch.arange(columns.start, columns.stop, device=block.device)
+        keys = block.view(torch.int32).long()
+        keys <<= 32
+        keys |= torch.arange(columns.start, columns.stop, device=block.device)
         if query_group is not None:
             own = torch.from_numpy(query_group[rows])[:, None] == torch.from_numpy(gallery_group[columns])[None]
             keys.masked_fill_(own.to(block.device), _NO_ENTRY)

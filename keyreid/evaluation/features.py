@@ -133,12 +133,12 @@ def _mean_by_tracklet(
     """
     ends = np.cumsum(counts)
     tracklet_of = np.repeat(np.arange(len(counts)), counts)
-    means: dict[int, torch.Tensor] = {}
+    means = torch.zeros(len(own), 0)
     total: torch.Tensor | float = 0.0
     done = -1
-    width = 0
     for number, vectors in zip(batches, embedded, strict=True):
-        width = vectors.shape[1]
+        if done < 0:
+            means = torch.zeros(len(own), vectors.shape[1])
         if number == done:  # run again only because another rank has more batches
             continue
         done = number
@@ -150,9 +150,9 @@ def _mean_by_tracklet(
             if tracklet in own:
                 total = total + clip_sum
                 if ends[tracklet] <= last_clip:
-                    means[tracklet] = (total / counts[tracklet]).float()
+                    means[tracklet - own.start] = total / counts[tracklet]
                     total = 0.0
-    return torch.stack([means[tracklet] for tracklet in own]) if len(own) else torch.zeros(0, width)
+    return means
 
 
 @torch.no_grad()
@@ -176,7 +176,8 @@ def _gather_rows(rows: torch.Tensor, lengths: list[int], rank: int, device: torc
         lengths: rows of each rank. They travel in pieces of `_GATHER_BYTES`, padded to equal length.
     """
     step = max(1, _GATHER_BYTES // (4 * rows.shape[1]))
-    gathered: list[list[torch.Tensor]] = [[] for _ in lengths]
+    first_row = [sum(lengths[:owner]) for owner in range(len(lengths))]
+    gathered = torch.empty(sum(lengths), rows.shape[1]) if rank == 0 else rows
     for start in range(0, max(lengths), step):
         piece = torch.zeros(min(step, max(lengths) - start), rows.shape[1], device=device)
         own = rows[start : start + len(piece)]
@@ -184,5 +185,6 @@ def _gather_rows(rows: torch.Tensor, lengths: list[int], rank: int, device: torc
         pieces = [torch.empty_like(piece) for _ in lengths] if rank == 0 else None
         dist.gather(piece, pieces, dst=0)
         for owner, received in enumerate(pieces or []):
-            gathered[owner].append(received[: max(0, lengths[owner] - start)].cpu())
-    return torch.cat([piece for pieces in gathered for piece in pieces]) if rank == 0 else rows
+            count = min(len(received), max(0, lengths[owner] - start))
+            gathered[first_row[owner] + start :][:count] = received[:count].cpu()
+    return gathered
