@@ -53,6 +53,8 @@ def open_reader(
     """
     if config.data.reader == "dali":
         from keyreid.shards.dali import DaliReader as Reader
+    elif config.data.reader == "stream":
+        from keyreid.shards.stream import StreamReader as Reader
     else:
         from keyreid.shards.plain import PlainReader as Reader
     return Reader(shards, iter(batches), config, str(device), workers)

@@ -35,22 +35,18 @@ _SERIAL_LIMIT = 1 << 30
 
 @dataclass
 class _Run:
-    """The inputs of one run of the pipeline: N frames of whole clips."""
+    """One run of the pipeline: N frames of whole clips.
 
-    clips: list[ClipPlan]
+    Attributes:
+        inputs: what external_source takes, for each frame: the encoded picture, the crop's top and left before the
+            flip, whether it is flipped, its serial number, and its size where some must be resized.
+        fetched: the same frames, to name the one that does not decode.
+        batch: with the last run of a list of clips: everything but the pictures.
+    """
+
+    inputs: list[Any]
     fetched: list[FetchedClip]
-    serial: np.ndarray
-    last: bool  # of its list of clips
-
-    def inputs(self) -> list[Any]:
-        """What the pipeline's external_source takes."""
-        pictures = [np.frombuffer(picture, np.uint8) for clip in self.fetched for picture in clip.pictures]
-        crop = np.concatenate([clip.crop for clip in self.clips]).astype(np.int32)
-        flip = np.concatenate([clip.flip for clip in self.clips]).astype(np.int32)
-        # The crop is cut before the flip, so that one copy does both: mirror its left edge.
-        crop[:, 1] *= 1 - 2 * flip
-        size = np.concatenate([clip.sizes for clip in self.fetched]).astype(np.int32)
-        return [pictures, crop, flip, self.serial, size]
+    batch: ClipBatch | None
 
 
 class DaliReader:
@@ -88,18 +84,16 @@ class DaliReader:
 
     def __next__(self) -> ClipBatch:
         start = time.perf_counter()
-        clips, fetched, images = [], [], []
-        while True:
-            pictures, run = self._run()
-            clips += run.clips
-            fetched += run.fetched
-            images.append(pictures)
-            if run.last:
-                break
-        batch = self._fetcher.batch(clips, fetched, self._arranged(images, len(clips)))
+        pictures: list[torch.Tensor] = []
+        batch = None
+        while batch is None:
+            delivered, run = self._run()
+            pictures.append(delivered)
+            self.faults.add({member: what for clip in run.fetched for member, what in clip.faults.items()})
+            batch = run.batch
+        images = pictures[0] if len(pictures) == 1 else torch.cat(pictures)
+        batch.images = images.unflatten(0, (len(batch), -1)).permute(0, 1, 4, 2, 3)
         self.wait_seconds += time.perf_counter() - start
-        for clip in fetched:
-            self.faults.add(clip.faults)
         return batch.to(self.device)
 
     def close(self) -> None:
@@ -121,11 +115,9 @@ class DaliReader:
         except RuntimeError as error:
             raise self._named(error) from None
         run = self._running.popleft()
-        delivered = np.asarray(serial.as_cpu().as_array()).reshape(-1)
-        if not np.array_equal(delivered, run.serial):
-            raise RuntimeError(
-                f"DALI delivered the frames {delivered[:8]}.. instead of {run.serial[:8]}..: do not train on this"
-            )
+        asked, given = run.inputs[3], np.asarray(serial.as_cpu().as_array()).reshape(-1)
+        if not np.array_equal(given, asked):
+            raise RuntimeError(f"DALI delivered the frames {given[:8]}.. for {asked[:8]}..: do not train on this")
         return torch.from_dlpack(pictures.as_tensor()), run
 
     def _source(self) -> list[Any]:
@@ -135,27 +127,37 @@ class DaliReader:
             self._ready.put(run)
             raise run
         self._running.append(run)
-        return run.inputs()[: 5 if self._resize else 4]
+        return run.inputs
 
     def _feed(self, batches: Iterator[list[ClipPlan]]) -> None:
         """Read ahead, in a thread: all of a list's clips at once, for storage that takes its time."""
         try:
-            numbers = itertools.cycle(range(_SERIAL_LIMIT))
+            read = 0
             decode = _checked if self.faults.policy == "skip" else None
             with ThreadPoolExecutor(self._workers, thread_name_prefix="keyreid-fetch") as pool:
                 for clips in batches:
+                    fetched = list(pool.map(self._fetcher.fetch, clips, itertools.repeat(decode)))
+                    batch = self._fetcher.batch(clips, fetched)
                     size = max(1, MAX_FRAMES // len(clips[0].frames))
                     for start in range(0, len(clips), size):
-                        part = clips[start : start + size]
-                        fetched = list(pool.map(self._fetcher.fetch, part, itertools.repeat(decode)))
-                        frames = sum(len(clip.pictures) for clip in fetched)
-                        serial = np.fromiter(itertools.islice(numbers, frames), np.int32, frames)
-                        self._put(_Run(part, fetched, serial, start + size >= len(clips)))
+                        rows = slice(start, start + size)
+                        inputs = self._inputs(clips[rows], fetched[rows], read)
+                        read += len(inputs[0])
+                        self._put(_Run(inputs, fetched[rows], batch if start + size >= len(clips) else None))
                     if self._closed.is_set():
                         return
             self._put(StopIteration())
         except Exception as error:  # whatever it is, the consumer must get it
             self._put(error)
+
+    def _inputs(self, clips: list[ClipPlan], fetched: list[FetchedClip], read: int) -> list[Any]:
+        pictures = [np.frombuffer(picture, np.uint8) for clip in fetched for picture in clip.pictures]
+        flip = np.concatenate([clip.flip for clip in clips]).astype(np.int32)
+        crop = np.concatenate([clip.crop for clip in clips]).astype(np.int32)
+        crop[:, 1] *= 1 - 2 * flip  # the crop is cut before the flip here, so that its left edge is mirrored
+        serial = (np.arange(read, read + len(pictures)) % _SERIAL_LIMIT).astype(np.int32)
+        sizes = [np.concatenate([clip.sizes for clip in fetched]).astype(np.int32)] if self._resize else []
+        return [pictures, crop, flip, serial, *sizes]
 
     def _put(self, item: Any) -> None:
         while not self._closed.is_set():
@@ -164,10 +166,6 @@ class DaliReader:
                 return
             except queue.Full:
                 continue
-
-    def _arranged(self, images: list[torch.Tensor], clips: int) -> torch.Tensor:
-        pictures = images[0] if len(images) == 1 else torch.cat(images)
-        return pictures.unflatten(0, (clips, -1)).permute(0, 1, 4, 2, 3)
 
     def _named(self, error: RuntimeError) -> Exception:
         """DALI's errors name no sample: find the picture that does not decode."""

@@ -28,6 +28,7 @@ from keyreid.shards.index import ShardSet
 NEAREST_FRAMES = 16  # how far away a damaged frame's replacement may be
 
 log = logging.getLogger(__name__)
+_LATER = torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Faults:
 
 
 class ClipFetcher:
-    """Reads the clips of a plan from the shards, for one model's patch grid. Thread-safe, safe after a fork."""
+    """Reads the clips of a plan, for one model's patch grid. Thread-safe; may be sent to another process."""
 
     def __init__(self, shards: ShardSet, config: Config) -> None:
         """Prepare for a configuration's data, clip and model.
@@ -144,11 +145,11 @@ class ClipFetcher:
                 stacked = np.stack([stacked[:, united].max(1) for united in self._merged], 1)
         return FetchedClip(pictures, stacked, visible, sizes, rows, faults)
 
-    def batch(self, clips: list[ClipPlan], fetched: list[FetchedClip], images: torch.Tensor) -> ClipBatch:
-        """Everything of a batch but the decoding.
+    def batch(self, clips: list[ClipPlan], fetched: list[FetchedClip], images: torch.Tensor = _LATER) -> ClipBatch:
+        """A batch of clips of the same length.
 
         Args:
-            images: uint8 [B, T, 3, H, W].
+            images: uint8 [B, T, 3, H, W]; may be put in later.
         """
         flip, crop, erase, blank = (
             np.stack([getattr(c, n) for c in clips]) for n in ("flip", "crop", "erase", "blank")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -47,7 +46,7 @@ class TrackletRecord:
 
 
 class ShardSet:
-    """The packed dataset at one location. Reading is thread-safe, and safe after a fork.
+    """The packed dataset at one location. Reading is thread-safe; another process may be sent a set.
 
     Attributes:
         location: as it was given.
@@ -106,29 +105,17 @@ class ShardSet:
         self.holdout = holdout
         self.parts: int = indices[0].header["parts"]
         self._members = _joined(indices, ("offset", "size", "crc"))
-        frames = _joined(indices, ("picture", "width", "height", "visible"))
-        self._frames = frames
-        counts = np.concatenate([index.frames for index in indices])
+        self._frames = _joined(indices, ("picture", "width", "height", "visible"))
+        self._columns = _joined(indices, ("key", "identity", "camera", "split", "frames"))
+        self._columns["shard"] = np.repeat(np.arange(len(indices)), [len(index.key) for index in indices])
+        self.identities, self.cameras = self._columns["identity"], self._columns["camera"]
+        counts = self._columns["frames"]
         self._first_frame = np.cumsum(counts) - counts
-        members = format.MEMBERS_BEFORE_FRAMES + format.MEMBERS_PER_FRAME * counts
+        members = format.members_of(counts)
         self._first_member = np.cumsum(members) - members
-        self.frame_sizes = np.stack([frames["width"], frames["height"]], 1)
-        self.visible = (frames["visible"][:, None] >> np.arange(self.parts, dtype=np.uint8) & 1).astype(bool)
-        shard_of = np.repeat(np.arange(len(indices)), [len(index.key) for index in indices])
-        columns = _joined(indices, ("key", "identity", "camera", "split"))
-        ends = (self._first_frame + counts).tolist()
-        self.tracklets: list[TrackletRecord] = [
-            TrackletRecord(key, identity, camera, format.SPLITS[split], end - start, sizes, visible, shard)
-            for key, identity, camera, split, start, end, shard, sizes, visible in zip(
-                *(columns[name].tolist() for name in ("key", "identity", "camera", "split")),
-                *(self._first_frame.tolist(), ends, shard_of.tolist()),
-                (self.frame_sizes[start:end] for start, end in zip(self._first_frame, ends, strict=True)),
-                (self.visible[start:end] for start, end in zip(self._first_frame, ends, strict=True)),
-                strict=True,
-            )
-        ]
-        self.identities = columns["identity"]
-        self.cameras = columns["camera"]
+        self.frame_sizes = np.stack([self._frames["width"], self._frames["height"]], 1)
+        self.visible = (self._frames["visible"][:, None] >> np.arange(self.parts, dtype=np.uint8) & 1).astype(bool)
+        self.tracklets = self._records()
         self.camera_index: dict[int, int] = {camera: number for number, camera in enumerate(card["cameras"])}
         unknown = sorted(set(self.cameras.tolist()) - self.camera_index.keys())
         if unknown:
@@ -136,6 +123,14 @@ class ShardSet:
 
     def __len__(self) -> int:
         return len(self.tracklets)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the records, which are made anew: sending a set to a worker costs its arrays alone."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("tracklets", "position")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.tracklets = self._records()
 
     @cached_property
     def position(self) -> dict[str, int]:
@@ -195,7 +190,7 @@ class ShardSet:
         """The content of a tracklet's n-th member, checked."""
         row = int(self._first_member[position]) + member
         offset, size = int(self._members["offset"][row]), int(self._members["size"][row])
-        content = self._pread(position, offset, size)
+        content = self.files.read(self.tracklets[position].shard, size, offset)
         return self._checked(content, row, position, member)
 
     def read_frame(self, position: int, frame: int) -> tuple[bytes, bytes]:
@@ -204,7 +199,7 @@ class ShardSet:
         row = int(self._first_member[position]) + member
         start, second = self._members["offset"][row : row + 2].tolist()
         size, heatmap_size = self._members["size"][row : row + 2].tolist()
-        content = self._pread(position, start, second + heatmap_size - start)
+        content = self.files.read(self.tracklets[position].shard, second + heatmap_size - start, start)
         picture = self._checked(content[:size], row, position, member)
         return picture, self._checked(content[second - start :], row + 1, position, member + 1)
 
@@ -255,20 +250,16 @@ class ShardSet:
         """Close the shards' files."""
         self.files.close()
 
-    def _pread(self, position: int, offset: int, size: int) -> bytes:
-        """`size` bytes of the tracklet's shard; fewer where the file ends, which the check then finds."""
-        descriptor = self.files.open(self.tracklets[position].shard)
-        try:
-            content = os.pread(descriptor, size, offset)
-            while len(content) < size:  # network file systems may give less at a time
-                more = os.pread(descriptor, size - len(content), offset + len(content))
-                if not more:
-                    break
-                content += more
-        except OSError as error:
-            shard = self.shard_name(self.tracklets[position].shard)
-            raise DataError(f"{shard}: tracklet {self.tracklets[position].key}: {error.strerror}") from None
-        return content
+    def _records(self) -> list[TrackletRecord]:
+        columns = {name: column.tolist() for name, column in self._columns.items()}
+        ends = np.cumsum(self._columns["frames"]).tolist()
+        return [
+            TrackletRecord(
+                *(key, identity, camera, format.SPLITS[split], frames),
+                *(self.frame_sizes[end - frames : end], self.visible[end - frames : end], shard),
+            )
+            for key, identity, camera, split, frames, shard, end in zip(*columns.values(), ends, strict=True)
+        ]
 
     def _checked(self, content: bytes, row: int, position: int, member: int) -> bytes:
         if zlib.crc32(content) != self._members["crc"][row] or len(content) != self._members["size"][row]:

@@ -7,7 +7,6 @@ the work without talking: each writes whole shards, finished shards are kept, an
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -24,6 +23,7 @@ from keyreid.errors import DataError, KeyreidError
 from keyreid.files import sync
 from keyreid.progress import track
 from keyreid.shards import format
+from keyreid.shards.processes import worker_context
 from keyreid.shards.writer import PackSettings, fingerprint, index_path, kept, write_atomically, write_shard
 
 DEFAULT_TARGET_BYTES = 256_000_000
@@ -231,8 +231,7 @@ def _write_here(jobs: list[_Job]) -> Iterator[None]:
 
 def _write_there(jobs: list[_Job], processes: int) -> Iterator[None]:
     """Write shards in other processes; yields once a frame."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["keyreid.shards.writer"])
+    context = worker_context()
     counter = context.Value("Q", 0)
     shown = 0
     with ProcessPoolExecutor(processes, context, _start_worker, (counter,)) as pool:

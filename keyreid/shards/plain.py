@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from keyreid.shards import format
 from keyreid.shards.batch import ClipBatch, ClipPlan
 from keyreid.shards.fetch import ClipFetcher, Faults, FetchedClip
 from keyreid.shards.index import ShardSet
+from keyreid.shards.processes import worker_context
 
 
 class PlainReader:
@@ -37,12 +37,14 @@ class PlainReader:
         self.faults = Faults(config.data.on_fault, config.data.max_faults)
         self.wait_seconds = 0.0
         workers = config.data.workers if workers is None else workers
+        fetcher = ClipFetcher(shards, config)
         self._loader = DataLoader(
-            _Clips(shards, config),
+            _Clips(fetcher),
             batch_sampler=batches,  # type: ignore[arg-type]  # what is sampled are the clips to read
             num_workers=workers,
             prefetch_factor=config.data.prefetch if workers else None,
-            collate_fn=_Collate(ClipFetcher(shards, config)),
+            multiprocessing_context=worker_context() if workers else None,
+            collate_fn=_Collate(fetcher),
             pin_memory=self.device.type == "cuda",
         )
         self._batches = iter(self._loader)
@@ -65,17 +67,21 @@ class PlainReader:
         self._loader = None  # type: ignore[assignment]
 
 
+Sample = tuple[ClipPlan, FetchedClip | None, torch.Tensor | None, Exception | None]
+
+
 class _Clips(Dataset):
     """A "dataset" whose index is the plan of a clip."""
 
-    def __init__(self, shards: ShardSet, config: Config) -> None:
-        self.fetcher = ClipFetcher(shards, config)
+    def __init__(self, fetcher: ClipFetcher) -> None:
+        self.fetcher = fetcher
 
-    def __getitem__(self, clip: ClipPlan) -> tuple[ClipPlan, FetchedClip | None, torch.Tensor | None, Exception | None]:
+    def __getitem__(self, clip: ClipPlan) -> Sample:
+        """A clip, read and decoded. An error is a result: DataLoader would wrap it into one with a traceback."""
         try:
             fetched = self.fetcher.fetch(clip, format.decode_picture)
             return clip, fetched, _images(fetched.pictures, clip, self.fetcher), None
-        except KeyreidError as error:  # DataLoader would wrap it into another with the worker's traceback
+        except KeyreidError as error:
             return clip, None, None, error
 
 
@@ -85,7 +91,8 @@ class _Collate:
     def __init__(self, fetcher: ClipFetcher) -> None:
         self.fetcher = fetcher
 
-    def __call__(self, samples: list[Any]) -> tuple[ClipBatch | None, dict[str, str], Exception | None]:
+    def __call__(self, samples: list[Sample]) -> tuple[ClipBatch | None, dict[str, str], Exception | None]:
+        """The batch and what could not be read, or the error that ends the run."""
         clips, fetched, images, errors = zip(*samples, strict=True)
         error = next((error for error in errors if error), None)
         if error is not None:

@@ -1,4 +1,4 @@
-"""Shard files as numbers: open once, read a range of bytes at a time, from any thread or forked process."""
+"""Shard files in a folder: opened once, read a range of bytes at a time, from any thread."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _SPARE_FILES = 256  # for everything else a training process opens
 
 
 class ShardFiles(Protocol):
-    """Where the bytes of the shards come from."""
+    """Where the bytes of the shards come from; remote.py has the other kind."""
 
-    def open(self, number: int) -> int:
-        """A file descriptor of shard `number`, for os.pread; it stays valid."""
+    def read(self, number: int, size: int, offset: int) -> bytes:
+        """`size` bytes of shard `number`; fewer where it ends."""
         ...
 
     def close(self) -> None:
-        """Close all of them."""
+        """Close what is open."""
         ...
 
 
@@ -29,27 +29,25 @@ class LocalShardFiles:
     """Shards in a folder."""
 
     def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
+        self._paths = paths
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
 
-    def open(self, number: int) -> int:
-        """Open a shard at its first use.
+    def read(self, number: int, size: int, offset: int) -> bytes:
+        """`size` bytes of a shard, which is opened at its first use; fewer where it ends.
 
         Raises:
-            DataError: it is missing or may not be read.
+            DataError: it is missing or cannot be read.
         """
-        descriptor = self._descriptors.get(number)
-        if descriptor is None:
-            with self._lock:
-                descriptor = self._descriptors.get(number)
-                if descriptor is None:
-                    descriptor = self._descriptors[number] = self._open(number)
-        return descriptor
-
-    def path(self, number: int) -> Path:
-        """The shard's path on this machine."""
-        return self.paths[number]
+        try:
+            descriptor = self._descriptors.get(number)
+            if descriptor is None:
+                descriptor = self._open(number)
+            return read_range(descriptor, size, offset)
+        except OSError as error:
+            raise DataError(
+                f"{self._paths[number]}: {error.strerror}; pack the dataset again, whole shards are kept"
+            ) from None
 
     def close(self) -> None:
         """Close every open shard."""
@@ -58,20 +56,36 @@ class LocalShardFiles:
                 os.close(descriptor)
             self._descriptors.clear()
 
+    def __getstate__(self) -> list[Path]:
+        """Another process opens its own."""
+        return self._paths
+
+    def __setstate__(self, paths: list[Path]) -> None:
+        self.__init__(paths)  # type: ignore[misc]
+
     def _open(self, number: int) -> int:
-        allow_open_files(len(self.paths))
-        path = self.path(number)
-        try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}; pack the dataset again, whole shards are kept") from None
+        with self._lock:
+            if number not in self._descriptors:
+                _allow_open_files(len(self._paths))
+                self._descriptors[number] = os.open(self._paths[number], os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptors[number]
 
 
-def allow_open_files(count: int) -> None:
+def read_range(descriptor: int, size: int, offset: int) -> bytes:
+    """os.pread that goes on until it has all or the file ends; network file systems may give less at a time."""
+    content = os.pread(descriptor, size, offset)
+    while len(content) < size:
+        more = os.pread(descriptor, size - len(content), offset + len(content))
+        if not more:
+            break
+        content += more
+    return content
+
+
+def _allow_open_files(count: int) -> None:
     """Raise the process's own limit of open files where so many shards need it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = count + _SPARE_FILES
     if soft != resource.RLIM_INFINITY and soft < needed:
         most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        if most > soft:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))

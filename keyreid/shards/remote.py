@@ -1,0 +1,183 @@
+"""Shards in object storage or behind a web server: whole shards are fetched into a cache on this machine.
+
+A shard is fetched when it is first read, by one process while the others wait for it, and checked against the card's
+SHA-256 before it gets its name. The cache is shared by every process and dataset of the machine; when it is full, the
+shards that were not used for longest go. A shard is opened anew for each read (5 us), so what goes really frees disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from fsspec.callbacks import Callback
+
+from keyreid.errors import DataError
+from keyreid.files import sha256
+from keyreid.shards import format
+from keyreid.shards.index import read_card
+from keyreid.shards.storage import read_range
+
+TRIES = 4
+FIRST_WAIT_SECONDS = 0.5  # doubled for each further try
+USE_NOTED_SECONDS = 60  # how often a shard's use is written down
+DEFAULT_CACHE = Path("~/.cache/keyreid/shards")
+_LARGEST_CARD = 1 << 30
+
+log = logging.getLogger(__name__)
+
+
+def open_remote(
+    url: str, cache_dir: str | Path | None = None, cache_gigabytes: float | None = None
+) -> tuple[Path, CachedShardFiles]:
+    """Fetch the card and the indices of a set of shards.
+
+    Args:
+        url: its folder; whatever fsspec opens (s3://, gs://, https://), with the credentials it finds.
+        cache_gigabytes: bound of the whole cache; None: none.
+
+    Returns:
+        A folder that holds the card and the indices, and the shards, fetched when they are read.
+
+    Raises:
+        DataError: something cannot be fetched or is not what the card says.
+    """
+    url = url.rstrip("/")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", url.rpartition("/")[2])[-40:]
+    cache = Path(cache_dir or DEFAULT_CACHE).expanduser()
+    folder = cache / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "card.lock"):
+        _fetch(f"{url}/{format.CARD_NAME}", folder / format.CARD_NAME, _LARGEST_CARD)
+        card = read_card(folder)
+        for shard in card["shards"]:
+            index = folder / shard["index"]
+            if not (index.is_file() and sha256(index) == shard["index_sha256"]):
+                _fetch(f"{url}/{shard['index']}", index, shard["index_bytes"], shard["index_sha256"])
+    bound = None if cache_gigabytes is None else int(cache_gigabytes * 1e9)
+    total = sum(shard["bytes"] for shard in card["shards"])
+    if bound is not None and total > bound:
+        log.warning(
+            "%s: %.1f GB of shards do not fit data.cache_gigabytes=%g: they will be fetched again and again",
+            *(url, total / 1e9, cache_gigabytes),
+        )
+    return folder, CachedShardFiles(url, folder, card["shards"], bound)
+
+
+class CachedShardFiles:
+    """The shards of a URL, in the cache once they were read."""
+
+    def __init__(self, url: str, folder: Path, shards: list[dict[str, Any]], bound: int | None) -> None:
+        self._url, self._folder, self._shards, self._bound = url, folder, shards, bound
+        self._noted: dict[int, float] = {}
+
+    def read(self, number: int, size: int, offset: int) -> bytes:
+        """`size` bytes of a shard, which is fetched if it is not in the cache; fewer where it ends.
+
+        Raises:
+            DataError: it cannot be fetched, or is not what the card says.
+        """
+        path = self._folder / self._shards[number]["file"]
+        while True:
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                break
+            except FileNotFoundError:  # not fetched yet, or some process needed the room
+                self._stage(number, path)
+        try:
+            if time.monotonic() - self._noted.get(number, -1e9) > USE_NOTED_SECONDS:
+                self._noted[number] = time.monotonic()
+                os.utime(descriptor)
+            return read_range(descriptor, size, offset)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from None
+        finally:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+    def _stage(self, number: int, path: Path) -> None:
+        shard = self._shards[number]
+        with FileLock(f"{path}.lock"):
+            if path.exists():  # fetched while this process waited
+                return
+            self._make_room(shard["bytes"])
+            _fetch(f"{self._url}/{shard['file']}", path, shard["bytes"], shard["sha256"])
+
+    def _make_room(self, needed: int) -> None:
+        """Remove the shards that were not used for longest, until `needed` bytes fit the bound."""
+        cache = self._folder.parent
+        with FileLock(cache / "room.lock"):
+            if self._bound is not None:
+                stats = [(path, path.stat()) for path in cache.glob("*/*.tar")]
+                used = sum(stat.st_size for _, stat in stats)
+                for path, stat in sorted(stats, key=lambda pair: pair[1].st_mtime):
+                    if used + needed <= self._bound:
+                        break
+                    path.unlink(missing_ok=True)
+                    used -= stat.st_size
+            free = shutil.disk_usage(cache).free
+            if needed > free:
+                raise DataError(f"{cache}: {needed / 1e9:.2f} GB are to be fetched, {free / 1e9:.2f} GB are free")
+
+
+class _Bound(Callback):
+    """Ends a transfer that brings more than was promised."""
+
+    def __init__(self, url: str, most: int) -> None:
+        super().__init__()
+        self.url, self.most = url, most
+
+    def relative_update(self, inc: int = 1) -> None:
+        super().relative_update(inc)
+        if self.value > self.most:
+            raise DataError(f"{self.url}: is larger than the {self.most} bytes that the card says")
+
+
+def _fetch(url: str, path: Path, size: int, digest: str | None = None) -> None:
+    """Fetch a file whole: it has its name only when its hash is right. Tries again where that may help."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    reason = ""
+    try:
+        for attempt in range(TRIES):
+            if attempt:
+                log.warning("%s: %s; trying again", url, reason)
+                time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
+            try:
+                _file_system(url).get_file(url, str(partial), callback=_Bound(url, size))
+            except (FileNotFoundError, PermissionError) as error:
+                raise DataError(f"{url}: {type(error).__name__}: {error}") from None
+            except (DataError, ImportError) as error:
+                raise DataError(f"{error}") from None
+            except Exception as error:  # every protocol has its own, and networks fail in many ways
+                reason = f"{type(error).__name__}: {error}"
+                continue
+            if digest is None or sha256(partial) == digest:
+                partial.replace(path)
+                return
+            reason = f"its SHA-256 is not that of the card ({partial.stat().st_size} of {size} bytes came)"
+    finally:
+        partial.unlink(missing_ok=True)
+    raise DataError(f"{url}: {reason}; given up after {TRIES} tries")
+
+
+def _file_system(url: str) -> Any:
+    """fsspec's file system for a URL, one for each process: its connections do not survive a fork."""
+    from fsspec.core import url_to_fs
+
+    pid = os.getpid()
+    protocol = url.partition("://")[0]
+    if (pid, protocol) not in _file_systems:
+        _file_systems[pid, protocol] = url_to_fs(url, skip_instance_cache=True)[0]
+    return _file_systems[pid, protocol]
+
+
+_file_systems: dict[tuple[int, str], Any] = {}

@@ -1,0 +1,174 @@
+"""Remote shards: fetched once, verified, shared, bounded; a server that fails is tried again and then named."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import hashlib
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from packed import make_config, make_dataset, pack_dataset
+
+from keyreid.errors import DataError
+from keyreid.shards import open_reader, remote
+from keyreid.shards.index import ShardSet
+from keyreid.shards.plan import evaluation_clips
+
+aiohttp_web = pytest.importorskip("aiohttp.web", reason="keyreid[remote] is not installed")
+
+
+class Server:
+    """A web server on the loopback that serves a folder, counts, and misbehaves on request."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.requests: collections.Counter[str] = collections.Counter()
+        self.answers: dict[str, list] = {}  # by name: what the next requests get instead of the file
+        self.loop = asyncio.new_event_loop()
+        started = threading.Event()
+        self.thread = threading.Thread(target=self._run, args=(started,), daemon=True)
+        self.thread.start()
+        started.wait()
+
+    def _run(self, started: threading.Event) -> None:
+        asyncio.set_event_loop(self.loop)
+        app = aiohttp_web.Application()
+        app.router.add_get("/set/{name}", self._get)
+        self.runner = aiohttp_web.AppRunner(app)
+        self.loop.run_until_complete(self.runner.setup())
+        site = aiohttp_web.TCPSite(self.runner, "127.0.0.1", 0)
+        self.loop.run_until_complete(site.start())
+        port = site._server.sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}/set"
+        started.set()
+        self.loop.run_forever()
+        self.loop.run_until_complete(self.runner.cleanup())
+
+    async def _get(self, request):
+        name = request.match_info["name"]
+        self.requests[name] += 1
+        path = self.folder / name
+        if self.answers.get(name):
+            answer = self.answers[name].pop(0)
+            return aiohttp_web.Response(status=answer) if isinstance(answer, int) else aiohttp_web.Response(body=answer)
+        return aiohttp_web.FileResponse(path) if path.is_file() else aiohttp_web.Response(status=404)
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("remote")
+    pack_dataset(make_dataset(root / "source", identities=4), root / "source", root / "shards", 60_000)
+    return root / "shards"
+
+
+@pytest.fixture
+def server(folder, monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
+    server = Server(folder)
+    yield server
+    server.close()
+
+
+def everything(shards: ShardSet) -> list[bytes]:
+    return [
+        b"".join(shards.read_frame(p, f)) for p, record in enumerate(shards.tracklets) for f in range(record.frames)
+    ]
+
+
+def test_shards_come_whole_when_they_are_first_read_and_only_once(folder, server, tmp_path):
+    shards = ShardSet.open(server.url, tmp_path)
+    assert not any(name.endswith(".tar") for name in server.requests)
+    shards.read_frame(0, 0)
+    assert [name for name in server.requests if name.endswith(".tar")] == ["toy-00000.tar"]
+    assert everything(shards) == everything(ShardSet.open(folder))
+    assert everything(ShardSet.open(server.url, tmp_path)) == everything(shards)
+    assert {count for name, count in server.requests.items() if name != "dataset.json"} == {1}
+
+
+@pytest.mark.parametrize("reader", ["dali", "plain", "stream"])
+def test_readers_read_remote_shards(folder, server, tmp_path, reader):
+    local, shards = ShardSet.open(folder), ShardSet.open(server.url, tmp_path)
+    clips = evaluation_clips(local, local.select("query") + local.select("gallery") + local.select("train"), 4)
+    batches = [clips[start : start + 8] for start in range(0, len(clips), 8)]
+    config = make_config(server.url, data__reader=reader)
+    opened = open_reader(shards, iter(batches), config)
+    expected = open_reader(local, iter(batches), make_config(folder))
+    for one, other in zip(opened, expected, strict=True):
+        assert one.keys == other.keys
+        assert (one.images == other.images).all()
+        assert (one.guidance == other.guidance).all()
+    opened.close()
+    expected.close()
+    on_disk = list(tmp_path.glob("*/*.tar"))
+    assert len(on_disk) == (0 if reader == "stream" else len(local.card["shards"]))
+
+
+def test_two_processes_fetch_a_shard_once(folder, server, tmp_path):
+    script = (
+        "import sys; from keyreid.shards.index import ShardSet\n"
+        "shards = ShardSet.open(sys.argv[1], sys.argv[2])\n"
+        "for p, record in enumerate(shards.tracklets): shards.read_frame(p, 0)\n"
+    )
+    children = [subprocess.Popen([sys.executable, "-c", script, server.url, tmp_path]) for _ in range(2)]
+    assert [child.wait(timeout=300) for child in children] == [0, 0]
+    assert {count for name, count in server.requests.items() if name.endswith(".tar")} == {1}
+
+
+def test_the_cache_keeps_its_bound_and_drops_what_was_used_longest_ago(folder, server, tmp_path):
+    sizes = [shard["bytes"] for shard in ShardSet.open(folder).card["shards"]]
+    bound = sum(sizes[:3]) * 1.05
+    shards = ShardSet.open(server.url, tmp_path, bound / 1e9)
+    first_of = {record.shard: p for p, record in reversed(list(enumerate(shards.tracklets)))}
+    import os
+
+    for number in (0, 1, 2):
+        shards.read_frame(first_of[number], 0)
+        path = next(tmp_path.glob(f"*/toy-0000{number}.tar"))
+        os.utime(path, (number, number) if number else (9, 9))  # shard 0 was used last
+    shards.read_frame(first_of[3], 0)
+    assert sorted(path.name[4:9] for path in tmp_path.glob("*/*.tar")) == ["00000", "00002", "00003"]
+    for number in first_of:
+        shards.read_frame(first_of[number], 0)
+        assert sum(path.stat().st_size for path in tmp_path.glob("*/*.tar")) <= bound
+    assert everything(shards) == everything(ShardSet.open(folder))
+
+
+def test_a_server_that_fails_for_a_while_is_tried_again(folder, server, tmp_path):
+    name = "toy-00000.tar"
+    content = (folder / name).read_bytes()
+    damaged = content[:700] + b"x" + content[701:]
+    server.answers[name] = [503, content[:1000], damaged]
+    ShardSet.open(server.url, tmp_path).read_frame(0, 0)
+    assert server.requests[name] == 4
+    fetched = next(tmp_path.glob(f"*/{name}"))
+    assert hashlib.sha256(fetched.read_bytes()).hexdigest() == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        ([500] * 9, "given up after 4 tries"),
+        ([b"x" * 100] * 9, "its SHA-256 is not that of the card"),
+        ([b"x" * 10_000_000], "is larger than"),
+        ([404], "FileNotFoundError"),
+    ],
+)
+def test_what_cannot_be_fetched_is_named_and_leaves_nothing(server, tmp_path, answers, words):
+    server.answers["toy-00000.tar"] = answers
+    shards = ShardSet.open(server.url, tmp_path)
+    with pytest.raises(DataError, match=f"{server.url}/toy-00000.tar.*{words}"):
+        shards.read_frame(0, 0)
+    assert not list(tmp_path.glob("*/*.tar")) + list(tmp_path.glob("*/.*partial"))
+
+
+def test_a_set_that_is_not_there_is_named(server, tmp_path):
+    with pytest.raises(DataError, match=f"{server.url}/none/dataset.json"):
+        ShardSet.open(f"{server.url}/none", tmp_path)
