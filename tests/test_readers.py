@@ -91,7 +91,6 @@ def test_every_sample_is_the_right_one_for_50_epochs_with_resumes(packed, reader
     assert checked == total * plan.batch_size * config.clip.frames
 
 
-@pytest.mark.parametrize("reader", READERS)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("reader", READERS)
 def test_any_number_of_ranks_and_workers_gives_the_same_batches(packed, reader):
