@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_toys import save_weights, toy_config, toy_model, toy_shards
+from packed import index_only
 from typer.testing import CliRunner
 
 from keyreid.cli import app
@@ -14,6 +15,7 @@ from keyreid.errors import CheckpointError, ConfigError, DataError
 from keyreid.evaluation import evaluate
 from keyreid.evaluation.distance import pairwise
 from keyreid.evaluation.protocols import judge
+from keyreid.evaluation.run import check_judgeable
 from keyreid.evaluation.vectors import Vectors
 from keyreid.evaluation.weights import open_trained
 from keyreid.model.released import to_released
@@ -97,6 +99,19 @@ def test_visible_distance_and_people_held_out_of_training(toy, tmp_path):
     assert result["files"] == [str(tmp_path / "scores.json")]
     with pytest.raises(DataError, match="no identities are held out"):
         evaluate(model, shards, toy_config(shards), tmp_path, part="holdout")
+
+
+def test_what_cannot_be_judged_is_known_before_anything_is_embedded(toy):
+    shards, config, _, _ = toy
+    assert check_judgeable(shards, config) == 4
+    assert check_judgeable(shards, toy_config(shards, evaluation__protocol="inclusive")) == 4
+    one_camera = index_only(np.array([1, 1, 2]), np.array([5, 5, 5]), np.array([3, 3, 3]), split="query")
+    with pytest.raises(DataError, match="split 0 has 3 queries and 0 gallery tracklets"):
+        check_judgeable(one_camera, config)
+    gallery = index_only(np.array([1, 1, 2]), np.array([5, 5, 5]), np.array([3, 3, 3]), split="gallery")
+    gallery.select = lambda split, *_: [0] if split == "query" else [1, 2]
+    with pytest.raises(DataError, match="index only: no query has a match under protocol torchreid"):
+        check_judgeable(gallery, config)
 
 
 def test_mean_and_deviation_over_splits(toy, tmp_path):

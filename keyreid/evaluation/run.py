@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from keyreid.config import Config
 from keyreid.errors import DataError, KeyreidError
 from keyreid.evaluation.features import extract
+from keyreid.evaluation.protocols import Side, judge, protocol_named
 from keyreid.evaluation.report import combine, write_json
 from keyreid.evaluation.scoring import rank_gallery
 from keyreid.evaluation.vectors import Vectors
@@ -108,6 +111,28 @@ def test_positions(shards: ShardSet, split_number: int, part: Part = "test") -> 
         which = "the identities held out" if part == "holdout" else f"split {split_number}"
         raise DataError(f"{shards.location}: {which} has {len(query)} queries and {len(gallery)} gallery tracklets")
     return query, gallery
+
+
+def check_judgeable(shards: ShardSet, config: Config, part: Part = "test") -> int:
+    """How many queries the configured protocol will find valid; known from the index, before anything is embedded.
+
+    Raises:
+        DataError: none, or there are no queries.
+    """
+    sides = []
+    for positions in test_positions(shards, config.data.split_number, part):
+        records = [shards.tracklets[position] for position in positions]
+        columns = ([getattr(record, name) for record in records] for name in ("identity", "camera", "frames"))
+        sides.append(Side(*(np.array(column, np.int64) for column in columns)))
+    query, gallery = sides
+    if protocol_named(config.evaluation.protocol).queries_in_gallery:
+        gallery = Side(*(np.concatenate(pair) for pair in zip(astuple(gallery), astuple(query), strict=True)))
+    # Whatever the distances are, the same queries are valid.
+    some = np.broadcast_to(np.arange(len(gallery), dtype=np.float32), (len(query), len(gallery)))
+    try:
+        return judge(some, query, gallery, config.evaluation.protocol).valid_queries
+    except DataError as error:
+        raise DataError(f"{shards.location}: {error}") from None
 
 
 def split_vectors(

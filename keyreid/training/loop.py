@@ -15,6 +15,7 @@ import torch
 from keyreid.config import Config
 from keyreid.errors import CheckpointError, KeyreidError
 from keyreid.evaluation import evaluate
+from keyreid.evaluation.run import Part, check_judgeable
 from keyreid.losses import Criterion
 from keyreid.model import KeyReID, build_model
 from keyreid.model.weights_file import WeightsHeader
@@ -74,6 +75,7 @@ class Trainer:
         check_precision(config.training, ranks.device)
 
         self.shards = ShardSet.from_config(config.data)
+        check_judgeable(self.shards, config, self._part)  # rather now than after the last epoch
         self.plan = TrainingPlan(self.shards, config.data, config.clip, config.model.parts, config.seed)
         self.steps_per_epoch = config.schedule.steps_per_epoch or self.plan.steps_per_epoch
         self.total_steps = config.schedule.epochs * self.steps_per_epoch
@@ -279,11 +281,16 @@ class Trainer:
         wanted = epoch == self.config.schedule.epochs or bool(every and epoch and epoch % every == 0)
         return left == 0 and wanted and self.state.evaluated_step != self.state.step
 
+    @property
+    def _part(self) -> Part:
+        """What evaluations judge: the identities held out of training, where there are any."""
+        return "holdout" if self.config.data.holdout else "test"
+
     def _evaluate(self) -> dict:
         """Embed and judge the test split with the weights that would be used: the average where there is one."""
         with self._weights_to_use() as network:
             folder = self.config.run_dir / "evaluation" / checkpoints.folder_name(self.state.step)
-            part = "holdout" if self.config.data.holdout else "test"
+            part = self._part
             ranks = self.ranks
             where = ranks.rank, ranks.world_size, ranks.device
             newest = folder.parent / "vectors.npz"  # large: kept of the newest evaluation only, and not logged
