@@ -196,7 +196,7 @@ def test_a_search_that_goes_on_remembers_what_ray_tune_forgets():
     for number in range(6):
         before.trials[f"id{number}"] = trial(f"trial-{number}", "stopped", number / 10)
     scheduler = algorithms.scheduler(search, 9)
-    after = LogBook(search, 9, scheduler, None)
+    after = LogBook(search, 9, scheduler, None, goes_on=True)
     after.set_state(before.get_state())
     assert after.trials == before.trials
     old = [SimpleNamespace(trial_id=f"id{number}", config={}) for number in range(6)]

@@ -1,5 +1,6 @@
 """`keyreid tune`: search hyperparameters."""
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated
 
@@ -31,10 +32,8 @@ def tune(
     from keyreid.tuning.search import load_search
 
     wanted, base = load_search(search, list(overrides or []))
-    try:
-        import ray  # noqa: F401
-    except ImportError:
-        raise ConfigError("keyreid tune needs Ray: pip install 'keyreid[tune]'") from None
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("keyreid tune needs Ray: pip install 'keyreid[tune]'")
     if dry_run:
         _print_points(wanted, base)
         return

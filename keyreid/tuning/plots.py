@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from keyreid.tuning.records import TrialRecord, describe
 from keyreid.tuning.space import Parameter, Space
@@ -99,6 +100,7 @@ def _curves(trials: Sequence[TrialRecord], best: TrialRecord, metric: str) -> Fi
         axes.plot(taken, [trial.reports[epoch].score for epoch in taken], "k+", markersize=8)
     axes.set(xlabel="epoch", ylabel=metric, title="o finished, v stopped early, + after taking over another's weights")
     axes.title.set_fontsize("small")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     return figure

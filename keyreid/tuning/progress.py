@@ -7,6 +7,7 @@ import math
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from keyreid.errors import KeyreidError
 from keyreid.tracking import Tracker
 from keyreid.tuning.records import Report, TrialRecord, best_trial, describe
 from keyreid.tuning.search import Search
@@ -30,6 +32,7 @@ class LogBook(tune.Callback):
     Args:
         epochs: of a whole trial.
         scheduler: told of all earlier reports when a search goes on, for Ray Tune does not save it.
+        goes_on: whether there is a state to go on from.
         tracker: of the search.
 
     Attributes:
@@ -37,7 +40,9 @@ class LogBook(tune.Callback):
         out_of_time: the search ended because its seconds were used up.
     """
 
-    def __init__(self, search: Search, epochs: int, scheduler: TrialScheduler, tracker: Tracker) -> None:
+    def __init__(
+        self, search: Search, epochs: int, scheduler: TrialScheduler, tracker: Tracker, goes_on: bool = False
+    ) -> None:
         self.trials: dict[str, TrialRecord] = {}
         self.out_of_time = False
         self._search = search
@@ -46,7 +51,8 @@ class LogBook(tune.Callback):
         self._tracker = tracker
         self._earlier_seconds = 0.0
         self._start = time.monotonic()
-        self._restored = False
+        self._awaits_state = goes_on
+        self._reminds = goes_on
         self._drawn = -math.inf
         self._live: Live | None = None
 
@@ -75,14 +81,17 @@ class LogBook(tune.Callback):
         """Go on from there."""
         for key, values in state["trials"].items():
             reports = {epoch: Report(**report) for epoch, report in values.pop("reports").items()}
-            self.trials[key] = TrialRecord(**values, reports=reports)
+            record = self.trials[key] = TrialRecord(**values, reports=reports)
+            record.status = "waiting" if record.status == "running" else record.status
         self._earlier_seconds = state["seconds"]
-        self._restored = True
+        self._awaits_state = False
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Give the scheduler its memory back, and meet new trials."""
-        if self._restored:
-            self._restored = False
+        if self._awaits_state:  # Ray Tune would begin from the first trial again
+            raise KeyreidError(f"the state of search {self._search.name} cannot be read; give a new one another name")
+        if self._reminds:
+            self._reminds = False
             self._remind_scheduler(trials)
         for trial in trials:
             if trial.trial_id not in self.trials:
@@ -91,13 +100,14 @@ class LogBook(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Say what starts."""
         record = self.trials[trial.trial_id]
-        before, record.point, record.status = record.point, trial.config["point"], "running"
-        if not record.reports:
+        record.point, record.status = trial.config["point"], "running"
+        owner = Path(trial.checkpoint.path).parent.name if trial.checkpoint else None
+        if owner is None:
             self._say(f"{record.name} starts: {describe(record.point)}")
-        elif record.point != before:
-            self._say(f"{record.name} takes over a better trial's weights, with {describe(record.point)}")
-        else:
+        elif owner == record.name:
             self._say(f"{record.name} goes on from its checkpoint")
+        else:
+            self._say(f"{record.name} takes over {owner}'s weights: {describe(record.point)}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any

@@ -22,6 +22,8 @@ os.environ.update(
     TUNE_PRINT_ALL_TRIAL_ERRORS="0",
     TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S="0",
 )
+os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")  # on a busy machine a process starts slowly
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets anything else on the machine starve a training
 
 import logging
 
@@ -32,7 +34,7 @@ from ray.tune.experiment import Trial
 from ray.tune.tune_config import ResumeConfig
 
 from keyreid.config import Config
-from keyreid.errors import ConfigError
+from keyreid.errors import ConfigError, KeyreidError
 from keyreid.files import replace_text
 from keyreid.tracking import Tracker, store_uri
 from keyreid.tuning import algorithms, outcome
@@ -44,6 +46,7 @@ SEARCH, TRIALS, STATE = "search.yaml", "trials", "ray"
 KEPT_CHECKPOINTS = 3  # of a trial, so that the state that was saved last names one that is there
 KEPT_CHECKPOINTS_PBT = 8  # a good trial may go on for a while before a bad one takes over what it had
 PARENT_SECONDS = 60.0
+START_ATTEMPTS = 3
 OBJECT_STORE_BYTES = 128 * 2**20  # only reports pass through it
 
 
@@ -98,7 +101,7 @@ def run_search(search: Search, base: Config, resume: bool = False, address: str 
         tracker.params(_summary(search, base))
         tracker.artifact(folder / SEARCH)
         scheduler = algorithms.scheduler(search, base.schedule.epochs)
-        with LogBook(search, base.schedule.epochs, scheduler, tracker) as log_book, _StopSignals() as stop:
+        with LogBook(search, base.schedule.epochs, scheduler, tracker, goes_on) as log_book, _StopSignals() as stop:
             _run_trials(search, plan, drawn, scheduler, log_book, goes_on)
         trials = list(log_book.trials.values())
         interrupted = stop.signal is not None
@@ -138,10 +141,21 @@ def _start_ray(address: str | None) -> None:
         except (ConnectionError, ValueError) as error:
             raise ConfigError(f"--address {address}: no Ray cluster there that can be joined: {error}") from None
     else:
-        # Reachable from this machine alone, without a dashboard.
-        ray.init(
-            _node_ip_address="127.0.0.1", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common
-        )
+        _start_local_ray(common)
+
+
+def _start_local_ray(common: dict[str, Any]) -> None:
+    """Reachable from this machine alone, without a dashboard. Ray gives its own processes 30 s to start: try again."""
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(
+                _node_ip_address="127.0.0.1", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common
+            )
+            return
+        except Exception as error:  # Ray raises no narrower one
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or attempt + 1 == START_ATTEMPTS:
+                raise KeyreidError(f"Ray does not start on this machine: {error}") from error
 
 
 def _gpus_of_a_rank(search: Search) -> float:
