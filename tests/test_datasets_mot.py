@@ -11,7 +11,7 @@ import pytest
 
 from keyreid.datasets import open_dataset
 from keyreid.datasets.tracklet import read_frame
-from keyreid.errors import DataError
+from keyreid.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def sequence(tmp_path: Path) -> Path:
 
 
 def test_tracks_are_cut_at_gaps_and_into_equal_tracklets(sequence: Path) -> None:
-    data = open_dataset("mot", sequence, max_frames=3, min_visibility=0.5)
+    data = open_dataset("mot", sequence, max_frames=3, min_visibility=0.5, min_size=[12, 24])  # as YAML gives it
     assert [(t.key, t.identity, len(t.frames), t.split) for t in data.tracklets] == [
         ("S1_3_0", 1, 3, "query"),
         ("S1_3_1", 1, 2, "gallery"),
@@ -82,6 +82,10 @@ def test_what_does_not_fit_is_named(sequence: Path, tmp_path: Path) -> None:
         open_dataset("mot", sequence)
     with pytest.raises(DataError, match="neither pictures, nor a MOTChallenge sequence"):
         open_dataset("mot", sequence / "gt")
+    with pytest.raises(ConfigError, match=r"dataset mot, option max_frames='many': Input should be a valid integer"):
+        open_dataset("mot", sequence, max_frames="many")
+    with pytest.raises(ConfigError, match=r"dataset mot, option split='test': Input should be 'retrieval', 'all' or"):
+        open_dataset("mot", sequence, split="test")
     (tmp_path / "notes.txt").touch()
     with pytest.raises(DataError, match=r"notes.txt: not a video"):
         open_dataset("mot", tmp_path / "notes.txt")

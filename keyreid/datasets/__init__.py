@@ -7,6 +7,8 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from keyreid.datasets.tracklet import Dataset
 from keyreid.errors import ConfigError, DataError
 
@@ -19,7 +21,7 @@ def open_dataset(name: str, root: Path | str, **options: Any) -> Dataset:
     Rendered walkers have the layout of MARS: open them as `mars`.
 
     Raises:
-        ConfigError: there is no such dataset, or it has no such option.
+        ConfigError: there is no such dataset, or it has no such option, or an option's value is not of its type.
         DataError: files are missing or wrong.
     """
     if name not in NAMES:
@@ -32,4 +34,8 @@ def open_dataset(name: str, root: Path | str, **options: Any) -> Dataset:
     root = Path(root).expanduser()
     if not root.exists():
         raise DataError(f"{root}: no such dataset folder")
-    return reader(root, **options)
+    try:
+        return pydantic.validate_call(reader)(root, **options)
+    except pydantic.ValidationError as error:
+        wrong = error.errors()[0]
+        raise ConfigError(f"dataset {name}, option {wrong['loc'][0]}={wrong['input']!r}: {wrong['msg']}") from None
