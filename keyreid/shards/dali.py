@@ -218,7 +218,7 @@ def _build(source: Any, height: int, width: int, resize: bool, device: torch.dev
     pipeline = clips(
         batch_size=MAX_FRAMES,
         num_threads=threads,
-        device_id=(device.index or 0) if on_gpu else None,
+        device_id=(torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None,
         prefetch_queue_depth=2,
     )
     pipeline.build()

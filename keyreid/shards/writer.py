@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -109,6 +110,7 @@ def write_shard(tar: Path, tracklets: list[Tracklet], settings: PackSettings, se
             with TarWriter(
                 stream, encoder=False, compress=False, mtime=0, mode=0o644, user="keyreid", group="keyreid"
             ) as out:
+                out.tarstream.format = tarfile.USTAR_FORMAT  # plain headers only; TarWriter leaves its argument unused
                 for tracklet in tracklets:
                     _write_tracklet(out, tracklet, settings, columns)
                     yield len(tracklet.frames)
