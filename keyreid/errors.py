@@ -6,7 +6,7 @@ class KeyreidError(Exception):
 
 
 class DataError(KeyreidError):
-    """A dataset, shard or picture that is missing, damaged or inconsistent; names the file, the sample and the member."""
+    """A dataset, shard or picture that is missing, damaged or inconsistent; names the file, sample and member."""
 
 
 class ConfigError(KeyreidError):

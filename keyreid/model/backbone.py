@@ -58,8 +58,8 @@ def create_vit(model: ModelConfig, clip: ClipConfig) -> VisionTransformer:
     vit.patch_embed.num_patches = grid[0] * grid[1]
     if vit.pos_embed is not None:
         tokens = vit.patch_embed.num_patches + (0 if vit.no_embed_class else vit.num_prefix_tokens)
-        # From random weights, sines and cosines (Beyer et al., arXiv 2205.01580) let attention tell places apart from the
-        # first step: the quickstart's network learns nearly twice as fast as from small random numbers.
+        # From random weights, sines and cosines (Beyer et al., arXiv 2205.01580) let attention tell places apart from
+        # the first step: the quickstart's network learns nearly twice as fast as from small random numbers.
         places = build_sincos2d_pos_embed(list(grid), vit.embed_dim)
         vit.pos_embed = nn.Parameter(F.pad(places, (0, 0, tokens - len(places), 0)).unsqueeze(0))
     return vit
