@@ -19,7 +19,7 @@ from packed import make_dataset, pack_dataset
 
 from keyreid.datasets.tracklet import Dataset, Frame
 from keyreid.errors import DataError
-from keyreid.pose import keypoint_files
+from keyreid.pose import heatmap_files, keypoint_files
 from keyreid.pose.heatmaps import render_heatmaps, render_tiles
 from keyreid.shards import format
 from keyreid.shards import pack as packing
@@ -208,6 +208,12 @@ def test_published_heatmap_files_are_pooled_to_tiles(source, tmp_path):
         difference = shards.heatmaps(position, 0).astype(int) - expected[0]
         assert np.abs(difference).max() <= 1
         assert (shards.tracklets[position].visible[0] == expected[0].any((1, 2))).all()
+    imported = tmp_path / "imported"
+    for tracklet in dataset.tracklets:
+        heatmaps = [np.load(tmp_path / "npy" / f.path.relative_to(root).with_suffix(".npy")) for f in tracklet.frames]
+        heatmap_files.save(heatmap_files.path_of(imported, tracklet.key), heatmaps, [""] * len(heatmaps), {})
+    again = pack_dataset(bare, root, tmp_path / "again", heatmaps=imported)
+    np.testing.assert_array_equal(again.heatmaps(7, 1), shards.heatmaps(7, 1))
     np.save(path, np.full((6, 256, 128), 2.0))
     with pytest.raises(DataError, match=path.name):
         pack_dataset(bare, root, tmp_path / "other", heatmaps=tmp_path / "npy")

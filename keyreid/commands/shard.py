@@ -19,7 +19,8 @@ def shard(
         Path | None, typer.Option(help="folder of keypoint files, as `keyreid pose` writes; default ROOT/keypoints")
     ] = None,
     heatmaps: Annotated[
-        Path | None, typer.Option(help="folder of published heatmap files (.npy), named as the frames")
+        Path | None,
+        typer.Option(help="folder of published heatmap files (.npy, named as the frames), or of imported ones"),
     ] = None,
     image: Annotated[
         Literal["keep", "jpeg"], typer.Option(help="keep pictures byte for byte, or make JPEGs of those that are none")

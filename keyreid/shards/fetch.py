@@ -108,6 +108,7 @@ class ClipFetcher:
         self.skip = config.data.on_fault == "skip"
         if self.parts != shards.parts and shards.parts != 6:
             raise ConfigError(f"model.parts={self.parts}, but {shards.location} has heatmaps of {shards.parts} parts")
+        self._last: tuple[int, np.ndarray] | None = None
         self._merged = None if self.parts == shards.parts else [list(united) for united in merged_parts(self.parts)]
 
     def fetch(self, clip: ClipPlan, decode: Callable[[bytes], Any] | None = None) -> FetchedClip:
@@ -188,11 +189,18 @@ class ClipFetcher:
         except ValueError as error:
             raise self.shards.fault(position, member, str(error)) from None
         if self.from_keypoints:
-            return decoded, self.shards.keypoints(position)[frame]
+            return decoded, self._keypoints(position)[frame]
         try:
             return decoded, format.decode_tiles(heatmap, self.shards.parts)
         except ValueError as error:
             raise self.shards.fault(position, member + 1, str(error)) from None
+
+    def _keypoints(self, position: int) -> np.ndarray:
+        """A tracklet's keypoints; the frames of a clip come one after the other, so the last are kept."""
+        last = self._last  # other threads may replace it at any time
+        if last is None or last[0] != position:
+            last = self._last = position, self.shards.keypoints(position)
+        return last[1]
 
     def _rendered(self, keypoints: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         scaled = scale_keypoints(keypoints, sizes[:, 0], sizes[:, 1], self.width, self.height)

@@ -126,7 +126,9 @@ class ShardSet:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the records, which are made anew: sending a set to a worker costs its arrays alone."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("tracklets", "position")}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("tracklets", "position", "label_of")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -137,7 +139,7 @@ class ShardSet:
         """Position of each key."""
         return {record.key: number for number, record in enumerate(self.tracklets)}
 
-    @property
+    @cached_property
     def label_of(self) -> dict[int, int]:
         """{identity: label} of the training identities of the chosen split, in sorted order."""
         return self.labels(self.split_number, self.holdout)

@@ -23,7 +23,7 @@ from webdataset import TarWriter
 from keyreid.datasets import tracklet as source
 from keyreid.datasets.tracklet import Frame, Tracklet
 from keyreid.errors import DataError
-from keyreid.pose import keypoint_files
+from keyreid.pose import heatmap_files, keypoint_files
 from keyreid.pose.heatmaps import TILE_HEIGHT, TILE_WIDTH, render_tiles, visibility
 from keyreid.pose.parts import part_names
 from keyreid.shards import format
@@ -38,8 +38,8 @@ class PackSettings:
     Attributes:
         root: the dataset's folder; sources are named relative to it.
         keypoints: folder of keypoint files `KEY.npz`; None takes the tracklets' own, zeros where they have none.
-        heatmaps: folder of published heatmap files, float [6, H, W], named as the frames with `.npy`; None renders
-            heatmaps from the keypoints.
+        heatmaps: folder of heatmap files, or of published ones, float [6, H, W], named as the frames with `.npy`; None
+            renders heatmaps from the keypoints.
         image: keep JPEG and PNG byte for byte, or make JPEG of everything that is none (`jpeg`).
         quality: of JPEGs that are made.
         parts: P.
@@ -153,7 +153,7 @@ def _write_tracklet(out: TarWriter, tracklet: Tracklet, settings: PackSettings, 
     width, height = np.array(sizes).T
     keypoints = load_keypoints(tracklet, settings)
     if settings.heatmaps:
-        tiles = np.stack([_heatmap_file(tracklet, frame, settings) for frame in tracklet.frames])
+        tiles = _foreign_tiles(tracklet, settings)
         visible = tiles.any((2, 3))
     else:
         tiles = render_tiles(keypoints, width, height, settings.parts)
@@ -241,22 +241,35 @@ def load_keypoints(tracklet: Tracklet, settings: PackSettings) -> np.ndarray:
     return keypoints
 
 
-def _heatmap_file(tracklet: Tracklet, frame: Frame, settings: PackSettings) -> np.ndarray:
-    """A published heatmap file, [P, H, W] of any size, as uint8 tiles [P, 64, 32]."""
+def _foreign_tiles(tracklet: Tracklet, settings: PackSettings) -> np.ndarray:
+    """Heatmaps that somebody else made, as tiles uint8 [T, P, 64, 32]: the tracklet's file, or one `.npy` a frame."""
     assert settings.heatmaps is not None
+    path = heatmap_files.path_of(settings.heatmaps, tracklet.key)
+    if path.is_file():
+        heatmaps = [(path, heatmap) for _, heatmap in heatmap_files.load(path)]
+    else:
+        heatmaps = [_published_heatmap(tracklet, frame, settings) for frame in tracklet.frames]
+    if len(heatmaps) != len(tracklet.frames):
+        raise DataError(f"{path}: {len(heatmaps)} frames, but tracklet {tracklet.key} has {len(tracklet.frames)}")
+    return np.stack([_tiles(origin, heatmap, settings.parts) for origin, heatmap in heatmaps])
+
+
+def _published_heatmap(tracklet: Tracklet, frame: Frame, settings: PackSettings) -> tuple[Path, np.ndarray]:
+    """A published heatmap file, float [P, H, W]: it mirrors the dataset's folders, or lies in the folder itself."""
     relative = Path(str(frame.path).removeprefix(f"{settings.root}{os.sep}"))
     candidates = [settings.heatmaps / relative.with_suffix(".npy"), settings.heatmaps / f"{frame.path.stem}.npy"]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None or frame.box is not None or frame.video_frame is not None:
-        raise DataError(
-            f"tracklet {tracklet.key}: no heatmap file {candidates[0]} (nor {candidates[1].name} beside it)"
-        )
+        raise DataError(f"tracklet {tracklet.key}: no heatmap file {candidates[0]}, nor {candidates[1]}")
     try:
-        heatmap = np.load(path, allow_pickle=False)
+        return path, np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: not a heatmap file: {error} (tracklet {tracklet.key})") from None
-    if heatmap.ndim != 3 or len(heatmap) != settings.parts:
-        raise DataError(f"{path}: heatmaps of shape {heatmap.shape}, expected [{settings.parts}, height, width]")
+
+
+def _tiles(path: Path, heatmap: np.ndarray, parts: int) -> np.ndarray:
+    if heatmap.ndim != 3 or len(heatmap) != parts:
+        raise DataError(f"{path}: heatmaps of shape {heatmap.shape}, expected [{parts}, height, width]")
     low, high = float(heatmap.min()), float(heatmap.max())
     if not (low >= -HEATMAP_FILE_TOLERANCE and high <= 1 + HEATMAP_FILE_TOLERANCE):
         raise DataError(f"{path}: heatmap values from {low:.3g} to {high:.3g}; they must lie in [0, 1]")
