@@ -142,6 +142,16 @@ def test_mean_and_deviation_over_splits(toy, tmp_path):
     assert mean["mAP"] == pytest.approx(statistics.fmean(values))
     assert mean["mAP_deviation"] == pytest.approx(statistics.stdev(values))
     assert len(mean["splits"]) == 3
+    for number in range(3):
+        save_weights(toy_model(config, seed=number), config, shards, tmp_path / f"own-{number}.safetensors")
+    own = CliRunner().invoke(
+        app, [*arguments, f"{tmp_path}/own-{{split}}.safetensors", *SETTINGS, "evaluation.pictures=0"]
+    )
+    assert own.exit_code == 0, own.output
+    kept = [Vectors.load(tmp_path / "out" / f"split-{number}" / "vectors.npz") for number in range(3)]
+    assert [len(vectors) for vectors in kept] == [16, 16, 16]
+    first, second = (vectors.vectors[vectors.rows_of([kept[1].keys[0]])] for vectors in kept[:2])
+    assert np.abs(first - second).max() > 0.01  # the same tracklet, by each split's own weights
 
 
 def test_a_published_checkpoint_brings_its_own_mode(toy, tmp_path):
