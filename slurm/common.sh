@@ -55,8 +55,11 @@ print(load_config(sys.argv[1], sys.argv[2:]).run_dir.absolute())' "$@" | tail -n
 ranks_a_node=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
 cpus_a_rank=${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_ON_NODE:-1} / ranks_a_node))}
 
+# escaped PATH: PATH for srun's and sbatch's file name options, where % begins a replacement.
+escaped() { printf '%s' "${1//%/%%}"; }
+
 # start_ranks LOG COMMAND...: one task for every GPU of the job (CPU nodes: --ntasks-per-node), in the background as
-# $step. LOG names the log of each rank; %t in it is the rank.
+# $step. Rank r logs to LOG-r.log.
 start_ranks() {
     local log=$1
     shift
@@ -67,10 +70,10 @@ start_ranks() {
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
     export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus_a_rank}
     say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST) x" \
-        "$ranks_a_node ranks x $cpus_a_rank CPUs, ${SLURM_GPUS_ON_NODE:-no} GPUs a node; logs: ${log//%t/RANK}"
+        "$ranks_a_node ranks x $cpus_a_rank CPUs, ${SLURM_GPUS_ON_NODE:-no} GPUs a node; logs: $log-RANK.log"
     srun --export=ALL --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * ranks_a_node))" \
         --ntasks-per-node="$ranks_a_node" --cpus-per-task="$cpus_a_rank" --distribution=block --kill-on-bad-exit=1 \
-        --open-mode=append --output="$log" "${container_options[@]}" "${contained[@]}" "$@" &
+        --open-mode=append --output="$(escaped "$log")-%t.log" "${container_options[@]}" "${contained[@]}" "$@" &
     step=$!
 }
 
@@ -81,9 +84,6 @@ wait_for() {
     done
     wait "$1"
 }
-
-# escaped PATH: PATH for srun's and sbatch's file name options, where % begins a replacement.
-escaped() { printf '%s' "${1//%/%%}"; }
 
 # job_state: RUNNING; COMPLETING or CANCELLED while somebody else ends or requeues this job.
 job_state() { scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p' | tail -n 1; }

@@ -1,6 +1,7 @@
 """Vector files, embedding in parts on any ranks, and search: exact, by index, within a memory bound."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,7 @@ def test_parts_cover_all_tracklets_in_order():
         assert all(sum(frames[row] for row in part) <= size + 50 for part in parts)
     assert numbered_frames({"video_frames": [3, 9]}) == (3, 9)
     assert numbered_frames({"source": {"folder": "a", "files": ["x17.jpg", "x21.jpg"]}}) == (17, 21)
+    assert numbered_frames({"source": {"file": "a/000008.jpg"}}) == (8, 8)  # a tracklet of one picture
     assert numbered_frames({"source": {"file": "clip"}}) == (None, None)
 
 
@@ -275,7 +277,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, found[3].hits
 
 
 def test_memory_does_not_grow_with_the_gallery(tmp_path):
-    """100,000 x 768, 307 MB: the search takes 150 MB, as it would for ten times as many rows."""
+    """60,000 x 768, 184 MB: the search takes less than 150 MB, as it would for ten times as many rows."""
     rng = np.random.default_rng(0)
 
     def tables(count):
@@ -289,15 +291,16 @@ def test_memory_does_not_grow_with_the_gallery(tmp_path):
             yield make_rows(keys, [1] * 10_000, vectors)
 
     nearest_of_3 = np.zeros(768, np.float32)
-    write_vectors(tmp_path / "large.parquet", about(768), tables(100_000))
+    write_vectors(tmp_path / "large.parquet", about(768), tables(60_000))
     write_vectors(tmp_path / "small.parquet", about(768), tables(10_000))
-    assert (tmp_path / "large.parquet").stat().st_size > 300e6
+    assert (tmp_path / "large.parquet").stat().st_size > 180e6
     words = [sys.executable, "-c", MEMORY_PROGRAM, tmp_path / "large.parquet", tmp_path / "small.parquet"]
     result = subprocess.run(words, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     kilobytes, key = result.stdout.split()
     assert int(key[1:]) % 10_000 == 77
-    assert int(kilobytes) < 150_000, kilobytes
+    print(kilobytes)
+    assert int(kilobytes) < 150_000
 
 
 def run_command(*words) -> str:
@@ -335,3 +338,18 @@ def test_a_folder_is_packed_on_the_way(packed, weights, tmp_path):
     assert "16 vectors of 2496 numbers" in text
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["v.parquet"]
     assert VectorFiles([out]).column("identity_name").tolist() == [None] * 16
+
+
+@pytest.mark.slow
+def test_the_example_from_street_pictures_to_matches(shared, tmp_path):
+    """Real pedestrians, two pictures a tracklet: even random weights find the same person's next two pictures."""
+    street = shared / "data" / "mot17_mini" / "train" / "MOT17-11-FRCNN"
+    script = Path(__file__).resolve().parents[1] / "examples" / "own_video.sh"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    words = [str(script), str(tmp_path / "out"), str(street)]
+    result = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PATH": path}, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    results = json.loads((tmp_path / "out" / "found.json").read_text())["results"]
+    first = [found["hits"][0]["identity"] == found["query"]["identity"] for found in results]
+    assert len(first) >= 20 and np.mean(first) > 0.8
+    assert (tmp_path / "out" / "found.png").stat().st_size > 50_000

@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -67,11 +68,13 @@ def within(ours: torch.Tensor, published: torch.Tensor, tolerance: float = 1e-5)
 @torch.no_grad()
 def test_evaluation(model, inputs, numbers):
     model.eval()
-    with FlopCounterMode(display=False) as counter:
-        vectors = model.embed(*inputs)
+    vectors = model.embed(*inputs)
     within(vectors, numbers["eval_feature"])
     assert vectors.shape == (2, 19200)
-    assert counter.get_total_flops() / 2 <= 85.5e9
+    # the counter does not know the fused attention of CPUs
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.embed(*(tensor[:1] for tensor in inputs))
+    assert 84e9 < counter.get_total_flops() <= 85.5e9
     tokens = model.backbone(inputs[0][:1, 0], inputs[2][:1])
     within(tokens[0, :3], numbers["backbone_tokens_row0"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from itertools import islice
 from pathlib import Path
@@ -290,6 +291,8 @@ def test_a_tracklet_with_nothing_left_is_replaced_by_its_identitys_next_only_in_
     training = ClipPlan(0, 0, clip.frames, clip.flip, clip.crop, clip.erase, clip.blank)
     (batch,) = read(shards, config, [[training]], workers=0)
     assert {read_code(image, False, np.zeros(2)) for image in batch.images[0].numpy()} == {64 * 1 + 2}
+    assert batch.keys == [shards.tracklets[1].key]
+    assert batch.cameras.tolist() == [shards.camera_index[shards.tracklets[1].camera]]
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -343,6 +346,13 @@ def test_parts_that_were_not_packed_are_refused(tmp_path):
     shards = pack_dataset(dataset, tmp_path / "source", tmp_path / "shards", parts=4)
     with pytest.raises(ConfigError, match=r"model\.parts=6, but .* has heatmaps of 4 parts"):
         open_reader(shards, iter([]), make_config(shards.location))
+
+
+def test_without_dali_the_plain_reader_is_named(packed, monkeypatch):
+    _, shards = packed
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(ConfigError, match=r"data\.reader=plain"):
+        open_reader(shards, iter([]), make_config(shards.location, data__reader="dali"))
 
 
 def test_faults_count_members_once():

@@ -42,7 +42,7 @@ BASE = {
     "model": {"backbone": "vit_tiny_patch16_224", "depth": 2, "drop_path": 0.0},
     "optimizer": {"name": "adamw", "lr": 1e-3, "bias_lr_factor": 1.0, "weight_decay": 0.0},
     "schedule": {"epochs": 3, "warmup_epochs": 0, "floor_lr": 0.0, "steps_per_epoch": 1},
-    "training": {"precision": "fp32", "zero_stage": 0},
+    "training": {"precision": "fp32", "zero_stage": 0, "log_every_steps": 1},
     "evaluation": {"clips": 1},
     "tracking": {"system_metrics": False},
 }
@@ -92,16 +92,19 @@ def read_until(process: subprocess.Popen, enough) -> list[str]:
     return lines
 
 
-def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """The processes that train, which Ray names after what they run."""
-    found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        try:
-            if "ray::Rank" in " ".join(child.cmdline()):
-                found.append(child)
-        except psutil.Error:
-            continue
-    return found
+def rank_of(driver: subprocess.Popen, trial: str) -> psutil.Process:
+    """The process that trains a trial, as soon as it writes the trial's log."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        for child in psutil.Process(driver.pid).children(recursive=True):
+            try:
+                rank = "ray::Rank" in " ".join(child.cmdline())
+                if rank and any(file.path.endswith(f"{trial}/logs/rank-0.log") for file in child.open_files()):
+                    return child
+            except psutil.Error:
+                continue
+        time.sleep(0.1)
+    raise TimeoutError(f"no process writes the log of {trial}")
 
 
 def wait_gone(processes: list[psutil.Process]) -> list[psutil.Process]:
@@ -129,16 +132,18 @@ def test_a_search_outlives_its_driver_and_its_ranks(started, tmp_path):
     }
     folder = tmp_path / "runs" / "s"
 
-    driver = started(space=space, trials=8, concurrency=2, scheduler="asha", asha={"reduction": 2}, seed=1)
-    lines = read_until(driver, lambda lines: sum(" epoch " in line for line in lines) == 3)
-    time.sleep(2.5)  # the state is saved every second
+    driver = started(
+        space=space, trials=8, concurrency=2, scheduler="asha", asha={"reduction": 2}, seed=1, budget={"epochs": 8}
+    )
+    lines = read_until(driver, lambda lines: " epoch 2/8" in lines[-1])
+    time.sleep(1.5)  # the state is saved every second
     everything = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
     driver.wait()
     assert not wait_gone(everything), "Ray's processes and the ranks end with a killed driver"
 
     driver = started("--resume")
-    first = read_until(driver, lambda lines: sum(" epoch " in line for line in lines) == 2)
+    first = read_until(driver, lambda lines: " epoch 5/8" in lines[-1])  # past the last rung: it will not be stopped
     driver.send_signal(signal.SIGINT)
     output, _ = driver.communicate(timeout=SECONDS)
     assert driver.returncode == 130, output
@@ -151,11 +156,9 @@ def test_a_search_outlives_its_driver_and_its_ranks(started, tmp_path):
     assert "holds a search already: go on with it by --resume" in output
 
     driver = started("--resume")
-    # A trial that has a checkpoint and still trains: its rank dies.
-    last = read_until(
-        driver, lambda lines: any("goes on from its checkpoint" in line or " epoch " in line for line in lines)
-    )
-    ranks_of(driver)[0].kill()
+    last = read_until(driver, lambda lines: "goes on from its checkpoint" in lines[-1])
+    victim = last[-1].split()[0]
+    rank_of(driver, victim).kill()
     output, _ = driver.communicate(timeout=SECONDS)
     assert driver.returncode == 0, output
     lines += last + output.splitlines()
@@ -170,8 +173,9 @@ def test_a_search_outlives_its_driver_and_its_ranks(started, tmp_path):
     statuses = Counter(row["status"] for row in trials.values())
     assert set(statuses) == {"finished", "stopped"}
     assert sum(int(row["failures"]) for row in trials.values()) == 1
-    assert any("died: retry 1 of 2" in line for line in lines)
-    assert any("goes on from its checkpoint" in line for line in lines)
+    after = output.split(f"{victim} died: retry 1 of 2", 1)[1]
+    assert f"{victim} goes on from its checkpoint" in after
+    assert not any(f"{victim} starts" in line for line in [*last, *output.splitlines()])
 
     client, found = mlflow_runs(tmp_path / "runs")
     parents = [run for run in found if "mlflow.parentRunId" not in run.data.tags]

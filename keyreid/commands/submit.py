@@ -86,7 +86,7 @@ def submit(
     """
     from keyreid import slurm
 
-    ranks = tasks_per_node or (_count(gpus_per_node) if gpus_per_node else None)
+    ranks = _count(gpus_per_node) if gpus_per_node else tasks_per_node
     size = {"nodes": nodes, "gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task}
     size["ntasks-per-node"] = ranks if verb in (Verb.TRAIN, Verb.EVALUATE, Verb.PIPELINE) else tasks_per_node
     place = {"mem": mem, "time": time, "partition": partition, "account": account, "qos": qos}
@@ -104,6 +104,8 @@ def submit(
     else:
         if verb is Verb.TRAIN:
             _check_training(arguments, nodes, ranks, array, waits=dependency is not None)
+        if verb is Verb.TUNE:
+            _check_search(arguments, waits=dependency is not None)
         jobs = [Job(verb, arguments, {**size, "array": array, "job-name": job_name})]
 
     after = dependency
@@ -168,7 +170,6 @@ def _checked_config(arguments: list[str], nodes: str | None, ranks: int | None) 
 
 def _check_training(arguments: list[str], nodes: str | None, ranks: int | None, array: str | None, waits: bool) -> None:
     """Refuse what would fail on the cluster: the configuration, and the shards unless an earlier job makes them."""
-    from keyreid.shards.index import ShardSet
     from keyreid.slurm import ARRAY_PLACEHOLDER
 
     if array:
@@ -176,7 +177,20 @@ def _check_training(arguments: list[str], nodes: str | None, ranks: int | None, 
             raise ConfigError("each task of an array is a run of its own: put %a into its name, as name=mars-%a")
         first = re.match(r"\d*", array)[0]
         arguments = [word.replace(ARRAY_PLACEHOLDER, first) for word in arguments]
-    config = _checked_config(arguments, nodes, ranks)
+    _check_shards(_checked_config(arguments, nodes, ranks), waits)
+
+
+def _check_search(arguments: list[str], waits: bool) -> None:
+    """The same for a search, whose trials are trainings."""
+    from keyreid.tuning.search import load_search
+
+    overrides = [word for word in arguments[1:] if not word.startswith("-")]
+    _check_shards(load_search(Path(arguments[0]), overrides)[1], waits)
+
+
+def _check_shards(config: Config, waits: bool) -> None:
+    from keyreid.shards.index import ShardSet
+
     if not waits and "://" not in config.data.shards:
         ShardSet.from_config(config.data)
 

@@ -56,4 +56,5 @@ class Classifiers(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[branches, B, width] -> logits [branches, B, classes], in float32."""
         with torch.autocast(features.device.type, enabled=False):
-            return full(features) @ full(self.weight).mT
+            # weights on the left: their gradient then comes as they lie
+            return (full(self.weight) @ full(features).mT).mT

@@ -75,10 +75,14 @@ class SingleQueryAttention(nn.Module):
             if row_scale is not None:
                 attention = attention * row_scale
             # Shape: [S, P*h, 1+N] @ [S, 1+N, D], the same normalised rows for all parts
-            mixed = (attention.flatten(1, 2) @ x_hat).unflatten(1, (-1, self.heads)) * full(self.norm_weight)
+            mixed = attention.flatten(1, 2) @ x_hat
+            # The weights of the rows sum to 1, so the norm's bias comes along whole.
+            mixed = mixed.unflatten(1, (-1, self.heads)) * full(self.norm_weight) + full(self.norm_bias)
 
-        value = torch.einsum("sphw,hdw->sphd", mixed.to(dtype), v_weight.unflatten(0, (self.heads, -1)))
-        value = value.flatten(2) + F.linear(self.norm_bias, v_weight, v_bias)
+        # Shape: [h, d, D] @ [h, D, S*P]; weights on the left, so that their gradient needs no transposition
+        columns = mixed.to(dtype).flatten(0, 1).permute(1, 2, 0)
+        value = v_weight.unflatten(0, (self.heads, -1)) @ columns
+        value = value.permute(2, 0, 1).reshape(*mixed.shape[:2], -1) + v_bias
         return self.proj(value)
 
     def _normalised_scale(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -200,9 +200,10 @@ def numbered_frames(metadata: dict[str, Any]) -> tuple[int | None, int | None]:
     """First and last frame number of a tracklet: in its video, or as its pictures' names end with."""
     numbers = metadata.get("video_frames")
     if numbers is None:
-        names = metadata["source"].get("files", [])
+        source = metadata["source"]
+        names = source["files"] if "files" in source else [source["file"]]
         found = [re.search(r"(\d+)\.[A-Za-z]+$", name) for name in names]
-        if not names or not all(found):
+        if not all(found):
             return None, None
         numbers = [int(match[1]) for match in found if match]
     return numbers[0], numbers[-1]

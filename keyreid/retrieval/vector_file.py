@@ -130,6 +130,9 @@ def write_vectors(path: Path, about: VectorsAbout, tables: Iterator[pa.Table]) -
     return rows
 
 
+_KEYS_COMPARED = 20_000  # for the nearest one to a mistyped key, which takes long
+
+
 class VectorFiles:
     """Vector files as one list of N rows; nothing but what is asked for is read.
 
@@ -197,14 +200,15 @@ class VectorFiles:
         """int64: the row of each key.
 
         Raises:
-            DataError: a key is not there; the nearest one is named.
+            DataError: a key is not there; a near one is named.
         """
         place = {key: row for row, key in enumerate(self.column("key").tolist())}
         missing = [key for key in keys if key not in place]
         if missing:
             import difflib
 
-            near = difflib.get_close_matches(missing[0], place, n=1, cutoff=0.0)
+            some = list(place)[:_KEYS_COMPARED]
+            near = difflib.get_close_matches(missing[0], some, n=1, cutoff=0.0)
             hint = f"; the nearest key is {near[0]}" if near else ""
             raise DataError(f"{self.paths[0]}: no tracklet has the key {missing[0]!r}{hint}")
         return np.array([place[key] for key in keys], np.int64)

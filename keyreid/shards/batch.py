@@ -37,7 +37,8 @@ class ClipBatch:
     """B clips of T frames as a reader gives them, on the CPU or on a GPU.
 
     Attributes:
-        images: uint8 [B, T, 3, H, W], RGB; resized, flipped and cropped, not yet erased or normalised.
+        images: uint8 [B, T, 3, H, W], RGB; resized, flipped and cropped, not yet erased or normalised. In memory the
+            channels come last, as decoders write them.
         guidance: float32 [B, T, P, Hp, Wp] in [0, 1]: part heatmaps averaged over each patch, after the frame's
             flip, crop and erasure.
         erase: int32 [B, T, 4], as in ClipPlan; `erased` says which frames have one.

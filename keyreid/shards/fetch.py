@@ -104,7 +104,7 @@ class ClipFetcher:
         self.height, self.width = clip.height, clip.width
         self.parts = config.model.parts
         self.from_keypoints = config.data.guidance_from == "keypoints"
-        self.swap = flip_permutation(self.parts) if config.model.guidance == "aligned" else np.arange(self.parts)
+        self.swap = flip_permutation(self.parts) if config.model.guidance == "aligned" else None
         self.skip = config.data.on_fault == "skip"
         if self.parts != shards.parts and shards.parts != 6:
             raise ConfigError(f"model.parts={self.parts}, but {shards.location} has heatmaps of {shards.parts} parts")
@@ -162,12 +162,12 @@ class ClipFetcher:
         grid = pool(heatmaps, self.grid, flip.reshape(-1), crop.reshape(-1, 2), erase.reshape(-1, 4))
         grid = grid.reshape(total, frames, *grid.shape[1:])
         visible = np.stack([clip.visible for clip in fetched])
-        if len(self.swap):
+        if self.swap is not None:
             grid = np.where(flip[..., None, None, None], grid[:, :, self.swap], grid)
             visible = np.where(flip[..., None], visible[:, :, self.swap], visible)
         grid[blank] = 0
         visible = visible & ~blank[..., None]
-        positions = np.array([clip.tracklet for clip in clips])
+        positions = np.array([clip.rows[0][0] for clip in fetched])  # the plan's, unless it was replaced
         shards = self.shards
         return ClipBatch(
             images=images,

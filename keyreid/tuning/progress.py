@@ -151,14 +151,14 @@ class LogBook(tune.Callback):
         record = self.trials[trial.trial_id]
         record.failures += 1
         record.status = "waiting"
-        self._say(f"{record.name} died: retry {record.failures} of {self._search.retries}; {trial.error_file}")
+        self._say(f"{record.name} died: retry {record.failures} of {self._search.retries}; {_error_file(trial)}")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Say that a trial is given up."""
         record = self.trials[trial.trial_id]
         record.failures += 1
         record.status = "failed"
-        self._say(f"{record.name} died once more and is given up: {trial.error_file}")
+        self._say(f"{record.name} died once more and is given up: {_error_file(trial)}")
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Redraw, and end the search when its time is used up."""
@@ -212,3 +212,7 @@ class LogBook(tune.Callback):
             record = self.trials.get(trial.trial_id)
             for epoch in sorted(record.reports) if record else ():
                 tell(None, trial, {EPOCH: epoch, SCORE: record.reports[epoch].score})
+
+
+def _error_file(trial: Trial) -> Path:
+    return Path(trial.path, "error.txt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import time
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ SEARCH, TRIALS, STATE = "search.yaml", "trials", "ray"
 KEPT_CHECKPOINTS = 3  # of a trial, so that the state that was saved last names one that is there
 KEPT_CHECKPOINTS_PBT = 8  # a good trial may go on for a while before a bad one takes over what it had
 PARENT_SECONDS = 60.0
-START_ATTEMPTS = 3
+START_ATTEMPTS = 3  # Ray gives its own processes 30 s, which a busy machine may not
 OBJECT_STORE_BYTES = 128 * 2**20  # only reports pass through it
 
 
@@ -145,12 +146,11 @@ def _start_ray(address: str | None) -> None:
 
 
 def _start_local_ray(common: dict[str, Any]) -> None:
-    """Reachable from this machine alone, without a dashboard. Ray gives its own processes 30 s to start: try again."""
+    """Without a dashboard, and with a token that only its own processes know; Ray cannot listen on loopback alone."""
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     for attempt in range(START_ATTEMPTS):
         try:
-            ray.init(
-                _node_ip_address="127.0.0.1", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common
-            )
+            ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
             return
         except Exception as error:  # Ray raises no narrower one
             ray.shutdown()

@@ -57,7 +57,7 @@ def keyreid(cluster: Cluster, workspace: Path) -> Keyreid:
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=600,
         )
         if check:
             assert result.returncode == 0, result.stdout + result.stderr

@@ -168,7 +168,7 @@ class Cluster:
 
     def run(self, *command: str | Path, check: bool = True, **options: object) -> str:
         """Run a client command on the login node and return its standard output."""
-        options = {"env": self.environment, "text": True, "timeout": 300} | options
+        options = {"env": self.environment, "text": True, "timeout": 600} | options
         result = subprocess.run([str(word) for word in command], capture_output=True, check=False, **options)
         if check and result.returncode:
             raise ClusterError(f"{command} ended with {result.returncode}: {result.stdout}{result.stderr}")
@@ -178,7 +178,7 @@ class Cluster:
         """What `scontrol show job` says: JobState, ExitCode, Restarts, NodeList, ..."""
         return dict(re.findall(r"(?:^|\s)([A-Za-z/:_]+)=(\S*)", self.run("scontrol", "show", "job", "-o", job_id)))
 
-    def wait(self, job_id: str, states: Sequence[str] = FINAL_STATES, seconds: float = 400) -> dict[str, str]:
+    def wait(self, job_id: str, states: Sequence[str] = FINAL_STATES, seconds: float = 600) -> dict[str, str]:
         """Wait until a job is in one of the states (`sbatch --wait` looks only every 10 s).
 
         Raises:

@@ -31,19 +31,23 @@ HOSTILE = [
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["tiny.yaml", "model.dept=3"], "unknown key 'model.dept'; the nearest known one is 'model.depth'"),
-        (["tiny.yaml", "loss.alpha=2"], "loss.alpha: Input should be less than or equal to 1"),
-        (["nowhere.yaml"], "nowhere.yaml: No such file or directory"),
-        (["tiny.yaml", "data.shards=nowhere"], "nowhere/dataset.json: no dataset card"),
-        (["tiny.yaml", "--nodes=3"], "3 nodes x 1 ranks x 1 micro-batches do not divide the batch of 4 clips"),
-        (["tiny.yaml", "--array=0-3"], "put %a into its name"),
+        (["train", "tiny.yaml", "model.dept=3"], "unknown key 'model.dept'; the nearest known one is 'model.depth'"),
+        (["train", "tiny.yaml", "loss.alpha=2"], "loss.alpha: Input should be less than or equal to 1"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: No such file or directory"),
+        (["train", "tiny.yaml", "data.shards=nowhere"], "nowhere/dataset.json: no dataset card"),
+        (["train", "tiny.yaml", "--nodes=3"], "3 nodes x 1 ranks x 1 micro-batches do not divide the batch of 4 clips"),
+        (["train", "tiny.yaml", "--array=0-3"], "put %a into its name"),
+        (["tune", "tiny.yaml"], "unknown key 'data'"),
+        (["pipeline", "tiny.yaml"], "a pipeline needs --dataset NAME and --root FOLDER"),
+        (["evaluate", "runs/tiny", "--gpus-per-node=many"], "--gpus-per-node many: a number, or TYPE:NUMBER"),
+        (["evaluate", "runs/tiny", "--array=0-3", "--follow"], "--follow shows one job"),
     ],
 )
 def test_bad_input_is_refused_before_queueing(cluster, workspace, monkeypatch, words, message):
     monkeypatch.chdir(workspace)
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
     with pytest.raises(KeyreidError, match=re.escape(message)):
-        app(["submit", "train", "--tasks-per-node=1", *words], standalone_mode=False)
+        app(["submit", *words, "--tasks-per-node=1"], standalone_mode=False)
     assert cluster.run("squeue", "--noheader") == ""
 
 
@@ -102,7 +106,7 @@ def recording_home(tmp_path) -> Path:
 def test_hostile_names_arrive_unchanged(cluster, keyreid, queued, tmp_path, recording_home):
     cwd = tmp_path / "work 'dir' $(touch pwned) %x"
     cwd.mkdir()
-    for verb in ("pose", "shard", "evaluate", "tune"):
+    for verb in ("pose", "shard", "evaluate"):
         name = f"{verb} $(touch pwned); 'x'"
         options = ["--gpus-per-node=2", f"--job-name={name}", "--container=$(touch pwned) i.sif"]
         result = keyreid(

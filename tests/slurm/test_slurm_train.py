@@ -1,0 +1,131 @@
+"""Real trainings on two real nodes, and what ends them."""
+
+import re
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SIZE = ["--nodes=2", "--tasks-per-node=1"]
+
+
+@pytest.fixture(scope="module")
+def shards(keyreid, walkers, workspace) -> Path:
+    keyreid("shard", "mars", walkers, "--out", workspace / "shards")
+    return workspace / "shards"
+
+
+def test_training_on_two_nodes_ends_with_a_score_and_a_run(cluster, keyreid, queued, shards, workspace):
+    result = keyreid("submit", "train", "tiny.yaml", *SIZE, "--follow")
+    job = queued(result)
+    assert result.stdout.endswith(f"job {job}: COMPLETED\n")
+    assert "mars, protocol torchreid: mAP" in result.stdout  # followed from the log of rank 0
+    for rank in (0, 1):
+        assert (workspace / "runs" / "tiny" / "slurm" / f"{job}-{rank}.log").is_file()
+    (run,) = runs(workspace, "tiny")
+    assert run.info.status == "FINISHED"
+    assert 0 < run.data.metrics["test/torchreid/mAP"] <= 1
+    assert not list(workspace.rglob("pwned"))
+
+
+def test_requeued_out_of_time_and_bereft_of_a_node_it_goes_on_as_one_run(cluster, keyreid, queued, shards, workspace):
+    steps = 80
+    changes = ["name=faults", f"schedule.steps_per_epoch={steps}", "training.checkpoint_every_steps=5"]
+    job = queued(keyreid("submit", "train", "tiny.yaml", *changes, *SIZE))
+    folder, log = workspace / "runs" / "faults", workspace / "runs" / "slurm" / f"train-{job}.log"
+
+    wait_for_step(folder, 5)
+    cluster.run("scontrol", "requeue", job)
+    restarted(cluster, job, 1)
+
+    wait_for_step(folder, newest_step(folder) + 5)
+    # 120 s before the limit is now, but Slurm looks at limits every 30 s: until then the ranks are frozen.
+    cluster.run("scancel", "--signal=STOP", job)
+    cluster.run("scontrol", "update", f"job={job}", "TimeLimit=2")
+    wait_for_text(log, "signal USR2")
+    cluster.run("scancel", "--signal=CONT", job)
+    cluster.wait(job, ["PENDING"])
+    cluster.run("scontrol", "update", f"job={job}", "TimeLimit=60")
+    restarted(cluster, job, 2)
+
+    wait_for_step(folder, newest_step(folder) + 5)
+    cluster.crash(cluster.nodes[1])
+    cluster.wait(job, ["PENDING"])
+    cluster.start_node(cluster.nodes[1])
+    restarted(cluster, job, 3)
+
+    # Slurm 22.05 kills the ranks once more a minute after a lost node is back: one restart more on a slow machine.
+    ended = cluster.wait(job)
+    assert ended["JobState"] == "COMPLETED" and ended["Restarts"] in ("3", "4"), log.read_text()
+    starts = re.findall(r"start (\d)", log.read_text())
+    assert starts == [str(n + 1) for n in range(int(ended["Restarts"]) + 1)]
+    (run,) = runs(workspace, "faults")
+    client = mlflow.MlflowClient(f"sqlite:///{workspace}/runs/mlflow.db")
+    curve = client.get_metric_history(run.info.run_id, "train/loss")
+    assert run.info.status == "FINISHED"
+    assert sorted(point.step for point in curve) == list(range(1, steps + 1))
+
+
+def test_a_rank_that_raises_ends_the_job_with_its_traceback(cluster, keyreid, queued, shards, workspace):
+    folder = workspace / "runs" / "raises"
+    folder.mkdir(parents=True)
+    (folder / "tracking").write_text("this should be a folder")  # rank 0 alone writes there
+    job = queued(keyreid("submit", "train", "tiny.yaml", "name=raises", *SIZE))
+    assert cluster.wait(job)["JobState"] == "FAILED"
+    log = (workspace / "runs" / "slurm" / f"train-{job}.log").read_text()
+    assert "task 0: Exited with exit code 1" in log and "a rank ended with status" in log
+    traceback = (folder / "slurm" / f"{job}-0.log").read_text()
+    assert "Traceback (most recent call last)" in traceback and "FileExistsError" in traceback
+
+
+@pytest.mark.parametrize(
+    ("variable", "word"),
+    [
+        ("KEYREID_MAX_STALLS", "no progress: the last 1 starts left the newest checkpoint where it was (none)"),
+        ("KEYREID_MAX_RESTARTS", "0 restarts are the limit"),
+    ],
+)
+def test_a_job_that_must_not_run_again_says_why(cluster, keyreid, queued, shards, workspace, variable, word):
+    job = queued(keyreid("submit", "train", "tiny.yaml", f"name={variable.lower()}", *SIZE, **{variable: "0"}))
+    log = workspace / "runs" / "slurm" / f"train-{job}.log"
+    wait_for_text(log, "start 1")
+    cluster.run("scancel", "--batch", "--signal=USR2", job)
+    assert cluster.wait(job)["JobState"] == "FAILED"
+    assert f"not requeued: {word}" in log.read_text()
+
+
+def newest_step(folder: Path) -> int:
+    try:
+        return int((folder / "checkpoints" / "latest").read_text().removeprefix("step-"))
+    except OSError:
+        return 0
+
+
+def wait_for_step(folder: Path, step: int, seconds: float = 600) -> None:
+    deadline = time.monotonic() + seconds
+    while newest_step(folder) < step:
+        assert time.monotonic() < deadline, f"no checkpoint at step {step}"
+        time.sleep(0.05)
+
+
+def wait_for_text(log: Path, text: str, seconds: float = 600) -> None:
+    deadline = time.monotonic() + seconds
+    while not log.is_file() or text not in log.read_text():
+        assert time.monotonic() < deadline, f"{log} does not say {text!r}"
+        time.sleep(0.05)
+
+
+def restarted(cluster, job: str, times: int) -> None:
+    """Wait until the job runs for the (times + 1)th time."""
+    while (state := cluster.job(job))["JobState"] != "RUNNING" or state["Restarts"] != str(times):
+        assert state["JobState"] in ("RUNNING", "PENDING", "COMPLETING"), state
+        time.sleep(0.1)
+
+
+def runs(workspace: Path, name: str) -> list[mlflow.entities.Run]:
+    client = mlflow.MlflowClient(f"sqlite:///{workspace}/runs/mlflow.db")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return [run for run in client.search_runs(experiments) if run.info.run_name == name]
