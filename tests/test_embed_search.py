@@ -277,7 +277,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, found[3].hits
 
 
 def test_memory_does_not_grow_with_the_gallery(tmp_path):
-    """60,000 x 768, 184 MB: the search takes less than 150 MB, as it would for ten times as many rows."""
+    """60,000 x 768, 184 MB, after 10,000 x 768: the peak stays where it was."""
     rng = np.random.default_rng(0)
 
     def tables(count):
@@ -299,8 +299,7 @@ def test_memory_does_not_grow_with_the_gallery(tmp_path):
     assert result.returncode == 0, result.stderr
     kilobytes, key = result.stdout.split()
     assert int(key[1:]) % 10_000 == 77
-    print(kilobytes)
-    assert int(kilobytes) < 150_000
+    assert int(kilobytes) < 40_000
 
 
 def run_command(*words) -> str:
