@@ -155,8 +155,10 @@ def _fetch(url: str, path: Path, size: int, digest: str | None = None) -> None:
                 _file_system(url).get_file(url, str(partial), callback=_Bound(url, size))
             except (FileNotFoundError, PermissionError) as error:
                 raise DataError(f"{url}: {type(error).__name__}: {error}") from None
-            except (DataError, ImportError) as error:
-                raise DataError(f"{error}") from None
+            except ImportError as error:
+                raise DataError(f"{url}: {error}; install keyreid[remote]") from None
+            except DataError:
+                raise
             except Exception as error:  # every protocol has its own, and networks fail in many ways
                 reason = f"{type(error).__name__}: {error}"
                 continue
