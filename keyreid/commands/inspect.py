@@ -104,10 +104,11 @@ def _describe(shards: ShardSet) -> None:
         typer.echo(f"{name:10}{row['tracklets']:12}{row['frames']:12}{row['identities']:12}")
     typer.echo(f"cameras: {', '.join(map(str, card['cameras']))}" + _splits(card))
     frames = counts["frames"]
+    known = counts["frames_with_keypoints"]
+    origin = f"from {card['settings']['heatmaps']['from']}" if known else "all zero, there are no keypoints"
     typer.echo(
-        f"heatmaps from {card['settings']['heatmaps']['from']}, {shards.parts} parts, "
-        f"{counts['heatmap_bytes'] / frames:.0f} bytes a frame; "
-        f"{counts['frames_with_keypoints']} of {frames} frames have keypoints"
+        f"heatmaps: {origin}; {shards.parts} parts, {counts['heatmap_bytes'] / frames:.0f} bytes a frame; "
+        f"{known} of {frames} frames have keypoints"
     )
     sizes, often = np.unique(shards.frame_sizes, axis=0, return_counts=True)
     common = sizes[often.argmax()]

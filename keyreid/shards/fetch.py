@@ -156,10 +156,9 @@ class ClipFetcher:
             np.stack([getattr(c, n) for c in clips]) for n in ("flip", "crop", "erase", "blank")
         )
         total, frames = flip.shape
-        heatmaps = np.concatenate([clip.heatmaps for clip in fetched])
-        if heatmaps.dtype == np.uint8:
-            heatmaps = heatmaps.astype(np.float32) / np.float32(255)
-        grid = pool(heatmaps, self.grid, flip.reshape(-1), crop.reshape(-1, 2), erase.reshape(-1, 4))
+        heatmaps = np.concatenate([clip.heatmaps for clip in fetched], dtype=np.float32, casting="unsafe")
+        one = 1.0 if self.from_keypoints else 255.0
+        grid = pool(heatmaps, self.grid, flip.reshape(-1), crop.reshape(-1, 2), erase.reshape(-1, 4), one)
         grid = grid.reshape(total, frames, *grid.shape[1:])
         visible = np.stack([clip.visible for clip in fetched])
         if self.swap is not None:

@@ -31,7 +31,9 @@ class PatchGrid:
         return tuple((side - self.patch) // self.stride + 1 for side in (self.height, self.width))
 
 
-def pool(heatmaps: np.ndarray, grid: PatchGrid, flip: np.ndarray, crop: np.ndarray, erase: np.ndarray) -> np.ndarray:
+def pool(
+    heatmaps: np.ndarray, grid: PatchGrid, flip: np.ndarray, crop: np.ndarray, erase: np.ndarray, one: float = 1.0
+) -> np.ndarray:
     """Mean of each part's heatmap over each patch, after flip, crop and erasure.
 
     Args:
@@ -39,6 +41,7 @@ def pool(heatmaps: np.ndarray, grid: PatchGrid, flip: np.ndarray, crop: np.ndarr
         flip: bool [N], mirrored left to right (parts keep their names here).
         crop: int [N, 2], top and left of the crop relative to the flipped frame; outside is zero.
         erase: int [N, 4], top, left, height, width of the rectangle set to zero, in pixels of the cropped picture.
+        one: the heatmaps' value that stands for 1.
 
     Returns:
         float32 [N, P, Hp, Wp].
@@ -49,7 +52,7 @@ def pool(heatmaps: np.ndarray, grid: PatchGrid, flip: np.ndarray, crop: np.ndarr
     across = _shares(grid.width, wide, grid, columns, crop[:, 1], erase[:, 1], erase[:, 3])
     across = np.where(flip[:, None, None, None], across[..., ::-1], across)
     down = _shares(grid.height, high, grid, rows, crop[:, 0], erase[:, 0], erase[:, 2])
-    across = across.reshape(total, 2 * wide, columns)
+    across = across.reshape(total, 2 * wide, columns) / np.float32(one)
     halves = heatmaps.reshape(total, parts * rows, columns) @ across.transpose(0, 2, 1)
     halves = halves.reshape(total, parts, rows, 2, wide)
     whole = down[:, None, 0] @ halves[:, :, :, 0]
