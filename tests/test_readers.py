@@ -329,15 +329,17 @@ def test_a_plan_that_fails_reaches_the_consumer(packed):
 
 def test_closing_ends_threads_and_processes_in_the_middle_of_an_endless_plan(packed):
     _, shards = packed
+    own = psutil.Process()
     for name in ("dali", "plain"):
         config = make_config(shards.location, data__reader=name)
+        before = set(own.children(recursive=True))  # another test's servers may run in the same process
         reader = open_reader(shards, planned(shards, config).batches(0, 0), config)
         next(reader)
         assert reader.wait_seconds > 0
         reader.close()
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("keyreid")]
-        own = psutil.Process()
-        workers = [process for process in own.children(recursive=True) if process.ppid() != own.pid]  # of the server
+        started = set(own.children(recursive=True)) - before
+        workers = [process for process in started if process.ppid() != own.pid]  # of the server, which stays
         assert not psutil.wait_procs(workers, timeout=10)[1]
 
 
