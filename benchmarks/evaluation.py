@@ -30,8 +30,9 @@ def main() -> None:
     """Run one benchmark, or all."""
     benchmarks = {"metric": metric, "distance": distance, "search": search, "rerank": rerank}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="*", default=list(benchmarks), choices=list(benchmarks))
-    for name in parser.parse_args().which:
+    parser.add_argument("which", nargs="?", choices=list(benchmarks), help="all, unless given")
+    which = parser.parse_args().which
+    for name in [which] if which else benchmarks:
         print(f"\n{name}", flush=True)
         benchmarks[name]()
 
