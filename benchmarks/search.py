@@ -3,12 +3,13 @@
     python benchmarks/search.py --folder /tmp/search [--rows 1000000]
 
 Vectors are drawn around `rows / 20` people's centres (a person's spread is half the people's), as embeddings lie; every
-number is of this one process. Memory is the peak of resident memory beyond what the imports take.
+number is of one process; another one writes the file. Memory is the peak of resident memory so far, imports included.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import resource
 import time
 from collections.abc import Iterator
@@ -58,6 +59,11 @@ def measured(what: str, work) -> object:
     return result
 
 
+def write(path: Path, about: VectorsAbout, rows: int) -> None:
+    """Draw the vectors and write their file."""
+    measured("write", lambda: write_vectors(path, about, tables(about, rows)))
+
+
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -69,7 +75,10 @@ def main() -> None:
     about = VectorsAbout(options.width, 6, options.width, "benchmark", {"name": "b", "sha256": "b"}, fingerprint="b")
     path = options.folder / f"vectors-{options.rows}.parquet"
     if not path.exists():
-        measured("write", lambda: write_vectors(path, about, tables(about, options.rows)))
+        options.folder.mkdir(parents=True, exist_ok=True)
+        writer = multiprocessing.get_context("spawn").Process(target=write, args=(path, about, options.rows))
+        writer.start()
+        writer.join()
     files = VectorFiles([path])
     print(f"{len(files)} x {about.width}, {path.stat().st_size / 1e9:.2f} GB; {torch.get_num_threads()} threads")
     print(f"imports: peak {peak():.2f} GB")
