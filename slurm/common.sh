@@ -61,7 +61,7 @@ escaped() { printf '%s' "${1//%/%%}"; }
 # start_ranks LOG COMMAND...: one task for every GPU of the job (CPU nodes: --ntasks-per-node), in the background as
 # $step. Rank r logs to LOG-r.log.
 start_ranks() {
-    local log=$1
+    local log=$1 n
     shift
     [ "$cpus_a_rank" -ge 1 ] || stop "$SLURM_CPUS_ON_NODE CPUs a node for $ranks_a_node ranks: ask for" \
         "--ntasks-per-node=$ranks_a_node and --cpus-per-task too"
@@ -69,6 +69,11 @@ start_ranks() {
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
     export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus_a_rank}
+    # Slurm goes on for minutes to send a lost node what it was told to send it: "end step 0 of this job", which would be
+    # the ranks of the next start. So each start's ranks are a step of another number.
+    for ((n = 0; n < ${SLURM_RESTART_COUNT:-0}; n++)); do
+        srun --export=ALL --overlap --nodes=1 --ntasks=1 --quiet true || say "step $n did not run" >&2
+    done
     say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST) x" \
         "$ranks_a_node ranks x $cpus_a_rank CPUs, ${SLURM_GPUS_ON_NODE:-no} GPUs a node; logs: $log-RANK.log"
     srun --export=ALL --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * ranks_a_node))" \
@@ -89,9 +94,10 @@ wait_for() {
 job_state() { scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p' | tail -n 1; }
 
 # all_nodes_answer: whether a task can be started on each node of this job. Slurm itself takes minutes (SlurmdTimeout) to
-# notice that a node is lost, while the ranks on the other nodes fail at once.
+# notice that a node is lost, while the ranks on the other nodes fail at once. (KILL: at a TERM srun would have Slurm end
+# this step on the lost node, later; see start_ranks.)
 all_nodes_answer() {
-    timeout 60 srun --export=ALL --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
+    timeout --signal=KILL 60 srun --export=ALL --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
         --ntasks-per-node=1 --quiet true 2>/dev/null
 }
 

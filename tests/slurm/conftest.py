@@ -36,7 +36,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model: {depth: 2}\n"
         "schedule: {epochs: 1, warmup_epochs: 0}\n"
         "training: {log_every_steps: 1}\n"
-        "evaluation: {pictures: 0}\n"
+        "evaluation: {clips: 1, pictures: 0}\n"
         "tracking: {system_metrics: false}\n"
     )
     return folder
