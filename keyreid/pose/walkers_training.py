@@ -1,16 +1,16 @@
 """Training of the small pose network for rendered walkers (`keyreid pose-train`).
 
 Pictures are rendered for it, by several cities of cameras so that the looks of none is learnt by heart, each moved,
-zoomed and coarsened a little; their fields are encoded once, by OpenPifPaf's encoders, and kept in memory (about 0.4
-MB each). What OpenPifPaf learns with its own losses in days on many GPUs, plain ones learn here in minutes on a core:
-cross entropy for confidences, distances for vectors and scales. The network's average over the last steps is what is
-written and judged, by the real decoder, on people and cameras that training never saw.
+zoomed and coarsened a little, and mirrored half of the time; their fields are encoded once, by OpenPifPaf's encoders,
+and kept in memory (about 0.3 MB each). What OpenPifPaf learns with its own losses in days on many GPUs, plain ones
+learn here in minutes on a core: cross entropy for confidences, distances for vectors and scales. The network's average
+over the last steps is what is written and judged, by the real decoder, on people and cameras that training never saw.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +23,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from keyreid.datasets import walkers
 from keyreid.pose import keypoint_files, pifpaf
 from keyreid.pose.accuracy import errors, pck
+from keyreid.pose.parts import KEYPOINT_FLIP
 from keyreid.pose.pictures import PADDING_COLOUR, choose, decode, fit
 from keyreid.progress import track
 
 HEIGHT = 128  # of pictures in the network, as `keyreid pose --checkpoint walkers` sends them
 UPSAMPLE = 2  # the heads' grid has a stride of 4 pixels
-POSITIVE_WEIGHT = 4.0  # of confidence where a joint is: one person is in the picture, so better a joint too many
+# Of confidence where a joint (CIF) or an association (CAF) is. OpenPifPaf's decoder drops associations below 0.3 and
+# joints below 0.15, and what it dropped was most of what was wrong; with one person in the picture, a joint too many
+# does less harm.
+POSITIVE_WEIGHTS = (10.0, 20.0)
 DECIDED_CELLS = 8.0  # vectors that miss by more count as missing by so much
 CITIES = 8
 ONE_FRAME_EACH = {"frames": (1, 1), "tracklets": 1, "junk": 0}
@@ -57,11 +61,14 @@ class Accuracy:
     median_pixels: float
 
 
-def train(out: Path, settings: TrainingSettings, device: str = "cpu", processes: int = 1) -> dict[int, Accuracy]:
+def train(
+    out: Path, settings: TrainingSettings, device: str = "cpu", processes: int = 1, held_out: int = 400
+) -> dict[int, Accuracy]:
     """Train the network and write its pose weights file.
 
     Args:
         processes: how many render.
+        held_out: pictures of each height that it is judged on.
 
     Returns:
         The accuracy on held-out walkers, by the height that they were rendered at.
@@ -75,7 +82,7 @@ def train(out: Path, settings: TrainingSettings, device: str = "cpu", processes:
         pictures, targets = _encode(examples, pifpaf.Encoder(network), np.random.default_rng(settings.seed))
     average = _optimise(network, pictures, targets, settings, device)
     pifpaf.save_weights(average, out)
-    return {height: judge(out, height, processes=processes) for height in (256, 128)}
+    return {height: judge(out, height, held_out, processes) for height in (256, 128)}
 
 
 def judge(weights: Path, height: int, pictures: int = 400, processes: int = 1) -> Accuracy:
@@ -172,6 +179,7 @@ def _optimise(
     network = network.to(device, memory_format=torch.channels_last).train()
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    skeleton = np.array(network.head_metas[1].skeleton) - 1
     steps = len(pictures) // settings.batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.lr, epochs=settings.epochs, steps_per_epoch=steps, pct_start=0.15
@@ -180,12 +188,15 @@ def _optimise(
         order, total = torch.randperm(len(pictures)), 0.0
         for step in track(range(steps), steps, f"epoch {epoch + 1} of {settings.epochs}", "batches"):
             rows = order[step * settings.batch : (step + 1) * settings.batch]
-            batch = _develop(pictures[rows].to(device))
+            batch, wanted = pictures[rows].to(device), [target[rows].to(device) for target in targets]
+            if torch.rand(()) < 0.5:
+                batch, wanted = batch.flip(-1), mirror(wanted, skeleton)
+            batch = _develop(batch)
             with torch.autocast(torch.device(device).type, torch.bfloat16):
                 heads = network(batch.contiguous(memory_format=torch.channels_last))
             loss = sum(
-                _loss(head.float(), target[rows].float().to(device))
-                for head, target in zip(heads, targets, strict=True)
+                _loss(head.float(), target.float(), weight)
+                for head, target, weight in zip(heads, wanted, POSITIVE_WEIGHTS, strict=True)
             )
             optimizer.zero_grad()
             loss.backward()
@@ -198,7 +209,27 @@ def _optimise(
     return average.module.cpu().eval()
 
 
-def _loss(field: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def mirror(targets: Sequence[torch.Tensor], skeleton: np.ndarray) -> list[torch.Tensor]:
+    """The fields of the mirrored pictures: columns and left and right change places, x turns round.
+
+    Args:
+        targets: CIF [N, 17, 5, h, w] and CAF [N, bones, 9, h, w] as the encoder gives them.
+        skeleton: int [bones, 2], the joints that each of CAF's fields joins.
+    """
+    joints = KEYPOINT_FLIP
+    bones = [tuple(bone) for bone in skeleton.tolist()]
+    cif, caf = (target.flip(-1) for target in targets)
+    cif = cif[:, joints]
+    cif[:, :, 1] *= -1
+    partners = [tuple(joints[list(bone)].tolist()) for bone in bones]
+    turned = torch.tensor([partner not in bones for partner in partners])
+    caf = caf[:, [bones.index(p[::-1] if t else p) for p, t in zip(partners, turned, strict=True)]]
+    caf[:, turned] = caf[:, turned][:, :, [0, 3, 4, 1, 2, 6, 5, 8, 7]]
+    caf[:, :, [1, 3]] *= -1
+    return [cif, caf]
+
+
+def _loss(field: torch.Tensor, target: torch.Tensor, positive_weight: float) -> torch.Tensor:
     """Loss of one head, a picture's mean.
 
     Args:
@@ -207,7 +238,7 @@ def _loss(field: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
     vectors = (field.shape[2] - 2) // 3
     confidence = target[:, :, 0]
-    weight = torch.tensor(POSITIVE_WEIGHT, device=field.device)
+    weight = torch.tensor(positive_weight, device=field.device)
     entropy = F.binary_cross_entropy_with_logits(
         field[:, :, 1], confidence.nan_to_num(0.0), reduction="none", pos_weight=weight
     )
