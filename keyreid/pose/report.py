@@ -139,6 +139,7 @@ def _accuracy(found: _Found, dataset: Dataset, truth: Path) -> dict:
 
 def _draw_statistics(found: _Found, numbers: dict, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")
@@ -153,7 +154,7 @@ def _draw_statistics(found: _Found, numbers: dict, path: Path) -> None:
     )
     axes.bar_label(bars, [f"{share:.0%}" for share in shares], padding=3, fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlim=(0, 1.12), xlabel="share of frames", title=f"joints found (confidence > {MIN_CONFIDENCE})")
+    axes.set(xlim=(0, 1.16), xlabel="share of frames", title=f"joints found (confidence > {MIN_CONFIDENCE})")
 
     axes = figure.add_subplot(grid[0, 1])
     axes.hist(found.scores[found.scores > 0], np.linspace(0, 1, 41), color="0.35")
@@ -175,6 +176,7 @@ def _draw_statistics(found: _Found, numbers: dict, path: Path) -> None:
         extent=(0, 1, 16.5, -0.5),
         cmap="viridis",
         interpolation="nearest",
+        norm=PowerNorm(0.5, vmin=0),  # or the few joints of low confidence would not be seen beside the many others
     )
     axes.set_yticks(range(17), [name.replace("_", " ") for name in KEYPOINT_NAMES], fontsize=8)
     axes.set(xlabel="confidence", title="confidence of each joint where it was found")
