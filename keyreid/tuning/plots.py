@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from keyreid.tuning.space import Parameter, Space
 COLUMNS = 3
 COLOURS = matplotlib.colormaps["viridis"]
 BEST = "crimson"
-MARKERS = {"finished": "o", "stopped": "v", "failed": "x"}  # and whatever the search's end cut short
-CUT_SHORT = "s"
+MARKERS = {"finished": "o", "stopped": "v", "failed": "x"}
+CUT_SHORT, OTHER_MARKER = "cut short", "s"  # by the end of the search
+LOG_TICKS = 4
+TICK_LETTERS = 36  # that fit below each other's side
 
 
 def draw_all(
@@ -48,14 +50,16 @@ def _parameters(trials: Sequence[TrialRecord], best: TrialRecord, space: Space, 
     rows = math.ceil(len(space) / columns)
     figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
-    for axes, (key, parameter) in zip(grid, space.items(), strict=False):
+    for (key, parameter), axes in zip(space.items(), grid, strict=False):
         having = [trial for trial in trials if key in trial.point]
-        for status in sorted({trial.status for trial in having}):
-            some = [trial for trial in having if trial.status == status]
+        for ending in (*MARKERS, CUT_SHORT):
+            some = [trial for trial in having if _ending(trial) == ending]
+            if not some:
+                continue
             places = [_place(parameter, trial.point[key]) for trial in some]
             colours = [BEST if trial is best else "steelblue" for trial in some]
             scores = [trial.score for trial in some]
-            axes.scatter(places, scores, c=colours, marker=MARKERS.get(status, CUT_SHORT), label=status, alpha=0.85)
+            axes.scatter(places, scores, c=colours, marker=MARKERS.get(ending, OTHER_MARKER), label=ending, alpha=0.85)
         axes.set(xlabel=key, ylabel=metric if axes.get_subplotspec().is_first_col() else "")
         _scale(axes, parameter)
         axes.grid(alpha=0.3)
@@ -80,7 +84,10 @@ def _parallel(trials: Sequence[TrialRecord], best: TrialRecord, space: Space, me
     for position, (_key, parameter) in enumerate(space.items()):
         axes.axvline(position, color="0.6", linewidth=0.8)
         for height, text in _ticks(parameter):
-            axes.annotate(text, (position, height), xytext=(4, 0), textcoords="offset points", fontsize=7, va="center")
+            axes.annotate(
+                text, (position, height), xytext=(5, 0), textcoords="offset points", fontsize=7, va="center", zorder=5,
+                bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1},
+            )  # fmt: skip
     axes.set_xticks(range(len(space) + 1), [*space, metric], fontsize=8)
     axes.set_yticks([])
     axes.set_ylim(-0.06, 1.06)
@@ -95,7 +102,8 @@ def _curves(trials: Sequence[TrialRecord], best: TrialRecord, metric: str) -> Fi
         epochs = sorted(trial.reports)
         scores = [trial.reports[epoch].score for epoch in epochs]
         style = {"color": BEST, "linewidth": 2.4, "label": f"best: {trial.name}"} if trial is best else {"alpha": 0.7}
-        axes.plot(epochs, scores, marker=MARKERS.get(trial.status, CUT_SHORT), markersize=4, markevery=[-1], **style)
+        marker = MARKERS.get(trial.status, OTHER_MARKER)
+        axes.plot(epochs, scores, marker=marker, markersize=4, markevery=[-1], **style)
         taken = [epoch for epoch in epochs if trial.reports[epoch].donor]
         axes.plot(taken, [trial.reports[epoch].score for epoch in taken], "k+", markersize=8)
     axes.set(xlabel="epoch", ylabel=metric, title="o finished, v stopped early, + after taking over another's weights")
@@ -104,6 +112,10 @@ def _curves(trials: Sequence[TrialRecord], best: TrialRecord, metric: str) -> Fi
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     return figure
+
+
+def _ending(trial: TrialRecord) -> str:
+    return trial.status if trial.status in MARKERS else CUT_SHORT
 
 
 def _place(parameter: Parameter, value: Any) -> float:
@@ -122,10 +134,20 @@ def _height(parameter: Parameter, value: Any) -> float:
 
 
 def _scale(axes: Axes, parameter: Parameter) -> None:
+    """The whole range of the parameter, with so few ticks that none covers another."""
     if parameter.loguniform:
+        least, most = parameter.loguniform
+        margin = (most / least) ** 0.05
         axes.set_xscale("log")
+        axes.set_xlim(least / margin, most * margin)
+        ticks = np.geomspace(least, most, LOG_TICKS)
+        axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+        axes.minorticks_off()
     elif not parameter.bounds:
-        axes.set_xticks(range(len(parameter.values)), [_text(value) for value in parameter.values], fontsize=8)
+        texts = [_text(value) for value in parameter.values]
+        slanted = sum(max(map(len, text.split("\n"))) for text in texts) > TICK_LETTERS
+        axes.set_xticks(range(len(texts)), texts, fontsize=8, rotation=30 if slanted else 0)
+        axes.set_xlim(-0.5, len(texts) - 0.5)
 
 
 def _ticks(parameter: Parameter) -> list[tuple[float, str]]:
@@ -134,4 +156,6 @@ def _ticks(parameter: Parameter) -> list[tuple[float, str]]:
 
 
 def _text(value: Any) -> str:
-    return describe({"": value})[1:]
+    """As in the table; a mapping in several lines."""
+    text = describe({"": value})[1:]
+    return text.strip("{}").replace(" ", "\n") if isinstance(value, Mapping) else text

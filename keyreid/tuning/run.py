@@ -135,6 +135,7 @@ def _prepare_folder(folder: Path, search: Search, base: Config, resume: bool) ->
 
 def _start_ray(address: str | None) -> None:
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # failures of trials are told by the log book
+    logging.getLogger("mlflow").setLevel(logging.ERROR)  # how it makes its tables
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     if address:
         try:
@@ -148,6 +149,8 @@ def _start_ray(address: str | None) -> None:
 def _start_local_ray(common: dict[str, Any]) -> None:
     """Without a dashboard, and with a token that only its own processes know; Ray cannot listen on loopback alone."""
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # When the driver is killed, Ray's agents look for its other processes that long before they end too.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     for attempt in range(START_ATTEMPTS):
         try:
             ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)

@@ -149,7 +149,10 @@ def load_search(path: Path, overrides: Sequence[str] = ()) -> tuple[Search, Conf
         ConfigError: one of the files is missing or wrong, or the space has a key or a value that no trial can have.
     """
     search = load_section(Search, path, overrides)
-    base = load_config(path.expanduser().parent / search.base)
+    base_path = path.expanduser().parent / search.base
+    if not base_path.is_file():
+        raise ConfigError(f"{path}: base: {base_path} is no file (a path relative to the search's)")
+    base = load_config(base_path)
     values = _merged(base.model_dump(mode="json"), search.settings)
     values["data"]["holdout"] = search.holdout or values["data"]["holdout"] or DEFAULT_HOLDOUT
     values["schedule"]["epochs"] = search.budget.epochs or values["schedule"]["epochs"]
@@ -157,7 +160,7 @@ def load_search(path: Path, overrides: Sequence[str] = ()) -> tuple[Search, Conf
     values["training"]["checkpoint_every_epochs"] = search.report_epochs
     base = check_config(values, f"{path}: settings")
     for key, parameter in search.space.items():  # an unknown key or a value out of bounds shows now, not in a trial
-        for value in parameter.bounds or parameter.values:
+        for value in parameter.examples:
             with_point(base, {key: value}, f"{path}: space")
     metric_key(search, base)
     if base.schedule.epochs < search.report_epochs:

@@ -32,6 +32,16 @@ class Parameter(Section):
         description="the parameter exists only where these others have this value, or one of these",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        names = ", ".join(cls.model_fields)
+        if isinstance(values, dict) and (unknown := [name for name in values if name not in cls.model_fields]):
+            raise ValueError(f"unknown key {unknown[0]!r}: a parameter has {names}")
+        if not isinstance(values, (dict, cls)):
+            raise ValueError(f"is a mapping with one of {names}, such as {{uniform: [0.3, 0.9]}}")
+        return values
+
     @model_validator(mode="after")
     def _one_kind(self) -> Parameter:
         kinds = [kind for kind in ("uniform", "loguniform", "choice", "grid") if getattr(self, kind) is not None]
@@ -52,6 +62,14 @@ class Parameter(Section):
     def values(self) -> list[Any]:
         """Of a choice or a grid."""
         return self.choice or self.grid or []
+
+    @property
+    def examples(self) -> list[Any]:
+        """All values of a choice or a grid; of a range its ends and a number between, which a whole number is not."""
+        if not self.bounds:
+            return self.values
+        least, most = self.bounds
+        return [least, least + (most - least) / math.pi, most]
 
     def applies(self, point: Mapping[str, Any]) -> bool:
         """Whether the parameter exists beside those that were drawn before it."""
