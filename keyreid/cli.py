@@ -1,6 +1,7 @@
 """The `keyreid` command: one verb a job, each in `keyreid/commands/`."""
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -26,7 +27,6 @@ from keyreid.errors import KeyreidError
 
 app = typer.Typer(
     name="keyreid",
-    help="Distributed training of keypoint-guided video person re-identification.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -54,6 +54,14 @@ app.command("checkpoints")(checkpoints.checkpoints)
 app.command("config")(config.config)
 app.command("doctor")(doctor.doctor)
 app.command("submit")(submit.submit)
+
+
+@app.callback()
+def keyreid(
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
+) -> None:
+    """Distributed training of keypoint-guided video person re-identification."""
+    # DeepSpeed's launcher puts --local_rank before the words of the command; LOCAL_RANK says the same.
 
 
 def main() -> None:

@@ -229,6 +229,14 @@ class Config(Section):
         """The folder of this run: configuration, checkpoints, logs, pictures."""
         return Path(self.output).expanduser() / self.name
 
+    def check_ranks(self, ranks: int) -> None:
+        """Raise ConfigError unless a step's clips divide over the ranks and micro-batches."""
+        if self.data.batch_size % (ranks * self.training.accumulation):
+            raise ConfigError(
+                f"{ranks} ranks x {self.training.accumulation} micro-batches do not divide the batch of "
+                f"{self.data.batch_size} clips (data.identities x data.tracklets)"
+            )
+
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         if self.data.batch_size % self.training.accumulation:

@@ -1,6 +1,7 @@
 """Our configuration and DeepSpeed's: merged, or a contradiction that is named."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 from keyreid.config import load_config
 from keyreid.errors import ConfigError
 from keyreid.training.engine import check_precision, deepspeed_config
+
+FILES = Path(__file__).parents[1] / "configs" / "deepspeed"
 
 
 @pytest.fixture
@@ -43,7 +46,10 @@ def test_theirs_is_kept_and_auto_is_filled(configure, tmp_path):
     ("inline", "message"),
     [
         ("{zero_optimization: {stage: 3}}", "zero_optimization.stage = 3, the rest of the configuration says 1"),
-        ("{gradient_accumulation_steps: 4}", "gradient_accumulation_steps = 4"),
+        ("{gradient_accumulation_steps: 4}", "sets gradient_accumulation_steps, which training.accumulation says"),
+        ("{optimizer: {type: Adam}}", "sets optimizer, which optimizer says"),
+        ("{scheduler: {type: WarmupLR}}", "sets scheduler, which schedule says"),
+        ("{train_batch_size: 64}", "sets train_batch_size, which data.identities x data.tracklets says"),
         ("{fp16: {enabled: true}}", "fp16.enabled = True"),
         ("{gradient_clipping: 1.0}", "gradient_clipping = 1.0, the rest of the configuration says 0.0"),
     ],
@@ -51,6 +57,15 @@ def test_theirs_is_kept_and_auto_is_filled(configure, tmp_path):
 def test_a_contradiction_is_an_error(configure, inline, message):
     with pytest.raises(ConfigError, match=message):
         deepspeed_config(configure(f"training.deepspeed={inline}"))
+
+
+@pytest.mark.parametrize("file", sorted(FILES.glob("*.json")), ids=lambda file: file.stem)
+def test_our_files_want_the_stage_of_their_name(configure, file):
+    stage = file.stem.removeprefix("zero")[0]
+    values = deepspeed_config(configure(f"training.deepspeed={file}", f"training.zero_stage={stage}"))
+    assert values["zero_optimization"]["stage"] == int(stage)
+    with pytest.raises(ConfigError, match=f"zero_optimization.stage = {stage}, the rest of the configuration says 1"):
+        deepspeed_config(configure(f"training.deepspeed={file}"))
 
 
 def test_a_broken_file_is_named(configure, tmp_path):

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from training_runs import run, toy_config, toy_shards
 
 STEPS = 5
+FILES = Path(__file__).parents[1] / "configs" / "deepspeed"
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +19,6 @@ def shards(tmp_path_factory):
 
 def record(config, folder):
     """Train some steps on this rank and write down what it met and what came of it."""
-    from pathlib import Path
-
     import deepspeed
 
     from keyreid.shards.dali import DaliReader
@@ -54,14 +54,14 @@ def record(config, folder):
 
 @pytest.fixture(scope="module")
 def recorded(shards, tmp_path_factory):
-    """Records of all ranks for (ranks, ZeRO stage, micro-batches), each trained once."""
+    """Records of all ranks for (ranks, ZeRO stage, micro-batches) and other settings, each trained once."""
     done = {}
 
-    def get(ranks, stage, accumulation):
-        key = ranks, stage, accumulation
+    def get(ranks, stage, accumulation, **settings):
+        key = ranks, stage, accumulation, *settings.items()
         if key not in done:
             folder = tmp_path_factory.mktemp("record")
-            training = {"zero_stage": stage, "accumulation": accumulation, "clip_gradient_norm": 10.0}
+            training = {"zero_stage": stage, "accumulation": accumulation, "clip_gradient_norm": 10.0, **settings}
             run(record, toy_config(shards, folder, training=training), ranks, folder)
             done[key] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
         return done[key]
@@ -75,8 +75,24 @@ def recorded(shards, tmp_path_factory):
     [(1, 0, 2), (1, 1, 1), (1, 2, 4), (1, 3, 1), (2, 0, 1), (2, 1, 2), (2, 2, 1), (2, 2, 2), (2, 3, 1), (2, 3, 2)],
 )
 def test_same_curve_weights_and_statistics(recorded, ranks, stage, accumulation):
-    plain = recorded(1, 0, 1)[0]
-    for other in recorded(ranks, stage, accumulation):
+    assert_same_curve(recorded(1, 0, 1)[0], recorded(ranks, stage, accumulation))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        (2, {"deepspeed": str(FILES / "zero2_offload.json")}),
+        (3, {"deepspeed": str(FILES / "zero3_offload.json")}),
+        (1, {"activation_checkpointing": True}),
+    ],
+)
+def test_what_saves_memory_changes_nothing(recorded, stage, settings):
+    assert_same_curve(recorded(1, 0, 1)[0], recorded(2, stage, 1, **settings))
+
+
+def assert_same_curve(plain, others):
+    for other in others:
         assert other["losses"] == pytest.approx(plain["losses"], rel=1e-5)
         assert other["norms"] == pytest.approx(plain["norms"], rel=1e-4)
         assert other["sample"] == pytest.approx(plain["sample"], abs=1e-5)

@@ -17,7 +17,13 @@ def train(
         list[str] | None, typer.Argument(help="Changes to it: section.key=value ...", show_default=False)
     ] = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Processes on this machine. Default: one for each GPU, else one.")
+        int | None, typer.Option(min=1, help="Processes. Default: one for each GPU (of the Ray cluster), else one.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="HOST:PORT, or auto: let this Ray cluster place the ranks. local: start Ray on this machine."
+        ),
     ] = None,
     resume: Annotated[
         str, typer.Option(help="auto: go on from the run's newest whole checkpoint. never: start anew.")
@@ -34,7 +40,7 @@ def train(
 ) -> None:
     """Train a model. Run again with the same configuration, it goes on where it stopped.
 
-    Several machines: start it with torchrun, deepspeed or slurm/train.sbatch; the ranks come from their variables.
+    Several machines: --ray, or start it with torchrun, deepspeed or slurm/train.sbatch, whose variables name the ranks.
     """
     from keyreid.config import load_config
     from keyreid.errors import ConfigError
@@ -55,13 +61,12 @@ def train(
     if dry_run:
         _print_plan(settings)
         return
+    if ray is not None:
+        _train_on_ray(settings, ray, ranks, resume == "auto")
+        return
     if not is_launched():
         ranks = ranks or default_ranks()
-        if settings.data.batch_size % (ranks * settings.training.accumulation):
-            raise ConfigError(
-                f"{ranks} ranks x {settings.training.accumulation} micro-batches do not divide the batch of "
-                f"{settings.data.batch_size} clips (data.identities x data.tracklets)"
-            )
+        settings.check_ranks(ranks)
         if ranks > 1:
             _check_data(settings)  # once and soon, not by every rank after it has imported everything
             arguments = ["train", str(config), f"--resume={resume}", "--", *overrides]
@@ -75,7 +80,29 @@ def _train(settings, resume: bool) -> None:
     result = completed_result(settings) if resume else None
     if result is None:
         result = train(settings, resume)
-    if result is not None and _is_first_rank():
+    if _is_first_rank():
+        _print_result(result, settings)
+
+
+def _train_on_ray(settings, address: str, ranks: int | None, resume: bool) -> None:
+    import importlib.util
+
+    from keyreid.errors import ConfigError
+    from keyreid.training.run import completed_result
+
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("--ray needs Ray: pip install 'keyreid[tune]'")
+    from keyreid.training.ray_launch import run_on_ray
+
+    result = completed_result(settings) if resume else None
+    if result is None:
+        _check_data(settings)
+        result = run_on_ray(settings, address, ranks, resume)
+    _print_result(result, settings)
+
+
+def _print_result(result: dict | None, settings) -> None:
+    if result is not None:
         print(f"\n{result.get('summary', result)}\nrun folder: {settings.run_dir}")
 
 

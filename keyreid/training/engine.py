@@ -13,6 +13,15 @@ from torch import nn
 from keyreid.config import Config, TrainingConfig
 from keyreid.errors import ConfigError
 
+# Sections of a DeepSpeed configuration that would do again, otherwise, what ours says, and where ours says it
+SAID_ELSEWHERE = {
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "train_batch_size": "data.identities x data.tracklets",
+    "train_micro_batch_size_per_gpu": "data.identities x data.tracklets and training.accumulation",
+    "gradient_accumulation_steps": "training.accumulation",
+}
+
 
 def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, device: torch.device):
     """Wrap `module` in a DeepSpeed engine.
@@ -64,6 +73,9 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     """
     ours = _from_our_configuration(config)
     merged = _read_user_configuration(config.training.deepspeed)
+    for key, ours_of_it in SAID_ELSEWHERE.items():
+        if merged.pop(key, "auto") != "auto":
+            raise ConfigError(f"training.deepspeed sets {key}, which {ours_of_it} says: leave it out there")
     _merge(merged, ours, "")
     return merged
 

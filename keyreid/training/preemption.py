@@ -1,4 +1,8 @@
-"""Stop signals: the first asks training to save and end after the current step, the second ends it at once."""
+"""Stop signals: the first asks training to save and end after the current step, the second ends it at once.
+
+USR2 may come any number of times: Slurm can lose one that it is to pass on to ranks that just start, so the batch file
+repeats it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,11 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal is not None:
-            os._exit(128 + number)
+    def ask(self, number: int) -> None:
+        """As if the signal had come; for threads, which hear none."""
         self.signal = signal.Signals(number)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal is not None and number != signal.SIGUSR2:
+            os._exit(128 + number)
+        self.ask(number)

@@ -1,0 +1,68 @@
+"""Ray: joined, or started on this machine; and what every process needs that Ray starts as a rank."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+
+# Before Ray is imported: nothing is sent to Ray's makers.
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")  # on a busy machine a process starts slowly
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets anything else on the machine starve a training
+
+import ray
+
+from keyreid.errors import ConfigError, KeyreidError
+
+START_ATTEMPTS = 3  # Ray gives its own processes 30 s, which a busy machine may not
+OBJECT_STORE_BYTES = 128 * 2**20  # only reports pass through it
+
+
+def start(address: str | None, log_to_driver: bool = False) -> None:
+    """Join the Ray cluster at HOST:PORT, or start Ray on this machine; `ray.shutdown()` leaves or ends it.
+
+    Raises:
+        ConfigError: there is no cluster at the address.
+        KeyreidError: Ray does not start here.
+    """
+    logging.getLogger("ray").setLevel(logging.CRITICAL)  # failures are told by who started the work
+    common = {"log_to_driver": log_to_driver, "logging_level": logging.CRITICAL}
+    if address is None:
+        _start_here(common)
+        return
+    try:
+        ray.init(address, **common)
+    except (ConnectionError, ValueError) as error:
+        raise ConfigError(f"{address}: no Ray cluster there that can be joined: {error}") from None
+
+
+def _start_here(common: dict) -> None:
+    """Without a dashboard, and with a token that only its own processes know; Ray cannot listen on loopback alone."""
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
+            return
+        except Exception as error:  # Ray raises no narrower one
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or attempt + 1 == START_ATTEMPTS:
+                raise KeyreidError(f"Ray does not start on this machine: {error}") from error
+
+
+class RayProcess:
+    """One rank's process, as a Ray actor."""
+
+    def __init__(self, rank: int, world_size: int, cpus: int, directory: str) -> None:
+        # Relative paths in the configuration are meant from where the run was started.
+        os.chdir(directory)
+        # Ray shows each actor its own GPU alone, so it is the first of its kind on any node.
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", OMP_NUM_THREADS=str(cpus))
+
+    def meeting_point(self) -> tuple[str, int]:
+        """An address and a free port of this node."""
+        address = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            return address, probe.getsockname()[1]

@@ -1,0 +1,129 @@
+"""Train on ranks that a Ray cluster places: `keyreid train CONFIG --ray HOST:PORT --ranks N`."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from keyreid.config import Config
+from keyreid.errors import ConfigError, KeyreidError
+from keyreid.training.preemption import StopRequest
+from keyreid.training.ray_cluster import RayProcess, ray, start
+
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 10.0  # for ranks that are left after one failed
+PLACE_SECONDS = 600.0  # a busy cluster's patience; then the run is refused
+LOCAL = "local"
+
+
+class Rank(RayProcess):
+    """A rank with threads: `train` runs in one while another hears of stop signals."""
+
+    def __init__(self, rank: int, world_size: int, cpus: int, directory: str) -> None:
+        super().__init__(rank, world_size, cpus, directory)
+        self._stop = StopRequest()
+
+    def train(self, config: Config, resume: bool, meeting_point: tuple[str, int]) -> dict | None:
+        """See keyreid.training.run.train."""
+        os.environ.update(MASTER_ADDR=meeting_point[0], MASTER_PORT=str(meeting_point[1]))
+        from keyreid.training.run import train
+
+        return train(config, resume, stop=self._stop)
+
+    def stop(self, number: int) -> None:
+        """Save and end after the current step."""
+        self._stop.ask(number)
+
+
+def run_on_ray(config: Config, address: str, ranks: int | None, resume: bool) -> dict | None:
+    """Train on `ranks` processes of the cluster; default one for each of its GPUs, one where there is none.
+
+    Ray places them as close together as it can, one GPU each where there are GPUs. Stop signals are passed on, a rank
+    that fails ends all. Every node sees the same files under the same paths.
+
+    Args:
+        address: HOST:PORT of the cluster, "auto" for the one that this machine belongs to, "local" to start Ray here.
+
+    Returns:
+        the last evaluation, or None after a stop signal.
+
+    Raises:
+        ConfigError: no cluster there, or too small a one; the ranks do not divide the batch.
+        KeyreidError: a rank failed; the message says which and why.
+    """
+    start(None if address == LOCAL else address, log_to_driver=True)
+    try:
+        there = ray.cluster_resources()
+        gpus = int(there.get("GPU", 0))
+        ranks = ranks or max(1, gpus)
+        config.check_ranks(ranks)
+        share = {"GPU": 1.0, "CPU": 1.0} if gpus else {"CPU": 1.0}
+        group = _place(share, ranks, there)
+        cpus = max(1, int(there["CPU"]) // ranks)
+        with StopRequest() as stop:
+            return _run(_actors(group, share, ranks, cpus), config, resume, stop)
+    finally:
+        ray.shutdown()
+
+
+def _place(share: dict[str, float], ranks: int, there: dict[str, float]) -> Any:
+    for name, each in share.items():
+        if ranks * each > there.get(name, 0):
+            raise ConfigError(
+                f"--ranks {ranks}: each needs {each:g} {name}, the Ray cluster has {there.get(name, 0):g}"
+            )
+    group = ray.util.placement_group([share] * ranks, strategy="PACK")
+    if not group.wait(PLACE_SECONDS):
+        raise KeyreidError(f"the Ray cluster had no room for {ranks} ranks within {PLACE_SECONDS:.0f} s")
+    return group
+
+
+def _actors(group: Any, share: dict[str, float], ranks: int, cpus: int) -> list[Any]:
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    return [
+        ray.remote(Rank)
+        .options(
+            num_cpus=share["CPU"],
+            num_gpus=share.get("GPU", 0),
+            max_concurrency=2,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+        )
+        .remote(rank, ranks, cpus, str(Path.cwd()))
+        for rank in range(ranks)
+    ]
+
+
+def _run(actors: list[Any], config: Config, resume: bool, stop: StopRequest) -> dict | None:
+    meeting_point = ray.get(actors[0].meeting_point.remote())
+    runs = [actor.train.remote(config, resume, meeting_point) for actor in actors]
+    pending, told = list(runs), False
+    while pending:
+        done, pending = ray.wait(pending, timeout=POLL_SECONDS)
+        for run in done:
+            try:
+                ray.get(run)
+            except ray.exceptions.RayError as error:
+                _end(actors, pending)
+                raise _explained(runs.index(run), error) from None
+        if stop.signal is not None and not told:
+            told = True
+            ray.get([actor.stop.remote(stop.signal) for actor in actors])
+    return ray.get(runs[0])
+
+
+def _end(actors: list[Any], pending: list[Any]) -> None:
+    """End what still runs: a while for tracking to close, then by force."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    if pending:
+        ray.wait(pending, num_returns=len(pending), timeout=max(0.0, deadline - time.monotonic()))
+    for actor in actors:
+        ray.kill(actor)
+
+
+def _explained(rank: int, error: Exception) -> KeyreidError:
+    cause = getattr(error, "cause", None)
+    what = str(cause) if isinstance(cause, KeyreidError) else str(error)
+    return KeyreidError(f"rank {rank} failed, the others were ended: {what}")
