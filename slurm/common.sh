@@ -76,6 +76,7 @@ start_ranks() {
     done
     say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST) x" \
         "$ranks_a_node ranks x $cpus_a_rank CPUs, ${SLURM_GPUS_ON_NODE:-no} GPUs a node; logs: $log-RANK.log"
+    errors_begin=$(stat --dereference --format=%s "/proc/$$/fd/2")
     srun --export=ALL --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * ranks_a_node))" \
         --ntasks-per-node="$ranks_a_node" --cpus-per-task="$cpus_a_rank" --distribution=block --kill-on-bad-exit=1 \
         --open-mode=append --output="$(escaped "$log")-%t.log" "${container_options[@]}" "${contained[@]}" "$@" &
@@ -88,6 +89,12 @@ wait_for() {
         kill -0 "$1" 2>/dev/null || break
     done
     wait "$1"
+}
+
+# first_end: how the first rank that failed ended, in srun's words: "Exited with exit code 1", "Killed" ... The status of
+# srun does not tell it: when a rank fails, srun ends the others, and their ends count too.
+first_end() {
+    tail --bytes="+$((errors_begin + 1))" "/proc/$$/fd/2" | sed -n 's/^srun: error: .*: tasks\{0,1\} [0-9,-]*: //p' | head -n 1
 }
 
 # job_state: RUNNING; COMPLETING or CANCELLED while somebody else ends or requeues this job.

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 def test_shards_of_a_killed_task_are_packed_by_the_same_command(cluster, keyreid, queued, walkers, workspace):
     out = workspace / "array-shards"
-    words = ["submit", "shard", "--array=0-1%1", "--", "mars", walkers, "--out", out, "--target-megabytes=0.05"]
+    words = ["submit", "shard", "--array=0-1", "--", "mars", walkers, "--out", out, "--target-megabytes=0.05"]
     first = queued(keyreid(*words))
     kill_task(cluster, workspace / "runs" / "slurm" / f"shard-{first}_1.log", first, 1)
     assert cluster.wait(f"{first}_0")["JobState"] == "COMPLETED"
@@ -40,7 +40,7 @@ def test_keypoints_of_a_killed_task_are_found_by_the_same_command(cluster, keyre
     root, out = workspace / "few", workspace / "poses"
     few = ["--identities=2", "--cameras=2", "--tracklets=1", "--frames", 1, 1, "--distractors=0", "--junk=0"]
     keyreid("walkers", root, *few, "--size", 128, 64)
-    words = ["submit", "pose", "--array=0-1%1", "--", "mars", root, "--out", out, "--workers=0"]
+    words = ["submit", "pose", "--array=0-1", "--", "mars", root, "--out", out, "--workers=0"]
     first = queued(keyreid(*words))
     kill_task(cluster, workspace / "runs" / "slurm" / f"pose-{first}_1.log", first, 1)
     assert cluster.wait(f"{first}_0")["JobState"] == "COMPLETED"
@@ -54,13 +54,12 @@ def test_keypoints_of_a_killed_task_are_found_by_the_same_command(cluster, keyre
 
 def test_a_part_of_an_array_again(cluster, keyreid, queued, walkers, workspace):
     words = ["submit", "shard", "--array=3", "--", "mars", walkers, "--out", workspace / "part"]
-    job = queued(keyreid(*words))
-    assert cluster.wait(f"{job}_3")["JobState"] == "FAILED"
-    log = workspace / "runs" / "slurm" / f"shard-{job}_3.log"
+    unknown, known = queued(keyreid(*words)), queued(keyreid(*words, KEYREID_SHARES="4"))
+    assert cluster.wait(f"{unknown}_3")["JobState"] == "FAILED"
+    log = workspace / "runs" / "slurm" / f"shard-{unknown}_3.log"
     assert "array task 3, but 1 shares count from 0: --array=0-0, or set KEYREID_SHARES" in log.read_text()
-    job = queued(keyreid(*words, KEYREID_SHARES="4"))
-    assert cluster.wait(f"{job}_3")["JobState"] == "COMPLETED"
-    assert "share 3/4 of" in (workspace / "runs" / "slurm" / f"shard-{job}_3.log").read_text()
+    assert cluster.wait(f"{known}_3")["JobState"] == "COMPLETED"
+    assert "share 3/4 of" in (workspace / "runs" / "slurm" / f"shard-{known}_3.log").read_text()
 
 
 def kill_task(cluster, log: Path, job: str, task: int) -> None:

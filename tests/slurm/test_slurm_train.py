@@ -1,11 +1,13 @@
 """Real trainings on two real nodes, and what ends them."""
 
 import re
+import sys
 import time
 from pathlib import Path
 
 import mlflow
 import pytest
+from slurm_cluster import REPOSITORY
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +36,7 @@ def test_training_on_two_nodes_ends_with_a_score_and_a_run(cluster, keyreid, que
 def test_requeued_out_of_time_and_bereft_of_a_node_it_goes_on_as_one_run(cluster, keyreid, queued, shards, workspace):
     steps = 60
     changes = ["name=faults", f"schedule.steps_per_epoch={steps}", "training.checkpoint_every_steps=5"]
-    job = queued(keyreid("submit", "train", "tiny.yaml", *changes, *SIZE))
+    job = queued(keyreid("submit", "train", "tiny.yaml", *changes, "--nodes=1-2", "--tasks-per-node=1"))
     folder, log = workspace / "runs" / "faults", workspace / "runs" / "slurm" / f"train-{job}.log"
 
     wait_for_step(folder, 5)
@@ -54,45 +56,66 @@ def test_requeued_out_of_time_and_bereft_of_a_node_it_goes_on_as_one_run(cluster
     wait_for_step(folder, newest_step(folder) + 5)
     cluster.crash(cluster.nodes[1])
     cluster.wait(job, ["PENDING"])
+    restarted(cluster, job, 3)  # on the node that is left
     cluster.start_node(cluster.nodes[1])
-    restarted(cluster, job, 3)
 
     ended = cluster.wait(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "3"), log.read_text()
-    assert re.findall(r"start (\d)", log.read_text()) == ["1", "2", "3", "4"]
+    assert re.findall(r"start (\d): (\d) nodes", log.read_text()) == [("1", "2"), ("2", "2"), ("3", "2"), ("4", "1")]
+    # What Slurm still sends to the lost node is for a step that no later start has.
+    assert f"Terminating StepId={job}.2" in log.read_text()
     (run,) = runs(workspace, "faults")
     client = mlflow.MlflowClient(f"sqlite:///{workspace}/runs/mlflow.db")
     curve = client.get_metric_history(run.info.run_id, "train/loss")
     assert run.info.status == "FINISHED"
     assert sorted(point.step for point in curve) == list(range(1, steps + 1))
+    cluster.wait_for_nodes(2)
 
 
-def test_a_rank_that_raises_ends_the_job_with_its_traceback(cluster, keyreid, queued, shards, workspace):
+def test_what_would_fail_again_is_not_started_again(cluster, keyreid, queued, shards, workspace, tmp_path):
+    """Three jobs at once: a rank that raises, no progress, enough restarts."""
     folder = workspace / "runs" / "raises"
     folder.mkdir(parents=True)
     (folder / "tracking").write_text("this should be a folder")  # rank 0 alone writes there
-    job = queued(keyreid("submit", "train", "tiny.yaml", "name=raises", *SIZE))
-    assert cluster.wait(job)["JobState"] == "FAILED"
-    log = (workspace / "runs" / "slurm" / f"train-{job}.log").read_text()
+    by_hand = ["--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/log", REPOSITORY / "slurm" / "train.sbatch"]
+    home = {"KEYREID_HOME": str(REPOSITORY), "KEYREID_BIN": str(Path(sys.executable).parent)}
+    words = ["sbatch", "--parsable", *by_hand, "tiny.yaml", "name=raises"]
+    raises = cluster.run(*words, cwd=workspace, env=cluster.environment | home).strip()
+    words = {
+        "KEYREID_MAX_STALLS": "no progress: the last 1 starts left the newest checkpoint where it was (none)",
+        "KEYREID_MAX_RESTARTS": "0 restarts are the limit",
+    }
+    jobs = {
+        variable: queued(keyreid("submit", "train", "tiny.yaml", f"name={variable.lower()}", *SIZE, **{variable: "0"}))
+        for variable in words
+    }
+    for variable, job in jobs.items():
+        log = workspace / "runs" / "slurm" / f"train-{job}.log"
+        wait_for_text(log, "start 1")
+        cluster.run("scancel", "--batch", "--signal=USR2", job)
+        assert cluster.wait(job)["JobState"] == "FAILED"
+        assert f"not requeued: {words[variable]}" in log.read_text()
+
+    ended = cluster.wait(raises)
+    log = (tmp_path / "log").read_text()
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), log
     assert "task 0: Exited with exit code 1" in log and "a rank ended with status" in log
-    traceback = (folder / "slurm" / f"{job}-0.log").read_text()
+    traceback = (folder / "slurm" / f"{raises}-0.log").read_text()
     assert "Traceback (most recent call last)" in traceback and "FileExistsError" in traceback
 
 
-@pytest.mark.parametrize(
-    ("variable", "word"),
-    [
-        ("KEYREID_MAX_STALLS", "no progress: the last 1 starts left the newest checkpoint where it was (none)"),
-        ("KEYREID_MAX_RESTARTS", "0 restarts are the limit"),
-    ],
-)
-def test_a_job_that_must_not_run_again_says_why(cluster, keyreid, queued, shards, workspace, variable, word):
-    job = queued(keyreid("submit", "train", "tiny.yaml", f"name={variable.lower()}", *SIZE, **{variable: "0"}))
-    log = workspace / "runs" / "slurm" / f"train-{job}.log"
-    wait_for_text(log, "start 1")
-    cluster.run("scancel", "--batch", "--signal=USR2", job)
-    assert cluster.wait(job)["JobState"] == "FAILED"
-    assert f"not requeued: {word}" in log.read_text()
+def test_a_pipeline_goes_from_pictures_to_scores(cluster, keyreid, queued, walkers, workspace):
+    changes = ["name=piped", "data.shards=piped-shards", "schedule.steps_per_epoch=1", "evaluation.every_epochs=0"]
+    where = ["--dataset=mars", f"--root={walkers}", "--shares=2", *SIZE]
+    result = keyreid("submit", "pipeline", "tiny.yaml", *changes, *where)
+    last = queued(result)
+    ended = cluster.wait(last)
+    names = re.findall(r"^(\w+): job (\d+)", result.stdout, re.MULTILINE)
+    states = {name: cluster.job(job)["JobState"] for name, job in names}
+    assert states == dict.fromkeys(["shard", "train", "evaluate"], "COMPLETED"), states
+    assert ended["NumNodes"] == "2"
+    log = (workspace / "runs" / "slurm" / f"evaluate-{last}.log").read_text()
+    assert "torchreid" in log and "mAP" in log
 
 
 def newest_step(folder: Path) -> int:
