@@ -7,6 +7,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from keyreid.tuning.search import Search
 from keyreid.tuning.trial import EPOCH, SCORE
 
 REDRAW_SECONDS = 0.5
+SAVING_SECONDS = 30.0  # that a search which is to end waits for the checkpoints of what was reported
 
 
 class LogBook(tune.Callback):
@@ -32,8 +34,9 @@ class LogBook(tune.Callback):
     Args:
         epochs: of a whole trial.
         scheduler: told of all earlier reports when a search goes on, for Ray Tune does not save it.
-        goes_on: whether there is a state to go on from.
         tracker: of the search.
+        goes_on: whether there is a state to go on from.
+        stopping: asked after every step whether the search is to end.
 
     Attributes:
         trials: records by Ray Tune's id, oldest first.
@@ -41,7 +44,13 @@ class LogBook(tune.Callback):
     """
 
     def __init__(
-        self, search: Search, epochs: int, scheduler: TrialScheduler, tracker: Tracker, goes_on: bool = False
+        self,
+        search: Search,
+        epochs: int,
+        scheduler: TrialScheduler,
+        tracker: Tracker,
+        goes_on: bool = False,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.trials: dict[str, TrialRecord] = {}
         self.out_of_time = False
@@ -53,6 +62,8 @@ class LogBook(tune.Callback):
         self._start = time.monotonic()
         self._awaits_state = goes_on
         self._reminds = goes_on
+        self._stopping = stopping
+        self._ends_by: float | None = None
         self._drawn = -math.inf
         self._live: Live | None = None
 
@@ -169,10 +180,18 @@ class LogBook(tune.Callback):
         if limit is not None and self.seconds >= limit and not self.out_of_time:
             self.out_of_time = True
             self._say(f"the search's {limit:.0f} seconds are used up")
-            signal.raise_signal(signal.SIGUSR1)  # Ray Tune's own way to end in order, its state saved
+        if self.out_of_time or self._stopping():
+            self._end(trials)
         if self._live and time.monotonic() - self._drawn >= REDRAW_SECONDS:
             self._drawn = time.monotonic()
             self._live.update(self.table(), refresh=True)
+
+    def _end(self, trials: list[Trial]) -> None:
+        """End the search, but not between a report and its checkpoint, or a resumed one would report it again."""
+        if self._ends_by is None:
+            self._ends_by = time.monotonic() + SAVING_SECONDS
+        if time.monotonic() >= self._ends_by or not any(trial.is_saving for trial in trials):
+            signal.raise_signal(signal.SIGUSR1)  # Ray Tune's own way to end in order, its state saved
 
     def table(self) -> Table:
         """The trials as a table; the best one is marked."""

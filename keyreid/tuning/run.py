@@ -102,10 +102,13 @@ def run_search(search: Search, base: Config, resume: bool = False, address: str 
         tracker.params(_summary(search, base))
         tracker.artifact(folder / SEARCH)
         scheduler = algorithms.scheduler(search, base.schedule.epochs)
-        with LogBook(search, base.schedule.epochs, scheduler, tracker, goes_on) as log_book, _StopSignals() as stop:
+        with (
+            _StopSignals() as stop,
+            LogBook(search, base.schedule.epochs, scheduler, tracker, goes_on, stop.requested) as log_book,
+        ):
             _run_trials(search, plan, drawn, scheduler, log_book, goes_on)
         trials = list(log_book.trials.values())
-        interrupted = stop.signal is not None
+        interrupted = stop.requested()
         outcome.close_trials(trials, plan, interrupted or log_book.out_of_time)
         written = outcome.write(search, base, trials, folder, plan.folder, tracker)
         tracker.close("KILLED" if interrupted else "FINISHED")
@@ -243,8 +246,12 @@ class _StopSignals:
     """The first signal ends the search in order, its state saved; the second at once."""
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+        self._requested = False
         self._previous: dict[int, Any] = {}
+
+    def requested(self) -> bool:
+        """Whether one came."""
+        return self._requested
 
     def __enter__(self) -> _StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
@@ -255,11 +262,10 @@ class _StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal is not None:
+    def _receive(self, _number: int, _frame: FrameType | None) -> None:
+        if self._requested:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
-        signal.raise_signal(signal.SIGUSR1)  # what Ray Tune listens to
+        self._requested = True
 
 
 def _summary(search: Search, base: Config) -> dict[str, object]:
