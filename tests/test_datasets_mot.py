@@ -92,7 +92,8 @@ def test_what_does_not_fit_is_named(sequence: Path, tmp_path: Path) -> None:
 
 
 def test_real_street_pictures(shared: Path) -> None:
-    data = open_dataset("mot", shared / "data" / "mot17_mini" / "train", max_frames=2, min_visibility=0.3)
+    data = open_dataset("mot", shared / "data" / "mot17_mini", max_frames=2, min_visibility=0.3)
+    assert data == open_dataset("mot", shared / "data" / "mot17_mini" / "train", max_frames=2, min_visibility=0.3)
     assert len(data.names["camera"]) == 7 and len(data.names["identity"]) == 119
     assert Counter(t.split for t in data.tracklets) == {"query": 115, "gallery": 258}
     assert sum(len(t.frames) for t in data.tracklets) == 687

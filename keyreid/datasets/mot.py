@@ -1,6 +1,7 @@
 """Tracks in videos or street pictures (MOTChallenge): people cut out along their boxes.
 
-`root` is a video file, a folder of pictures, a sequence (`img1/`, `gt/gt.txt`, `seqinfo.ini`) or a folder of sequences.
+`root` is a video file, a folder of pictures, a sequence (`img1/`, `gt/gt.txt`, `seqinfo.ini`), a folder of sequences, or
+a whole MOTChallenge set, of which `train` is taken: the part whose tracks are published.
 Each sequence is a camera. Tracks are lines of frame (from 1), id, x, y, width, height, confidence, class, visibility,
 of which the last three may be missing, or a CSV file whose first line names those columns in any order.
 """
@@ -87,7 +88,7 @@ def open_mot(
     """
     if max_gap < 1 or max_frames < 1:
         raise DataError(f"max_gap={max_gap}, max_frames={max_frames}: at least 1")
-    sequences = _find_sequences(root, tracks, camera)
+    sequences = _find_sequences(sequences_root(root), tracks, camera)
     cameras = {sequence.name: number for number, sequence in enumerate(sequences, start=1)}
     people: dict[str, int] = {}
     tracklets: list[Tracklet] = []
@@ -123,6 +124,12 @@ def open_mot(
             f"{root}: no box of the tracks is left; lower min_size, min_length, min_visibility or min_confidence"
         )
     return Dataset("mot", tuple(tracklets), names={"camera": cameras, "identity": people})
+
+
+def sequences_root(root: Path) -> Path:
+    """Where the sequences are: `root`, or the `train` of a MOTChallenge set."""
+    holds_none = root.is_dir() and not pictures(root) and not any(map(_is_sequence, (root, *folders(root))))
+    return root / "train" if holds_none and (root / "train").is_dir() else root
 
 
 def _find_sequences(root: Path, tracks: str | None, camera: str | None) -> list[_Sequence]:

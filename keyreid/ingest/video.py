@@ -16,7 +16,7 @@ import cv2
 from PIL import Image
 
 from keyreid.datasets.listing import safe_key
-from keyreid.datasets.mot import VIDEO_SUFFIXES, open_mot
+from keyreid.datasets.mot import VIDEO_SUFFIXES, open_mot, sequences_root
 from keyreid.datasets.tracklet import Frame, Tracklet, read_frame
 from keyreid.errors import DataError
 from keyreid.ingest.store import ImportedTracklet, add_source, check_target, source_name
@@ -90,6 +90,7 @@ def import_video(
     settings = settings or VideoSettings()
     check_target(out)
     name = name or source_name(file)
+    file = sequences_root(file)
     data = open_mot(
         file,
         tracks=None if tracks is None else str(tracks.resolve()),
