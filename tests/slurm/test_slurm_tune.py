@@ -33,4 +33,5 @@ def test_a_search_of_four_trials_over_two_nodes(cluster, keyreid, queued, walker
     children = client.search_runs(experiments, "tags.`mlflow.parentRunId` != ''")
     assert [run.info.status for run in children] == ["FINISHED"] * TRIALS
     assert {run.data.params["host"] for run in children} == set(cluster.nodes)
-    assert not list((cluster.scratch).glob("*")), "the scratch disk of the login node is not used"
+    assert not list(cluster.scratch.glob("*")), "the scratch disk of the login node is not used"
+    assert not list(cluster.folder.glob("spool/*/scratch/ray-*")), "nothing is left on the nodes"
