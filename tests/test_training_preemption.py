@@ -10,10 +10,13 @@ import pytest
 from keyreid.training.preemption import StopRequest
 
 
-def test_usr2_may_be_repeated():
+def test_usr2_may_be_repeated_until_the_process_ends():
+    before = signal.getsignal(signal.SIGUSR2)
     with StopRequest() as stop:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGUSR2)
+    os.kill(os.getpid(), signal.SIGUSR2)
+    signal.signal(signal.SIGUSR2, before)
     assert stop.signal == signal.SIGUSR2
 
 

@@ -88,7 +88,9 @@ def submit(
 
     ranks = _count(gpus_per_node) if gpus_per_node else tasks_per_node
     size = {"nodes": nodes, "gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task}
-    size["ntasks-per-node"] = ranks if verb in (Verb.TRAIN, Verb.EVALUATE, Verb.PIPELINE) else tasks_per_node
+    tasks = ranks if verb in (Verb.TRAIN, Verb.EVALUATE, Verb.PIPELINE) else tasks_per_node
+    if tasks != 1:  # one is the default; said, it makes of LEAST-MOST nodes always LEAST
+        size["ntasks-per-node"] = tasks
     place = {"mem": mem, "time": time, "partition": partition, "account": account, "qos": qos}
     place |= {"constraint": constraint, "exclude": exclude}
     if follow and (array or verb is Verb.PIPELINE):
@@ -158,11 +160,11 @@ def _checked_config(arguments: list[str], nodes: str | None, ranks: int | None) 
     from keyreid.config import load_config
 
     config = load_config(arguments[0], arguments[1:])
-    if nodes and nodes.isdigit() and ranks:
-        micro_batches = config.training.accumulation
-        if config.data.batch_size % (int(nodes) * ranks * micro_batches):
+    micro_batches = config.training.accumulation
+    for count in _counts(nodes) if ranks else []:
+        if config.data.batch_size % (count * ranks * micro_batches):
             raise ConfigError(
-                f"{nodes} nodes x {ranks} ranks x {micro_batches} micro-batches do not divide the batch of "
+                f"{count} nodes x {ranks} ranks x {micro_batches} micro-batches do not divide the batch of "
                 f"{config.data.batch_size} clips (data.identities x data.tracklets)"
             )
     return config
@@ -193,6 +195,15 @@ def _check_shards(config: Config, waits: bool) -> None:
 
     if not waits and "://" not in config.data.shards:
         ShardSet.from_config(config.data)
+
+
+def _counts(nodes: str | None) -> list[int]:
+    """The numbers of nodes that "2", "2-4" or "2,4" (of newer Slurms) allow."""
+    numbers = []
+    for word in (nodes or "").split(","):
+        if found := re.fullmatch(r"(\d+)(?:-(\d+))?", word):
+            numbers += range(int(found[1]), int(found[2] or found[1]) + 1)
+    return numbers
 
 
 def _count(gpus: str) -> int:

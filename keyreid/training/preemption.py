@@ -14,7 +14,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
 class StopRequest:
-    """Remembers that a stop signal came; a context that puts the old handlers back."""
+    """Remembers that a stop signal came; a context that puts the old handlers back (but after USR2, for USR2)."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -28,6 +28,8 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if self.signal == signal.SIGUSR2:
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # repeated while the process ends
 
     def ask(self, number: int) -> None:
         """As if the signal had come; for threads, which hear none."""

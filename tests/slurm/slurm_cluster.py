@@ -182,16 +182,14 @@ class Cluster:
         """Wait until a job is in one of the states (`sbatch --wait` looks only every 10 s).
 
         Raises:
-            TimeoutError: with the job's state and the end of its log.
+            TimeoutError: it is not, or has ended otherwise; with its state and the end of its log.
         """
         deadline = time.monotonic() + seconds
         while (job := self.job(job_id))["JobState"] not in states:
-            if time.monotonic() > deadline:
+            if job["JobState"] in FINAL_STATES or time.monotonic() > deadline:
                 log = Path(job["StdOut"])
                 tail = log.read_text()[-2000:] if log.is_file() else "no log"
-                raise TimeoutError(
-                    f"job {job_id} is still {job['JobState']} ({job['Reason']}) after {seconds} s: {tail}"
-                )
+                raise TimeoutError(f"job {job_id} is {job['JobState']} ({job['Reason']}), not {states}: {tail}")
             time.sleep(0.1)
         return job
 

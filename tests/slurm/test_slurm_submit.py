@@ -36,6 +36,10 @@ HOSTILE = [
         (["train", "nowhere.yaml"], "nowhere.yaml: No such file or directory"),
         (["train", "tiny.yaml", "data.shards=nowhere"], "nowhere/dataset.json: no dataset card"),
         (["train", "tiny.yaml", "--nodes=3"], "3 nodes x 1 ranks x 1 micro-batches do not divide the batch of 4 clips"),
+        (
+            ["train", "tiny.yaml", "--nodes=2-4"],
+            "3 nodes x 1 ranks x 1 micro-batches do not divide the batch of 4 clips",
+        ),
         (["train", "tiny.yaml", "--array=0-3"], "put %a into its name"),
         (["tune", "tiny.yaml"], "unknown key 'data'"),
         (["pipeline", "tiny.yaml"], "a pipeline needs --dataset NAME and --root FOLDER"),
