@@ -26,6 +26,7 @@ BATCH_EVENTS = 200
 
 # Nothing is reported to MLflow's makers, and a dead server is noticed in seconds, not after minutes of retries.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # not how it makes its tables
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 

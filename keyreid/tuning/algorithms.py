@@ -8,6 +8,7 @@ import random
 from typing import Any
 
 from ray import tune
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
@@ -80,7 +81,7 @@ def scheduler(search: Search, epochs: int) -> TrialScheduler:
         def explore(config: dict[str, Any]) -> dict[str, Any]:
             return {**config, "point": space.mutated(search.space, config["point"], search.pbt.resample, rng)}
 
-        return PopulationBasedTraining(
+        return _Population(
             **common,
             perturbation_interval=search.pbt.interval_epochs,
             quantile_fraction=search.pbt.quantile,
@@ -100,3 +101,17 @@ def scheduler(search: Search, epochs: int) -> TrialScheduler:
             min_time_slice=math.inf,  # its default pauses every trial in turn, and each start costs a minute
         )
     return FIFOScheduler()
+
+
+class _Population(PopulationBasedTraining):
+    """Ray Tune's, which keeps a trial's checkpoint only if it was compared when it reported: so nobody could take over
+    the first ones of an interval that all reach. Here each report has its checkpoint already.
+    """
+
+    def _checkpoint_or_exploit(
+        self, trial: Trial, tune_controller: Any, upper_quantile: list[Trial], lower_quantile: list[Trial]
+    ) -> None:
+        for good in upper_quantile:
+            state = self._trial_state[good]
+            state.last_checkpoint = state.last_checkpoint or good.checkpoint
+        super()._checkpoint_or_exploit(trial, tune_controller, upper_quantile, lower_quantile)

@@ -138,7 +138,6 @@ def _prepare_folder(folder: Path, search: Search, base: Config, resume: bool) ->
 
 def _start_ray(address: str | None) -> None:
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # failures of trials are told by the log book
-    logging.getLogger("mlflow").setLevel(logging.ERROR)  # how it makes its tables
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     if address:
         try:
