@@ -1,16 +1,8 @@
 """Fixtures that several test files use."""
 
-import os
 from pathlib import Path
 
 import pytest
-
-# Whole searches: real, but each takes minutes, and on two busy cores they have not yet been seen to end in time.
-# KEYREID_TEST_CLUSTERS=1 runs them; launch/test says that they were left out.
-if not os.environ.get("KEYREID_TEST_CLUSTERS"):
-    collect_ignore = [
-        "test_tuning_search.py",
-    ]
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

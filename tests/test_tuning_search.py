@@ -47,7 +47,7 @@ BASE = {
     "optimizer": {"name": "adamw", "lr": 1e-3, "bias_lr_factor": 1.0, "weight_decay": 0.0},
     "schedule": {"warmup_epochs": 0, "floor_lr": 0.0, "steps_per_epoch": 1},
     "training": {"precision": "fp32", "zero_stage": 0, "log_every_steps": 1},
-    "evaluation": {"clips": 1},
+    "evaluation": {"clips": 1, "pictures": 0},
     "tracking": {"system_metrics": False},
 }
 

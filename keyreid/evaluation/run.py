@@ -20,8 +20,6 @@ from keyreid.evaluation.scoring import rank_gallery
 from keyreid.evaluation.vectors import Vectors
 from keyreid.model import KeyReID
 from keyreid.shards.index import ShardSet
-from keyreid.visualization.evaluation import draw
-from keyreid.visualization.page import write_page
 
 Part = Literal["test", "holdout"]
 
@@ -174,8 +172,12 @@ def _judge_and_draw(
         rerank=config.evaluation.rerank,
     )
     write_json(result, out_dir / "scores.json")
-    pictures = draw(rankings, model, shards, config, out_dir, device) if config.evaluation.pictures else []
-    if pictures:
+    pictures: list[Path] = []
+    if config.evaluation.pictures:
+        from keyreid.visualization.evaluation import draw  # matplotlib only here: trials of a search draw nothing
+        from keyreid.visualization.page import write_page
+
+        pictures = draw(rankings, model, shards, config, out_dir, device)
         write_page(out_dir / "index.html", result, pictures)
     files = [out_dir / "scores.json", *pictures, *([out_dir / "index.html"] if pictures else [])]
     return {**result, "pictures": [str(path) for path in pictures], "files": [str(path) for path in files]}

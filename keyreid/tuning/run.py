@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ SEARCH, TRIALS, STATE = "search.yaml", "trials", "ray"
 KEPT_CHECKPOINTS = 3  # of a trial, so that the state that was saved last names one that is there
 KEPT_CHECKPOINTS_PBT = 8  # a good trial may go on for a while before a bad one takes over what it had
 PARENT_SECONDS = 60.0
+CONNECT_SECONDS = 10.0
 START_ATTEMPTS = 3  # Ray gives its own processes 30 s, which a busy machine may not
 OBJECT_STORE_BYTES = 128 * 2**20  # only reports pass through it
 
@@ -141,11 +143,19 @@ def _start_ray(address: str | None) -> None:
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     if address:
         try:
+            _check_listens(address)
             ray.init(address, **common)
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"--address {address}: no Ray cluster there that can be joined: {error}") from None
     else:
         _start_local_ray(common)
+
+
+def _check_listens(address: str) -> None:
+    """Ray itself would try for ever to reach HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 def _start_local_ray(common: dict[str, Any]) -> None:
