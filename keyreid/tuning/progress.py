@@ -74,6 +74,8 @@ class LogBook(tune.Callback):
         return self
 
     def __exit__(self, *_: object) -> None:
+        for trial in self.trials.values():  # of a search that was cut short
+            trial.status = "waiting" if trial.status == "running" else trial.status
         if self._live:
             self._live.update(self.table(), refresh=True)
             self._live.stop()
