@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from keyreid.errors import KeyreidError
 
 
 def sha256(path: Path) -> str:
@@ -14,6 +18,19 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What cannot be written to `path` (a full disk, a folder that is a file) is an error that names it.
+
+    Raises:
+        KeyreidError: instead of OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise KeyreidError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def sync(path: Path) -> None:

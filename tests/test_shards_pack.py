@@ -14,17 +14,18 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 from packed import make_dataset, pack_dataset
 
 from keyreid.datasets.tracklet import Dataset, Frame
-from keyreid.errors import DataError
+from keyreid.errors import DataError, KeyreidError
 from keyreid.pose import heatmap_files, keypoint_files
 from keyreid.pose.heatmaps import render_heatmaps, render_tiles
 from keyreid.shards import format
 from keyreid.shards import pack as packing
 from keyreid.shards.index import ShardSet
-from keyreid.shards.pack import finish, missing, pack, plan_shards
+from keyreid.shards.pack import check_destination, finish, missing, pack, plan_shards
 from keyreid.shards.writer import PackSettings
 
 
@@ -89,7 +90,11 @@ def test_whole_shards_are_kept_and_others_packed_again(source, tmp_path):
     with (tmp_path / names[1]).open("r+b") as file:
         file.truncate(1000)
     (tmp_path / names[2]).with_suffix(".index.npz").write_bytes(b"not an index")
-    assert pack(planned(source), tmp_path, quiet=True) == (3, len(names) - 3)
+    for path, place in ((tmp_path / names[3], 5000), ((tmp_path / names[4]).with_suffix(".index.npz"), 10)):
+        content = bytearray(path.read_bytes())
+        content[place] ^= 1  # sizes stay; in the index it is the time of a zip entry, which nobody reads
+        path.write_bytes(content)
+    assert pack(planned(source), tmp_path, quiet=True) == (5, len(names) - 5)
     assert not (tmp_path / "dataset.json").exists()  # until all is whole again
     finish(plan, tmp_path)
     assert contents(tmp_path) == before
@@ -142,6 +147,37 @@ def test_killed_packing_goes_on_to_identical_bytes(source, tmp_path):
     assert pack(planned(source, target=60_000), out, quiet=True)[1] >= done - 1
     finish(plan, out)
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_workers_end_when_the_packer_is_killed():
+    """Others would go on, and write beside the packing that is started again."""
+    script = (
+        "import os, time; from concurrent.futures import ProcessPoolExecutor; from multiprocessing import get_context\n"
+        "from keyreid.shards.processes import end_with_parent\n"
+        "pool = ProcessPoolExecutor(1, get_context('forkserver'), end_with_parent)\n"
+        "print(pool.submit(os.getpid).result(), flush=True); time.sleep(60)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    worker = psutil.Process(int(child.stdout.readline()))
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    gone = psutil.wait_procs([worker], timeout=10)[0]
+    assert gone or worker.status() == psutil.STATUS_ZOMBIE  # of a container whose first process reaps nobody
+
+
+def test_what_cannot_be_written_is_named(source, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KeyreidError, match="file: cannot be written: "):
+        pack(planned(source), tmp_path / "file", quiet=True)
+
+
+def test_finished_shards_of_another_dataset_are_not_replaced(source, tmp_path):
+    dataset, root = source
+    pack_dataset(dataset, root, tmp_path)
+    check_destination(planned(source), tmp_path)
+    with pytest.raises(DataError, match="another dataset"):
+        check_destination(plan_shards(dataset, PackSettings(root / "elsewhere")), tmp_path)
 
 
 def test_a_full_disk_is_noticed_before_packing(source, tmp_path, monkeypatch):
@@ -229,6 +265,22 @@ def test_no_keypoints_are_zeros_and_counted(source, tmp_path):
     assert shards.card["counts"]["frames_with_keypoints"] == 0
     assert not shards.heatmaps(3, 0).any()
     assert not shards.visible.any()
+
+
+def test_tiny_pictures_and_jpegs_with_more_behind_their_end_are_packed(tmp_path):
+    dataset = make_dataset(tmp_path / "source", identities=1, tracklets=2)
+    tiny = tmp_path / "tiny.png"
+    cv2.imwrite(str(tiny), np.full((1, 3, 3), 7, np.uint8))
+    path = dataset.tracklets[0].frames[1].path
+    path.write_bytes(path.read_bytes() + bytes(500))
+    frames = (dataset.tracklets[0].frames[1], Frame(tiny))
+    odd = Dataset("odd", (replace(dataset.tracklets[0], frames=frames, keypoints=None),))
+    shards = pack_dataset(odd, tmp_path, tmp_path / "out")
+    assert shards.frame_sizes.tolist() == [[32, 64], [3, 1]]
+    assert shards.read(0, ["f0000.jpg"]) == [path.read_bytes()]
+    cv2.imwrite(str(tiny), np.zeros((1, 65536), np.uint8))
+    with pytest.raises(DataError, match=r"tiny\.png: 65536 x 1 pixels: more than 65535"):
+        pack_dataset(odd, tmp_path, tmp_path / "wide")
 
 
 def test_png_is_kept_or_made_jpeg(tmp_path):

@@ -170,5 +170,7 @@ def test_what_cannot_be_fetched_is_named_and_leaves_nothing(server, tmp_path, an
 
 
 def test_a_set_that_is_not_there_is_named(server, tmp_path):
+    with pytest.raises(DataError, match="Protocol not known: nosuch"):
+        ShardSet.open("nosuch://bucket/set", tmp_path / "cache")
     with pytest.raises(DataError, match=f"{server.url}/none/dataset.json"):
         ShardSet.open(f"{server.url}/none", tmp_path)

@@ -144,7 +144,7 @@ def test_an_index_of_another_shard_does_not_fit(folder):
 def test_files_that_are_no_part_of_the_dataset_are_reported(folder):
     (folder / ".toy-00000.tar.17.partial").write_bytes(b"")
     assert problems(folder) == [
-        ".toy-00000.tar.17.partial: is no part of the dataset; an interrupted or older packing left it"
+        ".toy-00000.tar.17.partial: is no part of the dataset; an older packing left it: delete it"
     ]
 
 
@@ -259,6 +259,11 @@ def test_the_command_packs_describes_verifies_and_draws(tmp_path):
     assert "SHA-256" in result.output
 
 
+def test_verifying_needs_the_files_themselves():
+    result = CliRunner().invoke(app, ["inspect", "http://127.0.0.1/shards", "--verify"])
+    assert "reads a folder" in str(result.exception)
+
+
 def test_bad_options_of_the_command_are_explained(tmp_path):
     make_dataset(tmp_path / "source", identities=2, tracklets=1)
     run = CliRunner().invoke
@@ -266,6 +271,7 @@ def test_bad_options_of_the_command_are_explained(tmp_path):
         ("--share", "3/3"): "I from 0 to N - 1",
         ("--option", "layout"): "NAME=VALUE",
         ("--option", "colour=red"): "has no option 'colour'",
+        ("--option", "layout=[1"): "not YAML",
     }.items():
         result = run(app, ["shard", "folder", str(tmp_path / "source"), *options, "--out", str(tmp_path / "o")])
         assert result.exit_code != 0

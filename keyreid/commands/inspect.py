@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from keyreid.errors import DataError
+from keyreid.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from keyreid.shards.index import ShardSet
@@ -22,7 +22,7 @@ _SHOWN = 200  # problems that are printed
 
 def inspect(
     shards: Annotated[str, typer.Argument(help="folder (or URL) that `keyreid shard` wrote")],
-    verify: Annotated[bool, typer.Option("--verify", help="check every hash, header and member")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="check every hash, header and member of a folder")] = False,
     against: Annotated[
         Path | None, typer.Option(help="compare with the dataset in this folder, which was packed")
     ] = None,
@@ -34,8 +34,14 @@ def inspect(
 ) -> None:
     """Say what is in a set of shards; check it, compare it with its source, draw it. Status 1: something is wrong."""
     from keyreid.shards.index import ShardSet
+    from keyreid.visualization.canvas import save_picture
 
     if verify:
+        if "://" in shards:
+            raise ConfigError(
+                f"{shards}: --verify reads a folder; verify the shards where they lie, before or after copying them "
+                "(what is fetched from a URL is checked against its SHA-256 in any case)"
+            )
         _verify(Path(shards).expanduser())
     opened = ShardSet.open(shards)
     if tracklet is not None:
@@ -45,7 +51,7 @@ def inspect(
         return
     _describe(opened)
     if sheet is not None:
-        _contact_sheet(opened).save(sheet)
+        save_picture(_contact_sheet(opened), sheet)
         typer.echo(f"contact sheet: {sheet}")
     if against is not None:
         _compare(opened, against.expanduser(), keypoints)
@@ -59,7 +65,8 @@ def _verify(folder: Path) -> None:
     total = len(read_card(folder)["shards"])
     results = verify(folder, len(os.sched_getaffinity(0)))
     found = [problem for _, problems in track(results, total + 1, "verifying", "shards") for problem in problems]
-    _report(found, f"{folder}: verified, {total} shards are whole")
+    mend = "run the same `keyreid shard` again: it packs what is damaged or missing anew and keeps the rest"
+    _report(found, f"{folder}: verified, {total} shards are whole", mend)
 
 
 def _compare(shards: ShardSet, root: Path, keypoints: Path | None) -> None:
@@ -74,19 +81,22 @@ def _compare(shards: ShardSet, root: Path, keypoints: Path | None) -> None:
         keypoints = None
     elif keypoints is None and (root / "keypoints").is_dir():
         keypoints = root / "keypoints"
+    elif keypoints is None:
+        typer.echo(f"keypoints are not compared: {root / 'keypoints'} is not there; name their folder with --keypoints")
     settings = PackSettings(root, keypoints, image=shards.card["settings"]["image"])
     results = track(compare(shards, dataset, settings), len(dataset.tracklets), "comparing", "tracklets")
     found = [problem for _, problems in results for problem in problems]
-    _report(found, f"{shards.location}: the same as {root}, {len(dataset.tracklets)} tracklets")
+    mend = "where the shards are out of date, delete those named and run the same `keyreid shard` again"
+    _report(found, f"{shards.location}: the same as {root}, {len(dataset.tracklets)} tracklets", mend)
 
 
-def _report(found: list[Problem], good: str) -> None:
+def _report(found: list[Problem], good: str, mend: str) -> None:
     for problem in found[:_SHOWN]:
         typer.echo(str(problem))
     if len(found) > _SHOWN:
         typer.echo(f"... and {len(found) - _SHOWN} more")
     if found:
-        typer.echo(f"{len(found)} problems; pack the dataset again, what is whole is kept", err=True)
+        typer.echo(f"{len(found)} {'problem' if len(found) == 1 else 'problems'}; {mend}", err=True)
         sys.exit(1)
     typer.echo(good)
 

@@ -72,6 +72,7 @@ def shard(
         for name, tracklets in plan.shards:
             typer.echo(f"{name}: {len(tracklets)} tracklets, {tracklets[0].key} .. {tracklets[-1].key}")
         return
+    packing.check_destination(plan, out)
     if not finish:
         workers = processes or len(os.sched_getaffinity(0))
         written, kept = packing.pack(plan, out, workers, (number, shares))
@@ -105,7 +106,10 @@ def _options(texts: list[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--option {text}: write NAME=VALUE")
-        options[name] = yaml.safe_load(value)
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--option {text}: the value is not YAML: {' '.join(str(error).split())}") from None
     return options
 
 

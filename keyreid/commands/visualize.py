@@ -103,7 +103,6 @@ def curves(
         result = read_json(path)
         for protocol, values in result["protocols"].items():
             named[f"{path.parent.name or path.stem}, {result['dataset']}, {protocol}"] = values
-    out.parent.mkdir(parents=True, exist_ok=True)
     draw_cmc(named, title, out)
     print(out)
 
@@ -122,6 +121,7 @@ def _positions(shards, keys: list[str] | None, count: int) -> list[int]:
 
 
 def _save(picture, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(out)
+    from keyreid.visualization.canvas import save_picture
+
+    save_picture(picture, out)
     print(f"{out}: {picture.width} x {picture.height} pixels")

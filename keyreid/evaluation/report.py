@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from keyreid.errors import DataError, KeyreidError
+from keyreid.errors import DataError
 from keyreid.evaluation.protocols import CMC_RANKS, PROTOCOLS
+from keyreid.files import writing
 
 RATES = ("mAP", "mINP", *(f"rank{rank}" for rank in CMC_RANKS))
 COUNTS = ("queries", "valid_queries", "gallery", "junk", "distractors")
@@ -56,11 +57,9 @@ def write_json(result: Mapping[str, Any], path: Path) -> None:
     Raises:
         KeyreidError: the file cannot be written.
     """
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
-    except OSError as error:
-        raise KeyreidError(f"{path}: {error.strerror}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

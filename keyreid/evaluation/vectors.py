@@ -12,6 +12,7 @@ import numpy as np
 from keyreid.errors import DataError
 from keyreid.evaluation.distance import Embeddings
 from keyreid.evaluation.protocols import Side
+from keyreid.files import writing
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,18 @@ class Vectors:
         return np.array([place[key] for key in keys], np.int64)
 
     def save(self, path: Path) -> None:
-        """Write an `.npz` file; nothing in it is pickled."""
+        """Write an `.npz` file; nothing in it is pickled.
+
+        Raises:
+            KeyreidError: it cannot be written.
+        """
         arrays = {name: getattr(self, name) for name in _ARRAYS}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            np.savez(file, **arrays, global_width=self.global_width, dataset=self.dataset)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.partial")  # vectors are hours of work: never half of them
+            with partial.open("wb") as file:
+                np.savez(file, **arrays, global_width=self.global_width, dataset=self.dataset)
+            partial.replace(path)
 
     @staticmethod
     def load(path: Path) -> Vectors:

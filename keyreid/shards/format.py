@@ -30,6 +30,7 @@ MAX_KEY_LENGTH = 80  # with the longest member name this fits the 100 bytes of a
 MEMBERS_BEFORE_FRAMES = 2  # KEY.json and KEY.kp.npy
 MEMBERS_PER_FRAME = 2  # the picture and its heatmaps
 TAR_BLOCK = 512
+LARGEST_SIDE = (1 << 16) - 1  # pixels; what the index can say
 
 
 def member_name(member: int, picture: str) -> str:
@@ -63,19 +64,23 @@ def picture_size(content: bytes, kind: str) -> tuple[int, int]:
         return struct.unpack(">II", content[16:24])
     if content[:2] != b"\xff\xd8":
         raise ValueError("not a JPEG")
-    if b"\xff\xd9" not in content[-64:]:
-        raise ValueError("the JPEG is cut off: its end marker is missing")
-    place = 2
+    size, place = None, 2
     while place + 9 <= len(content) and content[place] == 0xFF:
         marker = content[place + 1]
         if marker == 0xFF:  # fill byte
             place += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            continue
+        if marker == 0xDA:  # pixels begin, among which no marker can stand by chance; cameras may write more behind
+            if content.find(b"\xff\xd9", place) < 0:
+                break
+            if size is None:
+                raise ValueError("the JPEG states no size")
+            return size
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width = struct.unpack(">HH", content[place + 5 : place + 9])
-            return width, height
-        else:
-            place += 2 + struct.unpack(">H", content[place + 2 : place + 4])[0]
-    raise ValueError("the JPEG states no size")
+            size = width, height
+        place += 2 + struct.unpack(">H", content[place + 2 : place + 4])[0]
+    raise ValueError("the JPEG is cut off: its end marker is missing")
 
 
 def decode_picture(content: bytes) -> np.ndarray:
@@ -93,7 +98,7 @@ def decode_picture(content: bytes) -> np.ndarray:
 def check_picture(content: bytes) -> None:
     """Decode a picture small and grey, in half the time, to know that it can be; ValueError where it cannot."""
     if _decode(content, cv2.IMREAD_REDUCED_GRAYSCALE_8) is None:
-        raise ValueError("the picture does not decode")
+        decode_picture(content)  # an eighth of a PNG of fewer than 8 pixels a side is nothing
 
 
 def _decode(content: bytes, flags: int) -> np.ndarray | None:

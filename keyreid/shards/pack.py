@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,11 +21,12 @@ from typing import Any
 import keyreid
 from keyreid.datasets.tracklet import Dataset, Tracklet
 from keyreid.errors import DataError, KeyreidError
-from keyreid.files import sync
+from keyreid.files import sync, writing
 from keyreid.progress import track
 from keyreid.shards import format
-from keyreid.shards.processes import worker_context
-from keyreid.shards.writer import PackSettings, fingerprint, index_path, kept, write_atomically, write_shard
+from keyreid.shards.index import read_card
+from keyreid.shards.processes import end_with_parent, worker_context
+from keyreid.shards.writer import PackSettings, fingerprint, index_path, kept, whole, write_atomically, write_shard
 
 DEFAULT_TARGET_BYTES = 256_000_000
 _PICTURES_MEASURED = 1000  # file sizes are looked up for so many, evenly spaced
@@ -74,25 +76,49 @@ def plan_shards(dataset: Dataset, settings: PackSettings, target_bytes: int = DE
     return PackPlan(dataset, settings, tuple(zip(names, shards, strict=True)), tuple(sizes))
 
 
+def check_destination(plan: PackPlan, out: Path) -> None:
+    """Refuse to replace the finished shards of another dataset: readers name most of them alike (`folder`, `mars`).
+
+    Raises:
+        DataError: `out` holds them.
+    """
+    try:
+        there = read_card(out)["source"]
+    except DataError:
+        return
+    if (there["dataset"], there["folder"]) != (_source(plan)["dataset"], _source(plan)["folder"]):
+        raise DataError(
+            f"{out}: holds the shards of another dataset ({there['dataset']}, from a folder {there['folder']!r}); "
+            "choose another --out, or delete them first"
+        )
+
+
 def pack(
     plan: PackPlan, out: Path, processes: int = 1, share: tuple[int, int] = (0, 1), quiet: bool = False
 ) -> tuple[int, int]:
-    """Write the shards of share i of n (shards i, i + n, ...) that are not there yet.
+    """Write the shards of share i of n (shards i, i + n, ...) that are not there yet, or are there and damaged.
 
     Returns:
         How many shards were written, how many were kept.
 
     Raises:
         DataError: the input is bad, or the disk is too small.
+        KeyreidError: `out` cannot be written to.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     mine = range(share[0], len(plan.shards), share[1])
-    todo = [number for number in mine if not kept(out / plan.shards[number][0], plan.fingerprints[number])]
+    there = [number for number in mine if kept(out / plan.shards[number][0], plan.fingerprints[number])]
+    with ThreadPoolExecutor(processes) as pool:
+        checks = pool.map(lambda number: whole(out / plan.shards[number][0]), there)
+        checked = track(zip(there, checks, strict=True), len(there), "checking", "shards", quiet=quiet)
+        good = {number for number, is_whole in checked if is_whole}
+    todo = [number for number in mine if number not in good]
     if todo:
         (out / format.CARD_NAME).unlink(missing_ok=True)  # it must not vouch for shards that are being replaced
-    for number in mine:
-        for stale in out.glob(f".{plan.shards[number][0].removesuffix('.tar')}.*.partial"):
-            stale.unlink(missing_ok=True)
+    names = [format.CARD_NAME, *(plan.shards[number][0].removesuffix("tar") for number in mine)]
+    for stale in (path for name in names for path in out.glob(f".{name.removesuffix('.')}.*.partial")):
+        stale.unlink(missing_ok=True)
     _check_disk(out, sum(plan.bytes[number] for number in todo))
     frames = sum(len(tracklet.frames) for number in todo for tracklet in plan.shards[number][1])
     jobs = [
@@ -100,8 +126,11 @@ def pack(
         for number, (name, tracklets) in ((number, plan.shards[number]) for number in todo)
     ]
     steps = _write_here(jobs) if processes == 1 or len(jobs) < 2 else _write_there(jobs, min(processes, len(jobs)))
+    start = time.monotonic()
     for _ in track(steps, frames, "packing", "frames", quiet=quiet):
         pass
+    if todo and not quiet:
+        print(f"packed {frames} frames: {frames / (time.monotonic() - start):.0f} frames/s")
     return len(todo), len(mine) - len(todo)
 
 
@@ -167,11 +196,7 @@ def make_card(plan: PackPlan, out: Path) -> dict[str, Any]:
         "format": f"keyreid-dataset/{format.VERSION}",
         "name": dataset.name,
         "tool": f"keyreid {keyreid.__version__}",
-        "source": {
-            "dataset": settings.dataset or dataset.name,
-            "folder": settings.root.name,
-            "options": settings.options,
-        },
+        "source": _source(plan),
         "settings": settings.described(),
         "counts": _counts(dataset.tracklets)
         | {"frames_with_keypoints": frames_with_keypoints, "heatmap_bytes": heatmap_bytes},
@@ -185,6 +210,12 @@ def make_card(plan: PackPlan, out: Path) -> dict[str, Any]:
         "frames_per_second": dataset.frames_per_second,
         "shards": shards,
     }
+
+
+def _source(plan: PackPlan) -> dict[str, Any]:
+    settings = plan.settings
+    name = settings.dataset or plan.dataset.name
+    return {"dataset": name, "folder": settings.root.name, "options": settings.options}
 
 
 def _counts(tracklets: Any) -> dict[str, int]:
@@ -259,6 +290,7 @@ _frames_done: Any = None
 def _start_worker(counter: Any) -> None:
     global _frames_done
     _frames_done = counter
+    end_with_parent()
 
 
 def _write_in_worker(job: _Job) -> None:

@@ -19,7 +19,7 @@ from keyreid.shards import format
 from keyreid.shards.batch import ClipBatch, ClipPlan
 from keyreid.shards.fetch import ClipFetcher, Faults, FetchedClip
 from keyreid.shards.index import ShardSet
-from keyreid.shards.processes import worker_context
+from keyreid.shards.processes import end_with_parent, worker_context
 
 
 class PlainReader:
@@ -44,6 +44,7 @@ class PlainReader:
             num_workers=workers,
             prefetch_factor=config.data.prefetch if workers else None,
             multiprocessing_context=worker_context() if workers else None,
+            worker_init_fn=_start_worker,
             collate_fn=_Collate(fetcher),
             pin_memory=self.device.type == "cuda",
         )
@@ -65,6 +66,10 @@ class PlainReader:
         """End the workers."""
         self._batches = iter(())
         self._loader = None  # type: ignore[assignment]
+
+
+def _start_worker(_number: int) -> None:
+    end_with_parent()
 
 
 Sample = tuple[ClipPlan, FetchedClip | None, torch.Tensor | None, Exception | None]

@@ -152,11 +152,15 @@ def _fetch(url: str, path: Path, size: int, digest: str | None = None) -> None:
                 log.warning("%s: %s; trying again", url, reason)
                 time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
             try:
-                _file_system(url).get_file(url, str(partial), callback=_Bound(url, size))
-            except (FileNotFoundError, PermissionError) as error:
-                raise DataError(f"{url}: {type(error).__name__}: {error}") from None
+                system = _file_system(url)
             except ImportError as error:
                 raise DataError(f"{url}: {error}; install keyreid[remote]") from None
+            except ValueError as error:
+                raise DataError(f"{url}: {error}") from None
+            try:
+                system.get_file(url, str(partial), callback=_Bound(url, size))
+            except (FileNotFoundError, PermissionError) as error:
+                raise DataError(f"{url}: {type(error).__name__}: {error}") from None
             except DataError:
                 raise
             except Exception as error:  # every protocol has its own, and networks fail in many ways

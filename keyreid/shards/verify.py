@@ -65,7 +65,7 @@ def verify(folder: Path, threads: int = 1) -> Iterator[tuple[str, list[Problem]]
     )
     yield (
         "",
-        [Problem(name, "", "is no part of the dataset; an interrupted or older packing left it") for name in strays],
+        [Problem(name, "", "is no part of the dataset; an older packing left it: delete it") for name in strays],
     )
 
 
@@ -220,6 +220,7 @@ def _content_faults(
 def _compare_tracklet(shards: ShardSet, tracklet: Tracklet, settings: PackSettings) -> Iterator[Problem]:
     position = shards.position[tracklet.key]
     record = shards.tracklets[position]
+    shard = shards.shard_name(record.shard)
     identity = format.UNKNOWN_IDENTITY if tracklet.identity is None else tracklet.identity
     for name, packed, wanted in (
         ("identity", record.identity, identity),
@@ -228,16 +229,16 @@ def _compare_tracklet(shards: ShardSet, tracklet: Tracklet, settings: PackSettin
         ("number of frames", record.frames, len(tracklet.frames)),
     ):
         if packed != wanted:
-            yield Problem(shards.location, tracklet.key, f"{name} is {packed}, in the dataset {wanted}")
+            yield Problem(shard, tracklet.key, f"{name} is {packed}, in the dataset {wanted}")
             if name == "number of frames":
                 return
     try:
         for number, frame in enumerate(tracklet.frames):
             content, kind = read_frame(frame)
             if settings.image == "keep" and shards.read_member(position, 2 + 2 * number) != content:
-                yield Problem(shards.location, f"{tracklet.key}.f{number:04d}.{kind}", f"is not {frame.path}")
+                yield Problem(shard, f"{tracklet.key}.f{number:04d}.{kind}", f"is not {frame.path}")
         known = settings.keypoints is not None or tracklet.keypoints is not None
         if known and not np.array_equal(shards.keypoints(position), load_keypoints(tracklet, settings)):
-            yield Problem(shards.location, f"{tracklet.key}.kp.npy", "keypoints are not those of the source")
+            yield Problem(shard, f"{tracklet.key}.kp.npy", "keypoints are not those of the source")
     except DataError as error:
-        yield Problem(shards.location, tracklet.key, str(error))
+        yield Problem(shard, tracklet.key, str(error))

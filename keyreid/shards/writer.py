@@ -22,7 +22,8 @@ from webdataset import TarWriter
 
 from keyreid.datasets import tracklet as source
 from keyreid.datasets.tracklet import Frame, Tracklet
-from keyreid.errors import DataError
+from keyreid.errors import DataError, KeyreidError
+from keyreid.files import sha256, writing
 from keyreid.pose import heatmap_files, keypoint_files
 from keyreid.pose.heatmaps import TILE_HEIGHT, TILE_WIDTH, render_tiles, visibility
 from keyreid.pose.parts import part_names
@@ -82,10 +83,18 @@ def fingerprint(name: str, tracklets: list[Tracklet], settings: PackSettings) ->
 def kept(tar: Path, settings_hash: str) -> bool:
     """Whether the finished shard `tar` was written from the same tracklets with the same settings."""
     try:
-        header = format.read_index(index_path(tar)).header
+        index = format.read_index(index_path(tar))
     except DataError:
         return False
+    header = index.header
+    if format.encode_index(index) != index_path(tar).read_bytes():  # damaged where no reader looks
+        return False
     return header["settings"] == settings_hash and tar.is_file() and tar.stat().st_size == header["bytes"]
+
+
+def whole(tar: Path) -> bool:
+    """Whether every byte of a finished shard is as it was written."""
+    return sha256(tar) == format.read_index(index_path(tar)).header["sha256"]
 
 
 def index_path(tar: Path) -> Path:
@@ -101,11 +110,12 @@ def write_shard(tar: Path, tracklets: list[Tracklet], settings: PackSettings, se
 
     Raises:
         DataError: a picture, keypoint file or heatmap file is missing, damaged or does not fit; nothing is left behind.
+        KeyreidError: the shard cannot be written.
     """
     partial = tar.with_name(f".{tar.name}.{os.getpid()}.partial")
     columns = _Columns()
     try:
-        with partial.open("wb", buffering=1 << 20) as file:
+        with writing(tar), partial.open("wb", buffering=1 << 20) as file:
             stream = _HashedStream(file)
             with TarWriter(
                 stream, encoder=False, compress=False, mtime=0, mode=0o644, user="keyreid", group="keyreid"
@@ -123,8 +133,11 @@ def write_shard(tar: Path, tracklets: list[Tracklet], settings: PackSettings, se
             "parts": settings.parts,
             "settings": settings_hash,
         }
-        index_path(tar).unlink(missing_ok=True)  # an old one must not vouch for the new shard
-        partial.replace(tar)
+        if not partial.exists():
+            raise KeyreidError(f"{tar}: another `keyreid shard` packs the same share into this folder; let one go on")
+        with writing(tar):
+            index_path(tar).unlink(missing_ok=True)  # an old one must not vouch for the new shard
+            partial.replace(tar)
     finally:
         partial.unlink(missing_ok=True)
     write_atomically(index_path(tar), format.encode_index(columns.index(header)))
@@ -134,10 +147,11 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a small file so that it is there whole or not at all, whenever the machine stops."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            _sync(file)
-        partial.replace(path)
+        with writing(path):
+            with partial.open("wb") as file:
+                file.write(content)
+                _sync(file)
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -219,6 +233,8 @@ def _picture(tracklet: Tracklet, frame: Frame, settings: PackSettings) -> tuple[
                 "jpg",
             )
         size = format.picture_size(content, kind)
+        if max(size) > format.LARGEST_SIDE:
+            raise ValueError(f"{size[0]} x {size[1]} pixels: more than {format.LARGEST_SIDE} on a side")
         format.check_picture(content)
         return content, kind, size
     except (DataError, ValueError) as error:

@@ -9,6 +9,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from keyreid.files import writing
+
 RIGHT, WRONG, UNKNOWN, QUERY = (22, 163, 74), (220, 38, 38), (148, 163, 184), (37, 99, 235)
 INK, SOFT_INK, PAPER = (17, 24, 39), (100, 116, 139), (255, 255, 255)
 
@@ -40,6 +42,17 @@ def blank(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     """A white picture and what draws on it."""
     image = Image.new("RGB", (width, height), PAPER)
     return image, ImageDraw.Draw(image)
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a PNG, whatever its name, and the folders above it.
+
+    Raises:
+        KeyreidError: it cannot be written.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, "png")
 
 
 def scaled(picture: np.ndarray, width: int, height: int) -> Image.Image:

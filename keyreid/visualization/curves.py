@@ -9,6 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from keyreid.files import writing
+
 LINES = ("-", "--", "-.", ":")  # curves that coincide can still be told apart
 
 
@@ -37,4 +39,6 @@ def draw_cmc(scores: Mapping[str, Mapping[str, Any]], title: str, path: Path) ->
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center")
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)  # inches
-    figure.savefig(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png")

@@ -16,6 +16,7 @@ from keyreid.evaluation.vectors import Vectors
 from keyreid.model import KeyReID
 from keyreid.shards.index import ShardSet
 from keyreid.visualization.attention import attention_picture, can_draw_attention
+from keyreid.visualization.canvas import save_picture
 from keyreid.visualization.curves import draw_cmc
 from keyreid.visualization.guidance import guidance_picture
 from keyreid.visualization.ranked import RankedRow, Tile, draw_ranked
@@ -47,7 +48,7 @@ def draw(
         pictures["attention"] = attention_picture(model, shards, positions, config, device)
     paths = []
     for name, picture in pictures.items():
-        picture.save(out_dir / f"{name}.png")
+        save_picture(picture, out_dir / f"{name}.png")
         paths.append(out_dir / f"{name}.png")
     curves = out_dir / "cmc.png"
     draw_cmc({name: ranking.scores.as_dict() for name, ranking in rankings.items()}, first.query.dataset, curves)

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment
 
 from keyreid.evaluation.report import table
+from keyreid.files import writing
 
 CAPTIONS = {
     "ranked": "Ranked lists: the query on the left, its nearest tracklets beside it; green right, red wrong.",
@@ -59,4 +60,5 @@ def write_page(path: Path, result: Mapping[str, Any], pictures: Sequence[Path]) 
         facts=", ".join(facts),
         pictures=[(picture.name, CAPTIONS.get(picture.stem, picture.stem)) for picture in pictures],
     )
-    path.write_text(text)
+    with writing(path):
+        path.write_text(text)
