@@ -1,5 +1,6 @@
 """Fixtures of the Slurm tests: one cluster of two nodes for all of them, and what they share."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -74,13 +75,48 @@ def walkers(keyreid: Keyreid, workspace: Path) -> Path:
     return root
 
 
+# Jobs that fill the time in which the fault test waits for Slurm; tests of their own look at what they did.
+
+
+@pytest.fixture(scope="session")
+def pipeline(keyreid: Keyreid, walkers: Path) -> list[tuple[str, str]]:
+    """Verb and id of each job of a pipeline that was queued."""
+    changes = ["name=piped", "data.shards=piped-shards", "schedule.steps_per_epoch=1", "evaluation.every_epochs=0"]
+    size = ["--shares=2", "--nodes=2", "--tasks-per-node=1", "--cpus-per-task=1"]
+    where = ["--dataset=mars", f"--root={walkers}"]
+    return jobs_of(keyreid("submit", "pipeline", "tiny.yaml", *changes, *where, *size))
+
+
+@pytest.fixture(scope="session")
+def search(cluster: Cluster, keyreid: Keyreid, walkers: Path, workspace: Path) -> str | None:
+    """Id of a search of four trials over two nodes that was queued; None where it cannot run."""
+    if not cluster.isolated or not importlib.util.find_spec("ray"):
+        return None
+    keyreid("shard", "mars", walkers, "--out", workspace / "shards")
+    (workspace / "search.yaml").write_text(
+        "name: search\n"
+        "base: tiny.yaml\n"
+        "settings: {schedule: {steps_per_epoch: 2}}\n"
+        "space: {loss.alpha: {uniform: [0.3, 0.9]}}\n"
+        "trials: 4\n"
+        "budget: {epochs: 1}\n"
+        "holdout: 0.4\n"
+    )
+    return jobs_of(keyreid("submit", "tune", "search.yaml", "--nodes=2", "--cpus-per-task=1"))[0][1]
+
+
+def jobs_of(result: subprocess.CompletedProcess) -> list[tuple[str, str]]:
+    """Verb and id of what a `keyreid submit` queued."""
+    return re.findall(r"^(\w+): job (\d+)", result.stdout, re.MULTILINE)
+
+
 @pytest.fixture
 def queued(cluster: Cluster) -> Callable[[subprocess.CompletedProcess], str]:
     """The id of the (last) job that a `keyreid submit` queued; all are cancelled if the test leaves them."""
     jobs = []
 
     def find(result: subprocess.CompletedProcess) -> str:
-        jobs.extend(re.findall(r"^\w+: job (\d+)", result.stdout, re.MULTILINE))
+        jobs.extend(job for _, job in jobs_of(result))
         return jobs[-1]
 
     yield find
