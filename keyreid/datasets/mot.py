@@ -1,7 +1,7 @@
 """Tracks in videos or street pictures (MOTChallenge): people cut out along their boxes.
 
-`root` is a video file, a folder of pictures, a sequence (`img1/`, `gt/gt.txt`, `seqinfo.ini`), a folder of sequences, or
-a whole MOTChallenge set, of which `train` is taken: the part whose tracks are published.
+`root` is a video file, a folder of pictures, a sequence (`img1/`, `gt/gt.txt`, `seqinfo.ini`), a folder of sequences,
+or a whole MOTChallenge set, of which `train` is taken: the part whose tracks are published.
 Each sequence is a camera. Tracks are lines of frame (from 1), id, x, y, width, height, confidence, class, visibility,
 of which the last three may be missing, or a CSV file whose first line names those columns in any order.
 """

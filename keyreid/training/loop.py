@@ -299,6 +299,7 @@ class Trainer:
         score = result["metrics"][f"{self.config.evaluation.protocol}/mAP"]
         if self.state.best_score is None or score > self.state.best_score:
             self.state = replace(self.state, best_score=score, best_step=self.state.step)
+        self.tracker.params({f"{part}/dataset": result["dataset"]})
         self.tracker.metrics({f"{part}/{name}": value for name, value in result["metrics"].items()}, self.state.step)
         self.tracker.artifact(folder, f"evaluation/{folder.name}")
         return result

@@ -16,6 +16,7 @@ import ray
 
 from keyreid.errors import ConfigError, KeyreidError
 
+CONNECT_SECONDS = 5.0
 START_ATTEMPTS = 3  # Ray gives its own processes 30 s, which a busy machine may not
 OBJECT_STORE_BYTES = 128 * 2**20  # only reports pass through it
 
@@ -33,14 +34,24 @@ def start(address: str | None, log_to_driver: bool = False) -> None:
         _start_here(common)
         return
     try:
+        _check_listens(address)
         ray.init(address, **common)
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{address}: no Ray cluster there that can be joined: {error}") from None
+
+
+def _check_listens(address: str) -> None:
+    """Ray itself would try for ever to reach HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 def _start_here(common: dict) -> None:
     """Without a dashboard, and with a token that only its own processes know; Ray cannot listen on loopback alone."""
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # When the driver is killed, Ray's agents look for its other processes that long before they end too.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     for attempt in range(START_ATTEMPTS):
         try:
             ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
@@ -66,3 +77,6 @@ class RayProcess:
         with socket.socket() as probe:
             probe.bind((address, 0))
             return address, probe.getsockname()[1]
+
+    def _meet_at(self, meeting_point: tuple[str, int]) -> None:
+        os.environ.update(MASTER_ADDR=meeting_point[0], MASTER_PORT=str(meeting_point[1]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ class Rank(RayProcess):
 
     def train(self, config: Config, resume: bool, meeting_point: tuple[str, int]) -> dict | None:
         """See keyreid.training.run.train."""
-        os.environ.update(MASTER_ADDR=meeting_point[0], MASTER_PORT=str(meeting_point[1]))
+        self._meet_at(meeting_point)
         from keyreid.training.run import train
 
         return train(config, resume, stop=self._stop)

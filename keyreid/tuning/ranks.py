@@ -8,9 +8,7 @@ globals and cannot join another run.
 
 from __future__ import annotations
 
-import os
 import queue
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,26 +17,18 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from keyreid.training.ray_cluster import RayProcess
+
 END_SECONDS = 60.0  # for a run that was told to end: writing its log, sending what MLflow lacks
 
 
-class Rank:
+class Rank(RayProcess):
     """One process of a trial. An actor with threads: `train` runs in one while another takes reports and answers."""
 
     def __init__(self, rank: int, world_size: int, cpus: int, directory: str) -> None:
-        # Relative paths in the configuration are meant from where the search was started.
-        os.chdir(directory)
-        # Ray shows each actor its own GPU alone, so it is the first of its kind on any node.
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", OMP_NUM_THREADS=str(cpus))
+        super().__init__(rank, world_size, cpus, directory)
         self._reports: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
-
-    def meeting_point(self) -> tuple[str, int]:
-        """An address and a free port of this node."""
-        address = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((address, 0))
-            return address, probe.getsockname()[1]
 
     def train(self, values: dict[str, Any], tags: Mapping[str, str], meeting_point: tuple[str, int]) -> None:
         """Run the trial's training until its end, or until an answer ends it.
@@ -46,7 +36,7 @@ class Rank:
         Raises:
             KeyreidError: see keyreid.training.run.train.
         """
-        os.environ.update(MASTER_ADDR=meeting_point[0], MASTER_PORT=str(meeting_point[1]))
+        self._meet_at(meeting_point)
         from keyreid.config import check_config
         from keyreid.training.preemption import StopRequest
         from keyreid.training.run import train

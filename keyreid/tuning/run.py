@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-# Before Ray is imported: nothing is sent to Ray's makers, the state is saved within a second of what happens, and what
-# Ray Tune would print, write for other tools or take from Ctrl-C is ours.
+# Before Ray is imported: the state is saved within a second of what happens, and what Ray Tune would print, write for
+# other tools or take from Ctrl-C is ours.
 os.environ.update(
-    RAY_USAGE_STATS_ENABLED="0",
     RAY_CHDIR_TO_TRIAL_DIR="0",
     RAY_AIR_NEW_OUTPUT="0",
     TUNE_GLOBAL_CHECKPOINT_S="1",
@@ -24,10 +21,6 @@ os.environ.update(
     TUNE_PRINT_ALL_TRIAL_ERRORS="0",
     TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S="0",
 )
-os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")  # on a busy machine a process starts slowly
-os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets anything else on the machine starve a training
-
-import logging
 
 import ray
 import yaml
@@ -36,9 +29,10 @@ from ray.tune.experiment import Trial
 from ray.tune.tune_config import ResumeConfig
 
 from keyreid.config import Config
-from keyreid.errors import ConfigError, KeyreidError
+from keyreid.errors import ConfigError
 from keyreid.files import replace_text
 from keyreid.tracking import Tracker, store_uri
+from keyreid.training import ray_cluster
 from keyreid.tuning import algorithms, outcome
 from keyreid.tuning.progress import LogBook
 from keyreid.tuning.search import Search, metric_key
@@ -48,9 +42,6 @@ SEARCH, TRIALS, STATE = "search.yaml", "trials", "ray"
 KEPT_CHECKPOINTS = 3  # of a trial, so that the state that was saved last names one that is there
 KEPT_CHECKPOINTS_PBT = 8  # a good trial may go on for a while before a bad one takes over what it had
 PARENT_SECONDS = 60.0
-CONNECT_SECONDS = 10.0
-START_ATTEMPTS = 3  # Ray gives its own processes 30 s, which a busy machine may not
-OBJECT_STORE_BYTES = 128 * 2**20  # only reports pass through it
 
 
 @dataclass(frozen=True)
@@ -83,7 +74,7 @@ def run_search(search: Search, base: Config, resume: bool = False, address: str 
     folder = Path(base.output).expanduser().absolute() / search.name
     drawn = algorithms.points(search, base)
     goes_on = _prepare_folder(folder, search, base, resume)
-    _start_ray(address)
+    ray_cluster.start(address)
     try:
         gpus = _gpus_of_a_rank(search)
         tracker = Tracker(
@@ -136,41 +127,6 @@ def _prepare_folder(folder: Path, search: Search, base: Config, resume: bool) ->
     (folder / TRIALS).mkdir(parents=True, exist_ok=True)
     replace_text(folder / SEARCH, yaml.safe_dump(values, sort_keys=False))
     return started
-
-
-def _start_ray(address: str | None) -> None:
-    logging.getLogger("ray").setLevel(logging.CRITICAL)  # failures of trials are told by the log book
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
-    if address:
-        try:
-            _check_listens(address)
-            ray.init(address, **common)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"--address {address}: no Ray cluster there that can be joined: {error}") from None
-    else:
-        _start_local_ray(common)
-
-
-def _check_listens(address: str) -> None:
-    """Ray itself would try for ever to reach HOST:PORT."""
-    host, _, port = address.rpartition(":")
-    if port.isdigit() and "/" not in host:
-        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-
-
-def _start_local_ray(common: dict[str, Any]) -> None:
-    """Without a dashboard, and with a token that only its own processes know; Ray cannot listen on loopback alone."""
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # When the driver is killed, Ray's agents look for its other processes that long before they end too.
-    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
-    for attempt in range(START_ATTEMPTS):
-        try:
-            ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
-            return
-        except Exception as error:  # Ray raises no narrower one
-            ray.shutdown()
-            if "timed out during startup" not in str(error) or attempt + 1 == START_ATTEMPTS:
-                raise KeyreidError(f"Ray does not start on this machine: {error}") from error
 
 
 def _gpus_of_a_rank(search: Search) -> float:
