@@ -21,7 +21,7 @@ from keyreid.files import replace_text
 
 RETRY_SECONDS = 10.0
 FLUSH_SECONDS = 60.0
-EVENTS, SENT, RUN_ID = "events.jsonl", "sent", "run_id"
+TRACKING, EVENTS, SENT, RUN_ID = "tracking", "events.jsonl", "sent", "run_id"
 BATCH_EVENTS = 200
 
 # Nothing is reported to MLflow's makers, and a dead server is noticed in seconds, not after minutes of retries.
@@ -61,7 +61,7 @@ class Tracker:
         self._output = output
         self._name = name
         self._tags = dict(tags or {})
-        self._folder = run_dir / "tracking"
+        self._folder = run_dir / TRACKING
         self._enabled = enabled
         self._last_step: dict[str, int] = {}
         self._params: set[str] = set()
@@ -85,6 +85,11 @@ class Tracker:
         """The MLflow run, once it has been created."""
         path = self._folder / RUN_ID
         return path.read_text().strip() if path.is_file() else None
+
+    @property
+    def all_sent(self) -> bool:
+        """Whether MLflow has everything."""
+        return not self._unsent()
 
     def params(self, values: Mapping[str, object]) -> None:
         """Log parameters; those of an earlier start of the run stay as they are."""

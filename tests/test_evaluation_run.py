@@ -3,6 +3,7 @@
 import json
 import statistics
 
+import mlflow
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from packed import index_only
 from typer.testing import CliRunner
 
 from keyreid.cli import app
-from keyreid.errors import CheckpointError, ConfigError, DataError
+from keyreid.errors import CheckpointError, ConfigError, DataError, KeyreidError
 from keyreid.evaluation import evaluate
 from keyreid.evaluation.distance import pairwise
 from keyreid.evaluation.protocols import judge
@@ -86,6 +87,23 @@ def test_kept_vectors_need_no_second_pass(toy, evaluated, tmp_path):
     result = json.loads((tmp_path / "scores.json").read_text())
     assert result["rerank"] is True
     assert not (tmp_path / "ranked.png").exists()
+
+
+def test_mlflow_has_an_evaluation_with_its_protocol_and_data_set(toy, evaluated, tmp_path):
+    out, _ = evaluated
+    arguments = ["evaluate", f"--vectors={out}/vectors.npz", f"--shards={toy[0].location}", f"--out={tmp_path}"]
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    settings = ["evaluation.pictures=0", f"tracking.uri={store}", "evaluation.distance=cosine"]
+    run = CliRunner().invoke(app, [*arguments, "--protocol=official", "--", *settings])
+    assert run.exit_code == 0, run.output
+    client = mlflow.MlflowClient(tracking_uri=store)
+    (logged,) = client.search_runs([client.get_experiment_by_name("keyreid").experiment_id])
+    result = json.loads((tmp_path / "scores.json").read_text())
+    assert logged.data.metrics == {f"test/{name}": value for name, value in result["metrics"].items()}
+    assert {"test/official/mINP", "test/official/valid_queries", "test/official/junk"} <= logged.data.metrics.keys()
+    about = {"dataset": "toy", "protocols": "official", "part": "test", "distance": "cosine", "rerank": "False"}
+    assert logged.data.params == about
+    assert not list(tmp_path.glob("mlflow-*"))  # all was sent
 
 
 def test_visible_distance_and_people_held_out_of_training(toy, tmp_path):
@@ -184,6 +202,7 @@ def test_what_cannot_be_evaluated_is_refused(toy, tmp_path):
         ([here, "--protocol=market", str(weights)], ConfigError, "unknown protocol 'market'"),
         (["--all-splits", "--split-number=1", str(weights)], ConfigError, "--split-number is one split"),
         (["--vectors=v.npz"], ConfigError, "or --vectors FILE.npz with --shards"),
+        ([here, f"--out={weights}/below", str(weights)], KeyreidError, "below: cannot be written: Not a directory"),
     ):
         run = CliRunner().invoke(app, ["evaluate", "--ranks=1", *arguments])
         assert isinstance(run.exception, kind), (arguments, run.exception, run.output)

@@ -16,6 +16,7 @@ from keyreid.evaluation.report import combine
 
 ARRAYS = ("distance", "query_ids", "gallery_ids", "query_cameras", "gallery_cameras")
 FRAME_ARRAYS = ("query_frames", "gallery_frames")  # only `released` needs them
+_LARGEST_FLOAT = 2**53  # beyond it a float is no longer one whole number
 
 
 def judge_file(path: Path, protocols: Sequence[str]) -> dict[str, Any]:
@@ -65,6 +66,9 @@ def junk_note(result: dict[str, Any]) -> str:
 def _read(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """The named arrays; nothing is unpickled."""
     try:
+        with path.open("rb") as start:
+            if not start.read(6).startswith((b"PK", b"\x93NUMPY")):  # numpy would advise to unpickle it
+                raise ValueError("numpy.savez did not write it")
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):
             raise DataError(f"{path}: a single array; an .npz file with {', '.join(names)} is needed")
@@ -95,7 +99,7 @@ def _checked_distance(path: Path, distance: np.ndarray) -> np.ndarray:
 
 
 def _checked_column(path: Path, name: str, arrays: dict[str, np.ndarray], axis: int) -> np.ndarray:
-    """int64 [Q] or [G]; whole numbers stored as floats, as MATLAB does, are taken."""
+    """int64 [Q] or [G]; whole numbers stored as floats, as MATLAB does, are taken up to 2^53."""
     distance, column = arrays["distance"], arrays[name]
     if column.shape != (distance.shape[axis],):
         raise DataError(
@@ -104,5 +108,9 @@ def _checked_column(path: Path, name: str, arrays: dict[str, np.ndarray], axis: 
         )
     whole = column.dtype.kind in "iu" or (column.dtype.kind == "f" and np.array_equal(column, np.trunc(column)))
     if not whole or (column.dtype.kind == "f" and not np.isfinite(column).all()):
-        raise DataError(f"{path}: {name} is {column.dtype}; whole numbers are needed")
+        hint = "; number the names, the same in both" if column.dtype.kind in "US" else ""
+        raise DataError(f"{path}: {name} is {column.dtype}; whole numbers are needed{hint}")
+    largest = _LARGEST_FLOAT if column.dtype.kind == "f" else np.iinfo(np.int64).max
+    if column.dtype.kind in "fu" and (abs(column) > largest).any():
+        raise DataError(f"{path}: {name} holds {column[abs(column) > largest][0]}, which is too large")
     return column.astype(np.int64)

@@ -24,7 +24,7 @@ def combine(scores: Mapping[str, Mapping[str, Any]], dataset: str, **about: Any)
 
     Returns:
         `protocol`, RATES (fractions) and COUNTS of the first protocol, `dataset`, `about`; `protocols`: the same
-        numbers of each; `metrics`: all rates flat as {"torchreid/mAP": ...}; `summary`: one line.
+        numbers of each; `metrics`: all rates and counts flat as {"torchreid/mAP": ...}; `summary`: one line.
     """
     first = next(iter(scores.values()))
     summary = f"{dataset}, protocol {first['protocol']}: " + ", ".join(
@@ -35,7 +35,12 @@ def combine(scores: Mapping[str, Mapping[str, Any]], dataset: str, **about: Any)
         "dataset": dataset,
         **about,
         "protocols": {name: dict(values) for name, values in scores.items()},
-        "metrics": {f"{name}/{rate}": values[rate] for name, values in scores.items() for rate in RATES},
+        "metrics": {
+            f"{name}/{key}": value
+            for name, values in scores.items()
+            for key, value in values.items()
+            if key not in ("protocol", "cmc")
+        },
         "summary": f"{summary} ({first['valid_queries']} valid queries of {first['queries']})",
     }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -17,7 +19,9 @@ from keyreid.evaluation.report import COUNTS, RATES, combine
 from keyreid.evaluation.run import judge_vectors, test_positions
 from keyreid.evaluation.vectors import Vectors
 from keyreid.evaluation.weights import Trained, open_config, open_trained
+from keyreid.files import writing
 from keyreid.shards.index import ShardSet
+from keyreid.tracking import RUN_ID, TRACKING, Tracker
 
 
 class Evaluation:
@@ -58,7 +62,9 @@ class Evaluation:
         shards = ShardSet.from_config(config.data)
         folder = self._folder(trained, shards)
         vectors = self._embed(trained, shards, config, [config.data.split_number], folder)
-        return {**self._judge(trained, shards, config, folder, vectors), "folder": str(folder)}
+        result = self._judge(trained, shards, config, folder, vectors)
+        self._track(trained, config, result, folder, result["files"])
+        return {**result, "folder": str(folder)}
 
     def all_splits(self) -> dict[str, Any]:
         """Mean and sample standard deviation (`RATE_deviation`) over all splits.
@@ -84,7 +90,9 @@ class Evaluation:
                 trained, config = self._open(number)
                 vectors = self._embed(trained, shards, config, [number], own)
             results.append(self._judge(trained, shards, _on_split(config, number), own, vectors))
-        return {**mean_over_splits(results, shards.card["name"]), "folder": str(folder)}
+        result = mean_over_splits(results, shards.card["name"])
+        self._track(trained, config, result, folder, [file for split in results for file in split["files"]])
+        return {**result, "folder": str(folder)}
 
     def _embed(
         self, trained: Trained | None, shards: ShardSet, config: Config, splits: Iterable[int], folder: Path
@@ -108,6 +116,27 @@ class Evaluation:
         model = None if trained is None else trained.network
         return judge_vectors(vectors, model, shards, config, folder, *self.ranks, self.protocols)
 
+    def _track(
+        self, trained: Trained | None, config: Config, result: dict[str, Any], folder: Path, files: Sequence[str]
+    ) -> None:
+        """Log to MLflow where a run or a configuration says to which: as a run of its own, below the training's."""
+        run = None if trained is None else trained.run
+        if self.ranks[0] > 0 or (run is None and self.settings[0] is None and config.tracking.uri is None):
+            return
+        output = Path(config.output) if run is None else run.parent
+        known = None if run is None else run / TRACKING / RUN_ID
+        parent = {"mlflow.parentRunId": known.read_text().strip()} if known is not None and known.is_file() else {}
+        settings = config.tracking.model_copy(update={"system_metrics": False})
+        events = Path(tempfile.mkdtemp(prefix="mlflow-", dir=folder))
+        with Tracker(settings, output, events, f"{config.name} on {result['dataset']}", parent) as tracker:
+            about = {"dataset": result["dataset"], "protocols": ", ".join(result["protocols"])}
+            tracker.params(about | {key: result[key] for key in ("part", "distance", "rerank")})
+            tracker.metrics({f"{result['part']}/{name}": value for name, value in result["metrics"].items()}, step=0)
+            for file in map(Path, files):
+                tracker.artifact(file, "/".join(("evaluation", *file.parent.relative_to(folder).parts)))
+        if tracker.all_sent:
+            shutil.rmtree(events)
+
     def _open(self, number: int) -> tuple[Trained | None, Config]:
         config, overrides, shards = self.settings
         if self.weights is None:
@@ -117,12 +146,17 @@ class Evaluation:
         return trained, trained.config
 
     def _folder(self, trained: Trained | None, shards: ShardSet) -> Path:
-        if self.out is not None:
-            return self.out
+        """Where results go; made before the long work, which would be lost if it could not be."""
         name = shards.card["name"]
-        if trained.run is None:
-            return trained.file.with_name(f"{trained.file.stem}-evaluation-{name}")
-        return trained.run / "evaluation" / f"{name}-{trained.file.parent.name}"
+        if self.out is not None:
+            folder = self.out
+        elif trained.run is None:
+            folder = trained.file.with_name(f"{trained.file.stem}-evaluation-{name}")
+        else:
+            folder = trained.run / "evaluation" / f"{name}-{trained.file.parent.name}"
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
 
 def mean_over_splits(results: Sequence[dict[str, Any]], dataset: str) -> dict[str, Any]:
