@@ -65,7 +65,7 @@ def open_remote(
     total = sum(shard["bytes"] for shard in card["shards"])
     if bound is not None and total > bound:
         log.warning(
-            "%s: %.1f GB of shards do not fit data.cache_gigabytes=%g: they will be fetched again and again",
+            "%s: %.3g GB of shards do not fit data.cache_gigabytes=%g: they will be fetched again and again",
             *(url, total / 1e9, cache_gigabytes),
         )
     return folder, CachedShardFiles(url, folder, card["shards"], bound)

@@ -33,7 +33,7 @@ def draw_cmc(scores: Mapping[str, Mapping[str, Any]], title: str, path: Path) ->
             label=label,
         )
     axes.set(title=title, xlabel="rank", ylabel="queries with a match up to this rank", xlim=(0.5, longest + 0.5))
-    axes.set_ylim(max(0.0, lowest - 0.1), 1.02)
+    axes.set_ylim(max(0.0, lowest - 0.25), 1.02)  # no narrower, or a tick stands above 100 %
     axes.set_xticks([1, *range(5, longest + 1, 5)])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.3)
