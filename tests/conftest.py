@@ -5,6 +5,19 @@ from pathlib import Path
 import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+LONGEST = ("test_tuning_search.py", "slurm", "test_training_resume.py", "test_docs.py")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two processes share the suite: a file's tests stay together, all of Slurm's do, and the longest begin first."""
+
+    def group(item: pytest.Item) -> str:
+        return "slurm" if item.path.parent.name == "slurm" else item.path.name
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

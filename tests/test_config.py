@@ -71,4 +71,4 @@ def test_objects_in_yaml_are_not_built(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_right(path):
-    assert load_config(path).data.batch_size == (64 if path.stem == "walkers" else 16)
+    assert load_config(path).data.batch_size == {"walkers": 64, "mars_large": 256}.get(path.stem, 16)
