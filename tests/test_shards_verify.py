@@ -128,6 +128,32 @@ def test_a_missing_shard_index_or_card_is_named(folder):
         ShardSet.open(folder)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_flip_or_cut_of_the_card_is_found_by_verifying_and_by_opening(folder, seed):
+    rng = np.random.default_rng(200 + seed)
+    content = bytearray((folder / "dataset.json").read_bytes())
+    place = int(rng.integers(len(content) - 2))
+    content[place] ^= 1 << int(rng.integers(8))
+    (folder / "dataset.json").write_bytes(content if seed % 2 else content[:place])
+    for check in (ShardSet.open, problems):
+        with pytest.raises(DataError, match=r"dataset\.json: "):
+            check(folder)
+
+
+def test_a_card_that_lacks_something_is_damaged(folder):
+    card = json.loads((folder / "dataset.json").read_text())
+    for change in ({"shards": 5}, {"cameras": None}, {"shards": [{}]}, {"shards": [card["shards"][0] | {"bytes": ""}]}):
+        write_card(folder, card | change)
+        with pytest.raises(DataError, match=r"the card is damaged: .* is missing or no "):
+            ShardSet.open(folder)
+
+
+def write_card(folder: Path, card: dict) -> None:
+    """A card that agrees with itself, whatever it says."""
+    card["card_sha256"] = format.card_digest(card)
+    (folder / "dataset.json").write_bytes(format.encode_card(card))
+
+
 def test_an_index_of_another_shard_does_not_fit(folder):
     one, other = sorted(folder.glob("*.index.npz"))[:2]
     other.write_bytes(one.read_bytes())
@@ -136,7 +162,7 @@ def test_an_index_of_another_shard_does_not_fit(folder):
         ShardSet.open(folder)
     card = json.loads((folder / "dataset.json").read_text())
     card["shards"][1]["index_sha256"] = card["shards"][0]["index_sha256"]  # even if the card agrees
-    (folder / "dataset.json").write_text(json.dumps(card))
+    write_card(folder, card)
     with pytest.raises(DataError, match="index of another shard"):
         ShardSet.open(folder)
 
@@ -166,7 +192,7 @@ def forge(folder: Path, change) -> None:
     card = json.loads((folder / "dataset.json").read_text())
     card["shards"][0] |= {name: header[name] for name in ("bytes", "sha256")}
     card["shards"][0]["index_sha256"] = hashlib.sha256(content).hexdigest()
-    (folder / "dataset.json").write_text(json.dumps(card))
+    write_card(folder, card)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import struct
@@ -184,6 +185,12 @@ def decode_keypoints(content: bytes, frames: int) -> np.ndarray:
 def encode_json(values: dict[str, Any]) -> bytes:
     """Compact JSON with sorted keys, so that equal values are equal bytes."""
     return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def card_digest(card: dict[str, Any]) -> str:
+    """SHA-256 of a card without its own entry for it."""
+    rest = {name: value for name, value in card.items() if name != "card_sha256"}
+    return hashlib.sha256(encode_card(rest)).hexdigest()
 
 
 def encode_card(card: dict[str, Any]) -> bytes:

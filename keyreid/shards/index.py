@@ -336,13 +336,32 @@ def read_card(folder: Path) -> dict[str, Any]:
     kind = card.get("format") if isinstance(card, dict) else None
     if kind != f"keyreid-dataset/{format.VERSION}":
         raise DataError(f"{path}: dataset format {kind!r}; this version reads keyreid-dataset/{format.VERSION}")
+    _check_structure(path, card)
     for shard in card["shards"]:
         for name in (shard["file"], shard["index"]):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
                 raise DataError(f"{path}: {name!r} is not the name of a shard")
     if not card["shards"]:
         raise DataError(f"{path}: the dataset has no shards")
+    if card.get("card_sha256", digest := format.card_digest(card)) != digest:  # early cards do not state it
+        raise DataError(f"{path}: the card is damaged: its SHA-256 is not the one it states; pack the dataset again")
     return card
+
+
+_CARD = {"name": str, "source": dict, "settings": dict, "counts": dict, "by_split": dict, "cameras": list}
+_CARD |= {"splits": list, "shards": list}
+_SHARD = {"file": str, "index": str, "sha256": str, "index_sha256": str, "bytes": int, "index_bytes": int}
+
+
+def _check_structure(path: Path, card: dict[str, Any]) -> None:
+    """Refuse a card that lacks what every reader needs."""
+    shards = card.get("shards")
+    entries = [(card, _CARD), *((shard, _SHARD) for shard in (shards if isinstance(shards, list) else ()))]
+    for values, kinds in entries:
+        wrong = [n for n, kind in kinds.items() if not isinstance(values, dict) or not isinstance(values.get(n), kind)]
+        if wrong:
+            what = f"{wrong[0]!r} is missing or no {kinds[wrong[0]].__name__}"
+            raise DataError(f"{path}: the card is damaged: {what}; delete it and pack the dataset again")
 
 
 def _read_indices(folder: Path, card: dict[str, Any]) -> list[format.ShardIndex]:

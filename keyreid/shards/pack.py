@@ -151,6 +151,7 @@ def finish(plan: PackPlan, out: Path) -> dict[str, Any]:
             f"other settings: {some}; run their shares again, then finish"
         )
     card = make_card(plan, out)
+    card["card_sha256"] = format.card_digest(card)
     write_atomically(out / format.CARD_NAME, format.encode_card(card))
     sync(out)  # all the renames
     return card

@@ -63,10 +63,10 @@ def verify(folder: Path, threads: int = 1) -> Iterator[tuple[str, list[Problem]]
     strays = sorted(
         path.name for path in folder.iterdir() if path.name not in known and not path.name.endswith(".lock")
     )
-    yield (
-        "",
-        [Problem(name, "", "is no part of the dataset; an older packing left it: delete it") for name in strays],
-    )
+    found = [Problem(name, "", "is no part of the dataset; an older packing left it: delete it") for name in strays]
+    if "card_sha256" not in card or (folder / format.CARD_NAME).read_bytes() != format.encode_card(card):
+        found.append(Problem(format.CARD_NAME, "", "its bytes are not those that packing writes"))
+    yield "", found
 
 
 def compare(shards: ShardSet, dataset: Dataset, settings: PackSettings) -> Iterator[tuple[str, list[Problem]]]:
