@@ -5,19 +5,29 @@ from pathlib import Path
 import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-LONGEST = ("test_tuning_search.py", "slurm", "test_training_resume.py", "test_docs.py")
+LONGEST = ("tests/slurm", "tests/test_tuning_search.py", "tests/test_training_resume.py", "tests/test_docs.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def group(nodeid: str) -> str:
+    """What stays together in one process: the tests of a file, and all that share the Slurm cluster."""
+    file = nodeid.split("::")[0]
+    return "tests/slurm" if file.startswith("tests/slurm/") else file
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share the suite: a file's tests stay together, all of Slurm's do, and the longest begin first."""
+    """The longest begin first, so that two processes end together."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(group(item.nodeid), len(order)))
 
-    def group(item: pytest.Item) -> str:
-        return "slurm" if item.path.parent.name == "slurm" else item.path.name
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Groups as above; xdist 3.8's own marks of groups do nothing under pytest 9.2."""
+    from xdist.scheduler import LoadFileScheduling
+
+    scheduler = LoadFileScheduling(config, log)
+    scheduler._split_scope = group
+    return scheduler
 
 
 @pytest.fixture(scope="session")
