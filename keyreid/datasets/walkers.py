@@ -32,6 +32,7 @@ from keyreid.datasets.walkers_clothes import Person, dress
 from keyreid.datasets.walkers_tracklet import random_stream, render_tracklet
 from keyreid.errors import DataError
 from keyreid.pose import keypoint_files
+from keyreid.processes import end_with_parent
 from keyreid.progress import track
 
 SETTINGS_FILE = "walkers.json"
@@ -200,7 +201,7 @@ def _render_all(walkers: Walkers, root: Path, folder: str, jobs: list[_Job], pro
             pass
         return
     # Fresh processes: a fork of a process that has run threads (OpenCV, PyTorch) may hang.
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         for _ in track(pool.map(work, people, chunksize=4), len(people), label, "people", quiet):
             pass
 

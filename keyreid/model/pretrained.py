@@ -45,12 +45,13 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError:  # torch's own words advise to load it all the same
         raise CheckpointError(
-            f"{path}: holds more than tensors, which would run its code on loading; save its state_dict alone: {error}"
+            f"{path}: holds more than tensors, which would run its code on loading; save its state_dict alone"
         ) from None
     except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a whole weights file: {error}") from None
+        why = str(error).partition("weights_only")[0].partition("\n")[0]
+        raise CheckpointError(f"{path}: not a whole weights file: {why}") from None
     for wrapper in ("state_dict", "model", "teacher"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

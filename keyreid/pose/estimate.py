@@ -24,6 +24,7 @@ from keyreid.datasets.tracklet import Dataset, Tracklet, read_frame
 from keyreid.errors import ConfigError, DataError
 from keyreid.pose import keypoint_files, pifpaf
 from keyreid.pose.pictures import Fitted, Selection, choose, decode, fit
+from keyreid.processes import end_with_parent
 from keyreid.progress import track
 
 RUN_FILE = "pose.json"  # beside the keypoint files: what made them
@@ -99,7 +100,7 @@ def estimate(
         return _estimate_on(work.devices[0], dataset, out, settings, work, cuts[0], False)
     # A process for each device, started afresh: CUDA does not survive a fork, and OpenPifPaf would otherwise spread one
     # network over all GPUs that it sees.
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent) as pool:
         jobs = [
             pool.submit(_estimate_on, device, dataset, out, settings, work, cut, position > 0)
             for position, (device, cut) in enumerate(zip(work.devices, cuts, strict=True))

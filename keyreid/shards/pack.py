@@ -22,10 +22,11 @@ import keyreid
 from keyreid.datasets.tracklet import Dataset, Tracklet
 from keyreid.errors import DataError, KeyreidError
 from keyreid.files import sync, writing
+from keyreid.processes import end_with_parent
 from keyreid.progress import track
 from keyreid.shards import format
 from keyreid.shards.index import read_card
-from keyreid.shards.processes import end_with_parent, worker_context
+from keyreid.shards.processes import worker_context
 from keyreid.shards.writer import PackSettings, fingerprint, index_path, kept, whole, write_atomically, write_shard
 
 DEFAULT_TARGET_BYTES = 256_000_000

@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from keyreid.config import Config
 from keyreid.errors import KeyreidError
+from keyreid.processes import end_with_parent
 from keyreid.shards import format
 from keyreid.shards.batch import ClipBatch, ClipPlan
 from keyreid.shards.fetch import ClipFetcher, Faults, FetchedClip
 from keyreid.shards.index import ShardSet
-from keyreid.shards.processes import end_with_parent, worker_context
+from keyreid.shards.processes import worker_context
 
 
 class PlainReader:
