@@ -153,7 +153,7 @@ def test_workers_end_when_the_packer_is_killed():
     """Others would go on, and write beside the packing that is started again."""
     script = (
         "import os, time; from concurrent.futures import ProcessPoolExecutor; from multiprocessing import get_context\n"
-        "from keyreid.shards.processes import end_with_parent\n"
+        "from keyreid.processes import end_with_parent\n"
         "pool = ProcessPoolExecutor(1, get_context('forkserver'), end_with_parent)\n"
         "print(pool.submit(os.getpid).result(), flush=True); time.sleep(60)\n"
     )
