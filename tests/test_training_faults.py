@@ -1,10 +1,9 @@
 """What others do to a training: losses that are not finite, a disk that is full, shards that cannot be read."""
 
 import resource
-import shutil
 
 import pytest
-from training_runs import printed, start, toy_config, toy_shards, train
+from training_runs import damaged, printed, start, toy_config, toy_shards, train
 
 from keyreid.training import checkpoints
 
@@ -50,14 +49,7 @@ def test_a_full_disk_ends_the_run_in_order(shards, tmp_path):
 
 
 def test_a_damaged_shard_ends_the_run_naming_the_sample(shards, tmp_path):
-    broken = tmp_path / "broken"
-    shutil.copytree(shards, broken)
-    for tar in broken.glob("*.tar"):
-        content = bytearray(tar.read_bytes())
-        for place in range(3000, len(content), 4000):
-            content[place] ^= 0xFF
-        tar.write_bytes(content)
-    config = toy_config(broken, tmp_path)
+    config = toy_config(damaged(shards, tmp_path / "broken"), tmp_path)
     assert start(train, config, 1).wait() != [0]
     assert "its bytes are not those packed" in printed(config)
     assert "tracklet 00" in printed(config)

@@ -1,7 +1,6 @@
 """Others who start ranks: torchrun, DeepSpeed with a hostfile of two nodes, and Ray. All give the same training."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from training_runs import logged, toy_config, toy_shards
+from training_runs import damaged, logged, toy_config, toy_shards
 
 from keyreid.config import save_config
 
@@ -91,14 +90,7 @@ def test_every_launcher_gives_the_same_training(launcher, config, expected, tmp_
 
 
 def test_a_rank_that_fails_ends_all_and_says_why(config, shards, tmp_path):
-    broken = tmp_path / "broken"
-    shutil.copytree(shards, broken)
-    for tar in broken.glob("*.tar"):
-        content = bytearray(tar.read_bytes())
-        for place in range(3000, len(content), 4000):
-            content[place] ^= 0xFF
-        tar.write_bytes(content)
-    command = [*ray(tmp_path)[0], f"data.shards={broken}"]
+    command = [*ray(tmp_path)[0], f"data.shards={damaged(shards, tmp_path / 'broken')}"]
     start = time.monotonic()
     statuses, printed = launch([command], tmp_path)
     assert time.monotonic() - start < SECONDS / 2

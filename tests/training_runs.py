@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 from dataclasses import dataclass
@@ -25,6 +26,17 @@ def toy_shards(folder: Path, identities: int = 12) -> Path:
     """Shards of a dataset of 64 x 32 pictures; half of the identities train."""
     pack_dataset(make_dataset(folder / "pictures", identities=identities), folder / "pictures", folder / "shards")
     return folder / "shards"
+
+
+def damaged(shards: Path, folder: Path) -> Path:
+    """A copy in which many bytes of pictures are flipped."""
+    shutil.copytree(shards, folder)
+    for tar in folder.glob("*.tar"):
+        content = bytearray(tar.read_bytes())
+        for place in range(3000, len(content), 4000):
+            content[place] ^= 0xFF
+        tar.write_bytes(content)
+    return folder
 
 
 def toy_config(shards: Path, output: Path, **sections) -> Config:
