@@ -16,7 +16,8 @@ def test_a_search_of_four_trials_over_two_nodes(cluster, search, workspace):
     assert yaml.safe_load((workspace / "runs" / "search" / "best.yaml").read_text())["loss"]["alpha"] > 0
     client = mlflow.MlflowClient(f"sqlite:///{workspace}/runs/mlflow.db")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    children = client.search_runs(experiments, "tags.`mlflow.parentRunId` != ''")
+    trials = "tags.`keyreid.trial` != '' and tags.`mlflow.parentRunId` != ''"  # evaluations have a parent too
+    children = client.search_runs(experiments, trials)
     assert [run.info.status for run in children] == ["FINISHED"] * 4
     assert {run.data.params["host"] for run in children} == set(cluster.nodes)
     assert not list(cluster.scratch.glob("*")), "the scratch disk of the login node is not used"
