@@ -42,10 +42,24 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def replacing(path: Path, alone: bool = False) -> Iterator[Path]:
+    """Where to write a file that shall be whole or absent: it takes the place of `path` at the end, not after an error.
+
+    Args:
+        alone: no other process writes this file at the same time, so that what a killed one left is written over.
+    """
+    partial = path.with_name(f".{path.name}.partial" if alone else f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a small file so that readers see the old text or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_text(text)
-    sync(temporary)
-    temporary.rename(path)
+    with replacing(path) as partial:
+        partial.write_text(text)
+        sync(partial)
     sync(path.parent)

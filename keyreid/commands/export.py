@@ -20,6 +20,7 @@ def released(
     import torch
 
     from keyreid.errors import CheckpointError
+    from keyreid.files import replacing
     from keyreid.model.released import to_released
     from keyreid.model.trained import load_state
 
@@ -31,9 +32,8 @@ def released(
         )
     tensors = to_released(state)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    torch.save(tensors, partial)
-    partial.replace(out)
+    with replacing(out, alone=True) as partial:
+        torch.save(tensors, partial)
     print(f"{out}: {len(tensors)} entries, {out.stat().st_size / 1e6:.0f} MB")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from keyreid.errors import DataError
 from keyreid.evaluation.distance import Embeddings
 from keyreid.evaluation.protocols import Side
-from keyreid.files import writing
+from keyreid.files import replacing, writing
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,8 @@ class Vectors:
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.partial")  # vectors are hours of work: never half of them
-            with partial.open("wb") as file:
+            with replacing(path, alone=True) as partial, partial.open("wb") as file:  # hours of work: never half of it
                 np.savez(file, **arrays, global_width=self.global_width, dataset=self.dataset)
-            partial.replace(path)
 
     @staticmethod
     def load(path: Path) -> Vectors:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from keyreid.errors import ConfigError
 from keyreid.export.source import ExportSource
+from keyreid.files import replacing
 from keyreid.model.weights_file import WeightsHeader, write_weights
 
 
@@ -24,11 +25,7 @@ def export_weights(source: ExportSource, out: Path) -> None:
     if source.scores:
         about["scores"] = {name: value for name, value in source.scores.items() if name not in ("pictures", "vectors")}
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        model = header.model.model_copy(update={"weights": None})
-        header = WeightsHeader(model, header.clip, header.identities, header.cameras, about)
+    model = header.model.model_copy(update={"weights": None})
+    header = WeightsHeader(model, header.clip, header.identities, header.cameras, about)
+    with replacing(out, alone=True) as partial:
         write_weights(partial, source.tensors, header)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import pandas as pd
 from keyreid.datasets.imported import CARD, MANIFEST, ImportCard, is_imported, read_import_card, write_import_card
 from keyreid.datasets.listing import RESERVED, numbered, safe_key
 from keyreid.errors import DataError
+from keyreid.files import replacing
 
 COLUMNS = ("path", "split", "camera", "identity", "tracklet", "frame")
 SOURCE_LENGTH, NAME_LENGTH = 32, 44  # keys have at most 80 characters
@@ -89,10 +89,9 @@ def add_source(
         frames_per_second=_rates(card, frames_per_second or {}),
         sources=card.sources | {source: {**about, **counts}},
     )
-    partial = root / f".{MANIFEST}.{os.getpid()}.partial"
-    table.to_parquet(partial, index=False)
-    write_import_card(root, card)  # first: names without pictures do no harm
-    partial.replace(root / MANIFEST)
+    with replacing(root / MANIFEST) as partial:
+        table.to_parquet(partial, index=False)
+        write_import_card(root, card)  # first: names without pictures do no harm
     return card
 
 

@@ -8,7 +8,6 @@ beside it: a run that was killed, or cut into shares, gives the same files as on
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ import torch
 
 from keyreid.datasets.tracklet import Dataset, Tracklet, read_frame
 from keyreid.errors import ConfigError, DataError
+from keyreid.files import replacing
 from keyreid.pose import keypoint_files, pifpaf
 from keyreid.pose.pictures import Fitted, Selection, choose, decode, fit
 from keyreid.processes import end_with_parent
@@ -185,9 +185,8 @@ def _claim(out: Path, provenance: dict[str, Any]) -> None:
         return
     if any(out.glob("*.npz")):
         raise ConfigError(f"{out} holds keypoint files that were not made by `keyreid pose`; give another --out")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(provenance, indent=1, sort_keys=True) + "\n")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(provenance, indent=1, sort_keys=True) + "\n")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ frame.
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from keyreid.errors import DataError
+from keyreid.files import replacing
 
 
 def path_of(directory: Path, key: str) -> Path:
@@ -34,16 +34,11 @@ def save(path: Path, heatmaps: Iterable[np.ndarray], frame_names: Iterable[str],
         heatmaps: [P, H, W] of each frame, of any size; stored with the type they have.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with zipfile.ZipFile(partial, "w") as archive:
-            for i, heatmap in enumerate(heatmaps):
-                _add(archive, f"heatmap_{i:04d}", np.ascontiguousarray(heatmap))
-            _add(archive, "frame_names", np.array(list(frame_names), np.str_))
-            _add(archive, "provenance", np.array(json.dumps(provenance, sort_keys=True)))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+        for i, heatmap in enumerate(heatmaps):
+            _add(archive, f"heatmap_{i:04d}", np.ascontiguousarray(heatmap))
+        _add(archive, "frame_names", np.array(list(frame_names), np.str_))
+        _add(archive, "provenance", np.array(json.dumps(provenance, sort_keys=True)))
 
 
 def load(path: Path) -> Iterator[tuple[str, np.ndarray]]:

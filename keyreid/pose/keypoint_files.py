@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keyreid.errors import DataError
+from keyreid.files import replacing
 from keyreid.pose.parts import NUM_KEYPOINTS
 
 if TYPE_CHECKING:
@@ -73,8 +74,7 @@ def save(path: Path, file: KeypointFile, dtype: str = "float32", durable: bool =
             milliseconds a file, for files that took longer to make.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as stream:
+    with replacing(path) as partial, partial.open("wb") as stream:
         np.savez_compressed(
             stream,
             keypoints=file.keypoints.astype(dtype),
@@ -85,7 +85,6 @@ def save(path: Path, file: KeypointFile, dtype: str = "float32", durable: bool =
         if durable:
             stream.flush()
             os.fsync(stream.fileno())
-    partial.replace(path)
 
 
 def load(path: Path) -> KeypointFile:

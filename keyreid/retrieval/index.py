@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from keyreid.errors import ConfigError, DataError
 from keyreid.evaluation.distance import Metric
+from keyreid.files import replacing
 from keyreid.progress import track
 from keyreid.retrieval.vector_file import VectorFiles, matrix
 
@@ -55,10 +56,9 @@ class GalleryIndex:
         for _, table in track(blocks, steps, "indexing", "blocks"):
             index.add(_vectors(table, gallery, metric))
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        faiss.write_index(index, str(partial))
-        _card_path(path).unlink(missing_ok=True)  # it must not vouch for the new index
-        partial.replace(path)
+        with replacing(path, alone=True) as partial:
+            faiss.write_index(index, str(partial))
+            _card_path(path).unlink(missing_ok=True)  # it must not vouch for the new index
         _card_path(path).write_text(json.dumps(_card(gallery, metric), indent=1))
         return cls(path, gallery, metric)
 

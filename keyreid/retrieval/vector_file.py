@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from keyreid.errors import DataError
 from keyreid.evaluation.distance import Embeddings
+from keyreid.files import replacing
 
 FORMAT = "keyreid-vectors/1"
 METADATA_KEY = b"keyreid"
@@ -102,14 +103,13 @@ def write_vectors(path: Path, about: VectorsAbout, tables: Iterator[pa.Table]) -
         How many rows were written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     rows = 0
     waiting: list[pa.Table] = []
     # Vectors do not get smaller by compression or dictionaries; the other columns do.
     plain = [column.name for column in about.schema if column.name not in ("visibility", "vector", "picture")]
     packed = {"compression": dict.fromkeys(plain, "zstd"), "use_dictionary": plain, "write_statistics": plain}
     try:
-        with pq.ParquetWriter(partial, about.schema, **packed) as writer:
+        with replacing(path, alone=True) as partial, pq.ParquetWriter(partial, about.schema, **packed) as writer:
 
             def flush() -> None:
                 if waiting:
@@ -122,11 +122,8 @@ def write_vectors(path: Path, about: VectorsAbout, tables: Iterator[pa.Table]) -
                 if sum(map(len, waiting)) >= about.rows_at_a_time:
                     flush()
             flush()
-        partial.replace(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return rows
 
 

@@ -23,7 +23,7 @@ from webdataset import TarWriter
 from keyreid.datasets import tracklet as source
 from keyreid.datasets.tracklet import Frame, Tracklet
 from keyreid.errors import DataError, KeyreidError
-from keyreid.files import sha256, writing
+from keyreid.files import replacing, sha256, writing
 from keyreid.pose import heatmap_files, keypoint_files
 from keyreid.pose.heatmaps import TILE_HEIGHT, TILE_WIDTH, render_tiles, visibility
 from keyreid.pose.parts import part_names
@@ -145,15 +145,9 @@ def write_shard(tar: Path, tracklets: list[Tracklet], settings: PackSettings, se
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a small file so that it is there whole or not at all, whenever the machine stops."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with writing(path):
-            with partial.open("wb") as file:
-                file.write(content)
-                _sync(file)
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path), replacing(path) as partial, partial.open("wb") as file:
+        file.write(content)
+        _sync(file)
 
 
 def _write_tracklet(out: TarWriter, tracklet: Tracklet, settings: PackSettings, columns: _Columns) -> None:
