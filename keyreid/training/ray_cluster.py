@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import socket
+from typing import Any
 
 # Before Ray is imported: nothing is sent to Ray's makers.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -13,6 +14,8 @@ os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")  # on a busy
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets anything else on the machine starve a training
 
 import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from keyreid.errors import ConfigError, KeyreidError
 
@@ -62,14 +65,46 @@ def _start_here(common: dict) -> None:
                 raise KeyreidError(f"Ray does not start on this machine: {error}") from error
 
 
+def start_processes(
+    kind: type[RayProcess],
+    ranks: int,
+    group: PlacementGroup,
+    cpus: float,
+    gpus: float,
+    threads: int,
+    calls: int,
+    directory: str,
+) -> tuple[list[Any], tuple[str, int]]:
+    """Actors of `kind`, one in each bundle of a placement group, and the address and port where they meet.
+
+    Args:
+        cpus, gpus: that each holds.
+        threads: that each computes with.
+        calls: of an actor's methods that may run at a time.
+        directory: where relative paths of the configuration begin.
+    """
+    actors = [
+        ray.remote(kind)
+        .options(
+            num_cpus=cpus,
+            num_gpus=gpus,
+            max_concurrency=calls,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+        )
+        .remote(rank, ranks, threads, directory)
+        for rank in range(ranks)
+    ]
+    return actors, ray.get(actors[0].meeting_point.remote())
+
+
 class RayProcess:
     """One rank's process, as a Ray actor."""
 
-    def __init__(self, rank: int, world_size: int, cpus: int, directory: str) -> None:
+    def __init__(self, rank: int, world_size: int, threads: int, directory: str) -> None:
         # Relative paths in the configuration are meant from where the run was started.
         os.chdir(directory)
         # Ray shows each actor its own GPU alone, so it is the first of its kind on any node.
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", OMP_NUM_THREADS=str(cpus))
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", OMP_NUM_THREADS=str(threads))
 
     def meeting_point(self) -> tuple[str, int]:
         """An address and a free port of this node."""

@@ -9,7 +9,7 @@ from typing import Any
 from keyreid.config import Config
 from keyreid.errors import ConfigError, KeyreidError
 from keyreid.training.preemption import StopRequest
-from keyreid.training.ray_cluster import RayProcess, ray, start
+from keyreid.training.ray_cluster import RayProcess, ray, start, start_processes
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 10.0  # for ranks that are left after one failed
@@ -20,8 +20,8 @@ LOCAL = "local"
 class Rank(RayProcess):
     """A rank with threads: `train` runs in one while another hears of stop signals."""
 
-    def __init__(self, rank: int, world_size: int, cpus: int, directory: str) -> None:
-        super().__init__(rank, world_size, cpus, directory)
+    def __init__(self, rank: int, world_size: int, threads: int, directory: str) -> None:
+        super().__init__(rank, world_size, threads, directory)
         self._stop = StopRequest()
 
     def train(self, config: Config, resume: bool, meeting_point: tuple[str, int]) -> dict | None:
@@ -60,9 +60,14 @@ def run_on_ray(config: Config, address: str, ranks: int | None, resume: bool) ->
         config.check_ranks(ranks)
         share = {"GPU": 1.0, "CPU": 1.0} if gpus else {"CPU": 1.0}
         group = _place(share, ranks, there)
-        cpus = max(1, int(there["CPU"]) // ranks)
+        actors, meeting_point = start_processes(
+            *(Rank, ranks, group, share["CPU"], share.get("GPU", 0)),
+            threads=max(1, int(there["CPU"]) // ranks),
+            calls=2,
+            directory=str(Path.cwd()),
+        )
         with StopRequest() as stop:
-            return _run(_actors(group, share, ranks, cpus), config, resume, stop)
+            return _run(actors, meeting_point, config, resume, stop)
     finally:
         ray.shutdown()
 
@@ -79,24 +84,9 @@ def _place(share: dict[str, float], ranks: int, there: dict[str, float]) -> Any:
     return group
 
 
-def _actors(group: Any, share: dict[str, float], ranks: int, cpus: int) -> list[Any]:
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    return [
-        ray.remote(Rank)
-        .options(
-            num_cpus=share["CPU"],
-            num_gpus=share.get("GPU", 0),
-            max_concurrency=2,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-        )
-        .remote(rank, ranks, cpus, str(Path.cwd()))
-        for rank in range(ranks)
-    ]
-
-
-def _run(actors: list[Any], config: Config, resume: bool, stop: StopRequest) -> dict | None:
-    meeting_point = ray.get(actors[0].meeting_point.remote())
+def _run(
+    actors: list[Any], meeting_point: tuple[str, int], config: Config, resume: bool, stop: StopRequest
+) -> dict | None:
     runs = [actor.train.remote(config, resume, meeting_point) for actor in actors]
     pending, told = list(runs), False
     while pending:

@@ -15,9 +15,8 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from keyreid.training.ray_cluster import RayProcess
+from keyreid.training.ray_cluster import RayProcess, start_processes
 
 END_SECONDS = 60.0  # for a run that was told to end: writing its log, sending what MLflow lacks
 
@@ -25,8 +24,8 @@ END_SECONDS = 60.0  # for a run that was told to end: writing its log, sending w
 class Rank(RayProcess):
     """One process of a trial. An actor with threads: `train` runs in one while another takes reports and answers."""
 
-    def __init__(self, rank: int, world_size: int, cpus: int, directory: str) -> None:
-        super().__init__(rank, world_size, cpus, directory)
+    def __init__(self, rank: int, world_size: int, threads: int, directory: str) -> None:
+        super().__init__(rank, world_size, threads, directory)
         self._reports: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
@@ -86,18 +85,9 @@ class RankGroup:
         tags: Mapping[str, str],
     ) -> None:
         self._waiting = False
-        self._actors = [
-            ray.remote(Rank)
-            .options(
-                num_cpus=cpus,
-                num_gpus=gpus,
-                max_concurrency=3,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-            )
-            .remote(rank, ranks, cpus, directory)
-            for rank in range(ranks)
-        ]
-        meeting_point = ray.get(self._actors[0].meeting_point.remote())
+        self._actors, meeting_point = start_processes(
+            Rank, ranks, group, cpus, gpus, threads=cpus, calls=3, directory=directory
+        )
         self._runs = [actor.train.remote(values, tags, meeting_point) for actor in self._actors]
 
     def next_report(self) -> dict[str, Any] | None:
