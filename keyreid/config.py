@@ -229,11 +229,12 @@ class Config(Section):
         """The folder of this run: configuration, checkpoints, logs, pictures."""
         return Path(self.output).expanduser() / self.name
 
-    def check_ranks(self, ranks: int) -> None:
-        """Raise ConfigError unless a step's clips divide over the ranks and micro-batches."""
-        if self.data.batch_size % (ranks * self.training.accumulation):
+    def check_ranks(self, ranks: int, nodes: int | None = None) -> None:
+        """Raise ConfigError unless a step's clips divide over the ranks (of each node) and micro-batches."""
+        if self.data.batch_size % (ranks * (nodes or 1) * self.training.accumulation):
+            who = f"{nodes} nodes x {ranks} ranks" if nodes else f"{ranks} ranks"
             raise ConfigError(
-                f"{ranks} ranks x {self.training.accumulation} micro-batches do not divide the batch of "
+                f"{who} x {self.training.accumulation} micro-batches do not divide the batch of "
                 f"{self.data.batch_size} clips (data.identities x data.tracklets)"
             )
 

@@ -59,3 +59,11 @@ def save_weights(model: KeyReID, config: Config, shards: ShardSet, path: Path) -
     header = WeightsHeader(config.model, config.clip, [0, 1, 2, 3], list(shards.camera_index), {"dataset": "toy"})
     write_weights(path, model.state_dict(), header)
     return path
+
+
+def toy_network(folder: Path) -> tuple[ShardSet, Config, KeyReID, Path]:
+    """Shards, configuration, network, and its weights file `weights.safetensors`."""
+    shards = toy_shards(folder)
+    config = toy_config(shards)
+    model = toy_model(config)
+    return shards, config, model, save_weights(model, config, shards, folder / "weights.safetensors")

@@ -7,7 +7,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from evaluation_toys import save_weights, toy_config, toy_model, toy_shards
+from evaluation_toys import save_weights, toy_config, toy_model, toy_network, toy_shards
 from packed import index_only
 from typer.testing import CliRunner
 
@@ -27,10 +27,7 @@ SETTINGS = ["training.precision=fp32", "data.reader=plain", "data.workers=1", "e
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
-    shards = toy_shards(folder)
-    config = toy_config(shards)
-    model = toy_model(config)
-    return shards, config, model, save_weights(model, config, shards, folder / "weights.safetensors")
+    return toy_network(folder)
 
 
 @pytest.fixture(scope="module")

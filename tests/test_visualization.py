@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from evaluation_toys import save_weights, toy_config, toy_model, toy_shards
+from evaluation_toys import toy_network
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -29,12 +29,9 @@ from keyreid.visualization.strips import Strip, draw_strips, overlay
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
-    shards = toy_shards(folder)
-    config = toy_config(shards)
-    model = toy_model(config)
+    shards, config, model, _ = toy_network(folder)
     vectors = extract(model, shards, range(len(shards)), config)
     vectors.save(folder / "vectors.npz")
-    save_weights(model, config, shards, folder / "weights.safetensors")
     return shards, config, model, vectors, folder
 
 

@@ -160,13 +160,8 @@ def _checked_config(arguments: list[str], nodes: str | None, ranks: int | None) 
     from keyreid.config import load_config
 
     config = load_config(arguments[0], arguments[1:])
-    micro_batches = config.training.accumulation
     for count in _counts(nodes) if ranks else []:
-        if config.data.batch_size % (count * ranks * micro_batches):
-            raise ConfigError(
-                f"{count} nodes x {ranks} ranks x {micro_batches} micro-batches do not divide the batch of "
-                f"{config.data.batch_size} clips (data.identities x data.tracklets)"
-            )
+        config.check_ranks(ranks, count)
     return config
 
 
