@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from functools import lru_cache
-
-import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import build_sincos2d_pos_embed
@@ -14,33 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from keyreid.config import ClipConfig, ModelConfig
-from keyreid.errors import ConfigError
-
-
-def patch_grid(model: ModelConfig, clip: ClipConfig) -> tuple[int, int]:
-    """Rows and columns (Hp, Wp) of the patches, without building the network.
-
-    Raises:
-        ConfigError: the backbone is not a VisionTransformer, or its patches do not tile the picture.
-    """
-    patch, stride = patch_size(model)
-    sides = {"clip.height": clip.height, "clip.width": clip.width}
-    for name, pixels in sides.items():
-        excess = (pixels - patch) % stride
-        if pixels < patch or excess:
-            below = max(pixels - excess, patch)
-            raise ConfigError(
-                f"{name}={pixels}: patches of {patch} pixels every {stride} pixels do not tile it; "
-                f"use {below} or {below + stride} with {model.backbone}"
-            )
-    height, width = ((pixels - patch) // stride + 1 for pixels in sides.values())
-    return height, width
-
-
-def patch_size(model: ModelConfig) -> tuple[int, int]:
-    """Side of a patch and step between patches, in pixels."""
-    patch = _native_patch_size(model.backbone)
-    return patch, model.patch_stride or patch
+from keyreid.patches import create, patch_grid
 
 
 def create_vit(model: ModelConfig, clip: ClipConfig) -> VisionTransformer:
@@ -51,7 +21,7 @@ def create_vit(model: ModelConfig, clip: ClipConfig) -> VisionTransformer:
     """
     grid = patch_grid(model, clip)
     settings = {"drop_path_rate": model.drop_path, "img_size": (clip.height, clip.width)}
-    vit = _create(model.backbone, depth=model.depth, **settings)
+    vit = create(model.backbone, depth=model.depth, **settings)
     if model.patch_stride:
         vit.patch_embed.proj.stride = (model.patch_stride, model.patch_stride)
     vit.patch_embed.grid_size = grid
@@ -117,27 +87,3 @@ class Backbone(nn.Module):
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if checkpoint_blocks else block(x)
         return x
-
-
-@lru_cache
-def _native_patch_size(name: str) -> int:
-    with torch.device("meta"):
-        return _create(name, depth=1).patch_embed.patch_size[0]
-
-
-def _create(name: str, depth: int | None, **settings) -> VisionTransformer:
-    if not timm.is_model(name):
-        family = timm.list_models("*vit*") + timm.list_models("deit*")
-        near = difflib.get_close_matches(name, family, n=3, cutoff=0.4)
-        raise ConfigError(f"model.backbone={name!r}: timm has no such model; near names: {', '.join(near) or 'none'}")
-    if depth is not None:
-        settings["depth"] = depth
-    try:
-        vit = timm.create_model(name, pretrained=False, num_classes=0, **settings)
-    except (TypeError, AssertionError, RuntimeError) as error:
-        raise ConfigError(f"model.backbone={name!r}: cannot be built as a VisionTransformer: {error}") from None
-    if not isinstance(vit, VisionTransformer):
-        raise ConfigError(f"model.backbone={name!r} is a {type(vit).__name__}; only timm's VisionTransformer will do")
-    if vit.cls_token is None:
-        raise ConfigError(f"model.backbone={name!r} has no class token, which both branches read")
-    return vit

@@ -94,7 +94,7 @@ class ClipFetcher:
         Raises:
             ConfigError: the shards' heatmaps are not of the parts that the model wants.
         """
-        from keyreid.model import patch_grid, patch_size  # the model imports the batch; only sizes are taken from it
+        from keyreid.patches import patch_grid, patch_size  # imports timm, for seconds
 
         patch_grid(config.model, config.clip)  # refuses patches that do not tile the clip
         patch, stride = patch_size(config.model)
