@@ -119,7 +119,8 @@ def test_bfloat16(casting, criterion):
     """Features near those of float32, losses and statistics in float32, finite gradients, even for large logits."""
     model, clips = tiny(), inputs()
     for block in (model.global_branch.block, model.local_branch.block):
-        torch.nn.init.normal_(block.attention.qkv_weight, std=0.1)  # attention that is far from uniform
+        for weight in (block.attention.q_weight, block.attention.k_weight, block.attention.v_weight):
+            torch.nn.init.normal_(weight, std=0.1)  # attention that is far from uniform
     reference = model.features(*clips)
     if casting == "weights":
         model.bfloat16()

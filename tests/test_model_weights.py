@@ -48,7 +48,9 @@ def test_timm_file(tmp_path, lines):
     for name in ("vit.pth", "vit.safetensors", "wrapped.pth"):
         model = build(tmp_path / name)
         assert torch.equal(model.backbone.blocks[0].attn.qkv.weight, state["blocks.0.attn.qkv.weight"])
-        assert torch.equal(model.global_branch.block.attention.qkv_weight, state["blocks.1.attn.qkv.weight"])
+        attention = model.global_branch.block.attention
+        thirds = torch.cat([attention.q_weight, attention.k_weight, attention.v_weight])
+        assert torch.equal(thirds, state["blocks.1.attn.qkv.weight"])
         assert torch.equal(model.global_branch.norm.weight, state["norm.weight"])
         assert model.backbone.pos_embed.shape == (1, 1 + 8, 192)  # 14 x 14 resampled to 4 x 2
         assert torch.equal(model.backbone.pos_embed[:, 0], state["pos_embed"][:, 0])

@@ -138,13 +138,14 @@ def test_attention_gives_what_the_network_computes(toy):
     torch.manual_seed(0)
     module = SingleQueryAttention(8, 1)
     with torch.no_grad():
-        module.qkv_weight.normal_()
+        for weight in (module.q_weight, module.k_weight, module.v_weight):
+            weight.normal_()
         module.qkv_bias.normal_()
         module.proj.weight.copy_(torch.eye(8))
     x, log_weight = torch.randn(3, 5, 8), torch.randn(3, 2, 4)
     with torch.no_grad():
         normalised = torch.nn.functional.layer_norm(x, (8,), module.norm_weight, module.norm_bias, module.eps)
-        values = torch.nn.functional.linear(normalised, module.qkv_weight[16:], module.qkv_bias[16:])
+        values = torch.nn.functional.linear(normalised, module.v_weight, module.qkv_bias[16:])
         expected = module(x, log_weight=log_weight)
         assert torch.allclose(_attention(module, x, log_weight) @ values, expected, atol=1e-5)
 

@@ -12,7 +12,7 @@ from keyreid.config import TcssConfig
 from keyreid.errors import ConfigError
 from keyreid.model.global_branch import GlobalBranch
 from keyreid.model.precision import full
-from keyreid.model.single_query import SingleQueryAttention, SingleQueryBlock
+from keyreid.model.single_query import FewRowsLinear, SingleQueryAttention, SingleQueryBlock
 from keyreid.model.tcss import row_order
 
 
@@ -58,7 +58,9 @@ class LocalBranch(nn.Module):
         self.frames = frames
         self.mode = mode
         self.epsilon = epsilon
-        mlp = Mlp(local_width, 4 * local_width, act_layer=activation)
+        mlp = Mlp(local_width, act_layer=activation)
+        mlp.fc1 = FewRowsLinear(local_width, 4 * local_width)
+        mlp.fc2 = FewRowsLinear(4 * local_width, local_width)
         for layer in (mlp.fc1, mlp.fc2):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
@@ -114,7 +116,7 @@ class LocalBranch(nn.Module):
         if not isinstance(source, SingleQueryBlock) or type(source.mlp) is not Mlp:
             return False
         own, theirs, frames = self.block, source.attention, self.frames
-        if len(theirs.qkv_weight) * frames != len(own.attention.qkv_weight):
+        if len(theirs.q_weight) * frames != len(own.attention.q_weight):
             return False
         if source.mlp.fc1.out_features * frames != own.mlp.fc1.out_features:
             return False
@@ -127,11 +129,11 @@ class LocalBranch(nn.Module):
             return torch.block_diag(*[weight] * frames)
 
         share = max(frames * theirs.heads / own.attention.heads, 1)  # backbone heads that a head consists of
-        projections = [each_frame(w) for w in theirs.qkv_weight.chunk(3)]
-        biases = [b.repeat(frames) for b in theirs.qkv_bias.chunk(3)]
-        projections[0], biases[0] = projections[0] * share**-0.5, biases[0] * share**-0.5
-        own.attention.qkv_weight.copy_(torch.cat([to_heads(w) for w in projections]))
-        own.attention.qkv_bias.copy_(torch.cat([to_heads(b) for b in biases]))
+        own.attention.q_weight.copy_(to_heads(each_frame(theirs.q_weight)) * share**-0.5)
+        own.attention.k_weight.copy_(to_heads(each_frame(theirs.k_weight)))
+        own.attention.v_weight.copy_(to_heads(each_frame(theirs.v_weight)))
+        biases = [to_heads(b.repeat(frames)) for b in theirs.qkv_bias.chunk(3)]
+        own.attention.qkv_bias.copy_(torch.cat([biases[0] * share**-0.5, *biases[1:]]))
         for layer, model, factor in (
             (own.attention.proj, theirs.proj, _layer_scale(source.ls1)),
             (own.mlp.fc1, source.mlp.fc1, 1.0),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import chain
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -24,7 +25,6 @@ IMAGENET_CLASSES = 1000
 _BLOCK = {
     "norm1.weight": "attention.norm_weight",
     "norm1.bias": "attention.norm_bias",
-    "attn.qkv.weight": "attention.qkv_weight",
     "attn.qkv.bias": "attention.qkv_bias",
     "attn.proj.weight": "attention.proj.weight",
     "attn.proj.bias": "attention.proj.bias",
@@ -35,17 +35,21 @@ _BLOCK = {
     "mlp.fc2.weight": "mlp.fc2.weight",
     "mlp.fc2.bias": "mlp.fc2.bias",
 }
+_QKV = "attn.qkv.weight"
+_SINGLE_QUERY = {"b1.0": "global_branch.block", "block1": "local_branch.block"}
+_THIRDS = {
+    f"{block}.{_QKV}": [f"{own}.attention.{which}_weight" for which in "qkv"] for block, own in _SINGLE_QUERY.items()
+}
 _SAME_TENSOR = {
     "base.cls_token": "backbone.cls_token",
     "base.pos_embed": "backbone.pos_embed",
     "base.patch_embed.proj.weight": "backbone.patch_embed.proj.weight",
     "base.patch_embed.proj.bias": "backbone.patch_embed.proj.bias",
-    **{f"b1.0.{theirs}": f"global_branch.block.{ours}" for theirs, ours in _BLOCK.items()},
     "b1.1.weight": "global_branch.norm.weight",
     "b1.1.bias": "global_branch.norm.bias",
-    **{f"block1.{theirs}": f"local_branch.block.{ours}" for theirs, ours in _BLOCK.items()},
     "b2.1.weight": "local_branch.norm.weight",
     "b2.1.bias": "local_branch.norm.bias",
+    **{f"{block}.{name}": f"{own}.{_BLOCK[name]}" for block, own in _SINGLE_QUERY.items() for name in _BLOCK},
     "attention_conv.bias": "global_branch.attention.bias",
     "attention_tconv.weight": "global_branch.temporal.weight",
     "attention_tconv.bias": "global_branch.temporal.bias",
@@ -123,7 +127,7 @@ def from_released(released: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if depth == 0 or parts == 0:
         raise CheckpointError("not the published layout: no base.blocks.* or no bottleneck_* entries")
     names = _backbone_blocks(depth) | _SAME_TENSOR
-    needed = [*names, "base.Cam", "attention_conv.weight", "classifier.weight"]
+    needed = [*names, *_THIRDS, "base.Cam", "attention_conv.weight", "classifier.weight"]
     for part in range(1, parts + 1):
         needed += [f"bottleneck_{part}.{name}" for name in (*_PART_NECK, "num_batches_tracked")]
         needed.append(f"classifier_{part}.weight")
@@ -133,6 +137,8 @@ def from_released(released: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             f"the published layout lacks {len(missing)} entries: {', '.join(missing[:6])}{' ...' * (len(missing) > 6)}"
         )
     state = {ours: released[theirs] for theirs, ours in names.items()}
+    for theirs, thirds in _THIRDS.items():
+        state |= zip(thirds, released[theirs].tensor_split(3), strict=True)
     state["backbone.camera"] = released["base.Cam"].squeeze(1)
     state["global_branch.attention.weight"] = released["attention_conv.weight"].flatten(1)
     state["global_classifier.weight"] = released["classifier.weight"].unsqueeze(0)
@@ -154,7 +160,8 @@ def to_released(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     depth = 1 + len({name.split(".")[2] for name in state if name.startswith("backbone.blocks.")})
     names = _backbone_blocks(depth) | _SAME_TENSOR
-    missing = [ours for ours in (*names.values(), "backbone.camera") if ours not in state]
+    needed = [*names.values(), *chain.from_iterable(_THIRDS.values()), "backbone.camera"]
+    missing = [ours for ours in needed if ours not in state]
     beyond = {name for name in state if re.search(r"reg_token|norm_pre|\.gamma$|k_norm", name)}
     if missing or beyond:
         raise CheckpointError(
@@ -162,6 +169,7 @@ def to_released(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             f"missing {', '.join(missing[:4]) or 'nothing'}; beyond it {', '.join(sorted(beyond)[:4]) or 'nothing'}"
         )
     released = {theirs: state[ours] for theirs, ours in names.items()}
+    released |= {theirs: torch.cat([state[third] for third in thirds]) for theirs, thirds in _THIRDS.items()}
     released["base.Cam"] = state["backbone.camera"].unsqueeze(1)
     released["attention_conv.weight"] = state["global_branch.attention.weight"][..., None, None]
     released["classifier.weight"] = state["global_classifier.weight"][0]
@@ -174,7 +182,7 @@ def to_released(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         released[f"bottleneck_{part}.num_batches_tracked"] = state["part_necks.num_batches_tracked"]
     # Tensors of their own (slices would drag the whole along into the file), then those that share one.
     released = {name: tensor.detach().cpu().clone() for name, tensor in released.items()}
-    for name in _BLOCK:
+    for name in (*_BLOCK, _QKV):
         released[f"b2.0.{name}"] = released[f"block1.{name}"]
         released[f"base.blocks.{depth - 1}.{name}"] = released[f"b1.0.{name}"]
     released["base.norm.weight"], released["base.norm.bias"] = released["b1.1.weight"], released["b1.1.bias"]
@@ -184,5 +192,5 @@ def to_released(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _backbone_blocks(depth: int) -> dict[str, str]:
-    names = (f"blocks.{index}.{name}" for index in range(depth - 1) for name in _BLOCK)
+    names = (f"blocks.{index}.{name}" for index in range(depth - 1) for name in (*_BLOCK, _QKV))
     return {f"base.{name}": f"backbone.{name}" for name in names}

@@ -138,10 +138,9 @@ def _attention(module: SingleQueryAttention, x: torch.Tensor, log_weight: torch.
     x = x.float()
     gain, bias = module.norm_weight.float(), module.norm_bias.float()
     normalised = functional.layer_norm(x, x.shape[-1:], gain, bias, module.eps)
-    q_weight, k_weight, _ = module.qkv_weight.float().chunk(3)
     q_bias, k_bias, _ = module.qkv_bias.float().chunk(3)
-    query = functional.linear(normalised[:, 0], q_weight, q_bias).unflatten(-1, (module.heads, -1))
-    keys = functional.linear(normalised, k_weight, k_bias).unflatten(-1, (module.heads, -1))
+    query = functional.linear(normalised[:, 0], module.q_weight.float(), q_bias).unflatten(-1, (module.heads, -1))
+    keys = functional.linear(normalised, module.k_weight.float(), k_bias).unflatten(-1, (module.heads, -1))
     logits = torch.einsum("shd,snhd->shn", query, keys).unsqueeze(1) * query.shape[-1] ** -0.5
     if log_weight is not None:
         logits = logits + functional.pad(log_weight.float(), (1, 0)).unsqueeze(2)
