@@ -61,6 +61,17 @@ def test_layout_that_does_not_fit_is_named(tmp_path: Path) -> None:
         open_dataset("folder", tmp_path / "void")
 
 
+def test_empty_folders_are_left_out_with_a_line_each(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "cam/person/full/1.jpg", "cam/person/hollow/notes.txt")
+    (tmp_path / "cam" / "nobody").mkdir()
+    assert len(open_dataset("folder", tmp_path).tracklets) == 1
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"{tmp_path}/cam/nobody: nothing in it; left out",
+        f"{tmp_path}/cam/person/hollow: no pictures in it; left out",
+    ]
+
+
 def test_drawn_split_gives_each_tested_person_a_query_and_an_answer(tmp_path: Path) -> None:
     touch(tmp_path, *(f"c{c}/p{p}/t{t}/1.jpg" for c in (1, 2) for p in range(10) for t in (1, 2)))
     data = open_dataset("folder", tmp_path, test_share=0.3, seed=5)

@@ -6,6 +6,7 @@ names `distractor` and `junk` keep the meaning they have in MARS.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from keyreid.datasets.imported import MANIFEST, ImportCard, is_imported, read_im
 from keyreid.datasets.listing import RESERVED, Keys, folders, numbered, pictures
 from keyreid.datasets.tracklet import JUNK_IDENTITY, Dataset, Frame, Tracklet
 from keyreid.errors import DataError
+
+log = logging.getLogger(__name__)
 
 LEVELS = ("split", "camera", "identity", "tracklet")
 SPLITS = ("train", "test", "query", "gallery", "junk", "all")
@@ -69,6 +72,8 @@ def _walk(place: Path, levels: Sequence[str], names: dict[str, str], root: Path)
             raise DataError(
                 f"{stray[0]}: a picture where the layout expects folders of the level {levels[0]!r}; set layout=..."
             )
+        if not inner and place != root:
+            log.warning("%s: nothing in it; left out", place)
         return [
             record for folder in inner for record in _walk(folder, levels[1:], {**names, levels[0]: folder.name}, root)
         ]
@@ -76,7 +81,10 @@ def _walk(place: Path, levels: Sequence[str], names: dict[str, str], root: Path)
     if deeper:
         raise DataError(f"{deeper[0]}: a folder where the layout expects pictures; set layout=... with a level for it")
     frames = pictures(place)
-    return [(names, frames)] if frames else []
+    if not frames:
+        log.warning("%s: no pictures in it; left out", place)
+        return []
+    return [(names, frames)]
 
 
 def _read_table(path: Path) -> list[Record]:
