@@ -58,7 +58,7 @@ class LocalBranch(nn.Module):
         self.frames = frames
         self.mode = mode
         self.epsilon = epsilon
-        mlp = Mlp(local_width, act_layer=activation)
+        mlp = Mlp(local_width, act_layer=activation, device="meta")  # its two layers are replaced
         mlp.fc1 = FewRowsLinear(local_width, 4 * local_width)
         mlp.fc2 = FewRowsLinear(4 * local_width, local_width)
         for layer in (mlp.fc1, mlp.fc2):
