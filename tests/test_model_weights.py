@@ -184,3 +184,19 @@ def test_refusals(tmp_path):
     dinov2 = build(backbone="vit_small_patch14_reg4_dinov2", clip=ClipConfig(frames=2, height=56, width=28))
     with pytest.raises(CheckpointError, match="no place for this network"):
         to_released(dinov2.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *[("block1.attn.qkv.weight", shape) for shape in [(), (2, 384), (1153, 384)]],
+        *[("classifier.weight", shape) for shape in [(), (10,), (10, 0)]],
+        *[("base.Cam", ()), ("classifier_1.weight", (3, 384)), ("b2.1.weight", ()), ("b1.0.mlp.fc1.weight", (3, 3))],
+        *[("base.patch_embed.proj.weight", ()), ("base.pos_embed", (1,)), ("base.pos_embed", (1, 0, 192))],
+    ],
+)
+def test_an_entry_of_another_shape_is_an_error(name, shape):
+    released = to_released(build(guidance="released").state_dict())
+    released[name] = torch.zeros(shape)
+    with pytest.raises(CheckpointError, match=r"of another shape|do not fit each other|lack a side|are not those of"):
+        released_model(released)

@@ -83,12 +83,15 @@ def released_model(
         CheckpointError: entries are missing or do not fit each other.
     """
     state = from_released(state_dict)
-    classes, width = state["global_classifier.weight"].shape[1:]
-    part_width = state["local_branch.norm.weight"].shape[0]
-    patch = state["backbone.patch_embed.proj.weight"].shape[-1]
-    patches = state["backbone.pos_embed"].shape[1] - 1
-    wide = math.isqrt(patches // PATCHES_HIGH_PER_WIDE)
-    if wide * wide * PATCHES_HIGH_PER_WIDE != patches or width % HEADS or part_width % width:
+    try:
+        classes, width = state["global_classifier.weight"].shape[1:]
+        part_width = state["local_branch.norm.weight"].shape[0]
+        patch = state["backbone.patch_embed.proj.weight"].shape[-1]
+        patches = state["backbone.pos_embed"].shape[1] - 1
+        wide = math.isqrt(max(patches, 0) // PATCHES_HIGH_PER_WIDE)
+    except (IndexError, ValueError):
+        raise CheckpointError("the published classifier, norm, patch or position weights lack a side") from None
+    if not width or wide * wide * PATCHES_HIGH_PER_WIDE != patches or width % HEADS or part_width % width:
         raise CheckpointError(
             f"the checkpoint's {patches} patches, width {width} and local width {part_width} are not those of the "
             f"published model: pictures twice as high as wide, {HEADS} heads, local width a multiple of the width"
@@ -119,7 +122,7 @@ def from_released(released: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The published layout -> ours.
 
     Raises:
-        CheckpointError: an entry is missing; the first ones are named.
+        CheckpointError: an entry is missing, and the first ones are named; or entries do not fit each other.
     """
     released = {name.removeprefix("module."): tensor for name, tensor in released.items()}
     depth = len({match[1] for name in released if (match := re.match(r"base\.blocks\.(\d+)\.", name))})
@@ -136,6 +139,13 @@ def from_released(released: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         raise CheckpointError(
             f"the published layout lacks {len(missing)} entries: {', '.join(missing[:6])}{' ...' * (len(missing) > 6)}"
         )
+    try:
+        return _renamed(released, names, parts)
+    except (IndexError, RuntimeError) as error:  # a side that is not there, tensors that do not stack
+        raise CheckpointError(f"the published layout's entries do not fit each other: {error}") from None
+
+
+def _renamed(released: dict[str, torch.Tensor], names: dict[str, str], parts: int) -> dict[str, torch.Tensor]:
     state = {ours: released[theirs] for theirs, ours in names.items()}
     for theirs, thirds in _THIRDS.items():
         state |= zip(thirds, released[theirs].tensor_split(3), strict=True)
