@@ -132,18 +132,24 @@ def test_killed_packing_goes_on_to_identical_bytes(source, tmp_path):
     out = tmp_path / "killed"
     out.mkdir()
     for _ in range(2):
-        child = subprocess.Popen([sys.executable, "-c", script, tmp_path / "plan", out])
         before = len(list(out.glob("*.tar")))
+        child = subprocess.Popen([sys.executable, "-c", script, tmp_path / "plan", out])
         try:
             deadline = time.monotonic() + 60
-            while len(list(out.glob("*.tar"))) <= before and time.monotonic() < deadline:
+            while time.monotonic() < deadline:
+                if len(list(out.glob("*.tar"))) > before and list(out.glob(".*.partial")):
+                    child.send_signal(signal.SIGSTOP)
+                    os.waitpid(child.pid, os.WUNTRACED)
+                    if list(out.glob(".*.partial")):
+                        break  # it stands still in the middle of a shard
+                    child.send_signal(signal.SIGCONT)
                 time.sleep(0.002)
-            os.kill(child.pid, signal.SIGKILL)
         finally:
+            child.kill()
             child.wait()
+        assert list(out.glob(".*.partial"))
     done = len(list(out.glob("*.tar")))
     assert 1 < done < len(plan.shards)
-    assert list(out.glob(".*.partial"))  # it was in the middle of one
     assert pack(planned(source, target=60_000), out, quiet=True)[1] >= done - 1
     finish(plan, out)
     assert contents(out) == contents(tmp_path / "whole")
