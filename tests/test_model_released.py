@@ -71,10 +71,15 @@ def test_evaluation(model, inputs, numbers):
     vectors = model.embed(*inputs)
     within(vectors, numbers["eval_feature"])
     assert vectors.shape == (2, 19200)
-    # the counter does not know the fused attention of CPUs
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.embed(*(tensor[:1] for tensor in inputs))
-    assert 84e9 < counter.get_total_flops() <= 85.5e9
+    for autocast in (False, True):
+        with (
+            torch.inference_mode(),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            sdpa_kernel(SDPBackend.MATH),  # the counter does not know the fused attention of CPUs
+            FlopCounterMode(display=False) as counter,
+        ):
+            model.embed(*(tensor[:1] for tensor in inputs))
+        assert 84e9 < counter.get_total_flops() <= 85.5e9
     tokens = model.backbone(inputs[0][:1, 0], inputs[2][:1])
     within(tokens[0, :3], numbers["backbone_tokens_row0"])
 

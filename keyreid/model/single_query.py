@@ -74,8 +74,8 @@ class SingleQueryAttention(nn.Module):
         token = (x_hat[:, 0] * self.norm_weight + self.norm_bias).to(dtype)
         query = F.linear(token, self.q_weight, q_bias).unflatten(-1, (self.heads, -1))
         query = query * query.shape[-1] ** -0.5
-        # Shape: query [S, h, d], folded [S, h, D]
-        folded = torch.einsum("shd,hdw->shw", query, self.k_weight.unflatten(0, (self.heads, -1)))
+        # Shape: [h, S, d] @ [h, d, D]. A product, since einsum hides one from autocast where operations are counted.
+        folded = (query.transpose(0, 1) @ self.k_weight.unflatten(0, (self.heads, -1))).transpose(0, 1)
 
         with torch.autocast(x.device.type, enabled=False):  # logits, softmax and the weighing in float32
             folded = full(folded) * full(self.norm_weight)
