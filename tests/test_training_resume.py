@@ -1,5 +1,6 @@
 """A run that is killed, stopped or moved to other ranks goes on as if nothing had happened."""
 
+import contextlib
 import random
 import signal
 import time
@@ -41,16 +42,16 @@ def test_twenty_kills_change_no_bit(shards, undisturbed, tmp_path):
     draw = random.Random(3)
     inside_a_save = 0
     for kill in range(20):
+        begun, at = _step(config), time.time_ns()
         ranks = start(train, config, 2)
-        begun = _step(config)
         if kill % 2:  # at some moment of the start or of the next steps
             while _step(config) == begun and draw.random() < 0.999 and ranks.processes[0].is_alive():
                 time.sleep(0.005)
         else:  # while a checkpoint is being written
-            while not any(root.glob("*.partial")) and ranks.processes[0].is_alive():
+            while not _being_written(root, at) and ranks.processes[0].is_alive():
                 time.sleep(0.0005)
         ranks.kill()
-        inside_a_save += any(root.glob("*.partial"))
+        inside_a_save += _being_written(root, at)
         if (config.run_dir / "completed").exists():
             break
     run(train, config, 2)
@@ -122,3 +123,12 @@ def test_another_architecture_is_refused(shards, undisturbed):
 def _step(config):
     folders = checkpoints.checkpoints(config.run_dir / "checkpoints")
     return checkpoints.read_state(folders[-1]).step if folders else 0
+
+
+def _being_written(root, since: int) -> bool:
+    """Whether a checkpoint is being written, or was left half written, since a moment; older remains do not count."""
+    for path in root.glob("*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ctime_ns > since:
+                return True
+    return False

@@ -48,7 +48,8 @@ def test_requeued_out_of_time_and_bereft_of_a_node_it_goes_on_as_one_run(
     wait_for_step(folder, newest_step(folder) + 5)
     # 120 s before the limit is now, but Slurm looks at limits every 30 s: until then the ranks are frozen.
     cluster.run("scancel", "--signal=STOP", job)
-    cluster.run("scontrol", "update", f"job={job}", "TimeLimit=2")
+    hours, minutes, _ = map(int, cluster.job(job)["RunTime"].split(":"))
+    cluster.run("scontrol", "update", f"job={job}", f"TimeLimit={60 * hours + minutes + 2}")
     wait_for_text(log, "signal USR2")
     cluster.run("scontrol", "update", f"job={job}", "TimeLimit=60")
     for other in [pipeline[-1][1], search]:  # must not lose the node that this test takes away
