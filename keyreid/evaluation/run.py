@@ -22,6 +22,7 @@ from keyreid.model import KeyReID
 from keyreid.shards.index import ShardSet
 
 Part = Literal["test", "holdout"]
+SCORES, PAGE, PICTURES = "scores.json", "index.html", ("ranked.png", "cmc.png", "guidance.png", "attention.png")
 
 
 def evaluate(
@@ -171,15 +172,18 @@ def _judge_and_draw(
         distance=config.evaluation.distance,
         rerank=config.evaluation.rerank,
     )
-    write_json(result, out_dir / "scores.json")
+    if (out_dir / SCORES).exists():  # beside the new scores, the pictures of an earlier evaluation would be wrong
+        for name in (PAGE, *PICTURES):
+            (out_dir / name).unlink(missing_ok=True)
+    write_json(result, out_dir / SCORES)
     pictures: list[Path] = []
     if config.evaluation.pictures:
         from keyreid.visualization.evaluation import draw  # matplotlib only here: trials of a search draw nothing
         from keyreid.visualization.page import write_page
 
         pictures = draw(rankings, model, shards, config, out_dir, device)
-        write_page(out_dir / "index.html", result, pictures)
-    files = [out_dir / "scores.json", *pictures, *([out_dir / "index.html"] if pictures else [])]
+        write_page(out_dir / PAGE, result, pictures)
+    files = [out_dir / SCORES, *pictures, *([out_dir / PAGE] if pictures else [])]
     return {**result, "pictures": [str(path) for path in pictures], "files": [str(path) for path in files]}
 
 
