@@ -147,6 +147,17 @@ def test_extreme_guidance_is_finite(criterion):
         assert guidance.grad.isfinite().all()
 
 
+def test_gelu_overwrites_only_where_no_gradient_is_asked_for():
+    model, clips = tiny().eval(), inputs()
+    kept = [tensor.clone() for tensor in clips]
+    with_gradient = model.embed(*clips)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.embed(*clips), with_gradient, rtol=0, atol=0)
+        hidden = torch.randn(3, 5)
+        assert model.backbone.blocks[0].mlp.act(hidden) is hidden
+    assert all(torch.equal(tensor, before) for tensor, before in zip(clips, kept, strict=True))
+
+
 def test_stochastic_depth_grows_linearly():
     model = tiny(depth=5, drop_path=0.2)
     rates = [

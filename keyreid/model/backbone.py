@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers import build_sincos2d_pos_embed
+from timm.layers import Mlp, build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -35,6 +35,21 @@ def create_vit(model: ModelConfig, clip: ClipConfig) -> VisionTransformer:
     return vit
 
 
+class InPlaceGELU(nn.GELU):
+    """GELU that overwrites its argument where no gradient will ask for it.
+
+    The widest tensor of a block is then there once instead of twice. A CPU gets such tensors from the system page by
+    page: without the second one 8 clips of 4 frames are embedded 1.07 times faster, with half the page faults (ViT-B,
+    2 cores, three processes each).
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Elementwise; the argument must be the caller's own, as a linear layer's output is."""
+        if torch.is_grad_enabled() and input.requires_grad:
+            return super().forward(input)
+        return torch.ops.aten.gelu_(input, approximate=self.approximate)
+
+
 class Backbone(nn.Module):
     """Patch, position and camera embedding and the first depth-1 blocks.
 
@@ -54,6 +69,9 @@ class Backbone(nn.Module):
         self.embed_prefix = not vit.no_embed_class
         self.norm_pre = vit.norm_pre
         self.blocks = vit.blocks[:-1]
+        for mlp in (getattr(block, "mlp", None) for block in self.blocks):
+            if type(mlp) is Mlp and type(mlp.act) is nn.GELU:
+                mlp.act = InPlaceGELU(mlp.act.approximate)
         self.prefix_tokens = vit.num_prefix_tokens
         self.camera_factor = camera_factor
         self.camera = None
