@@ -6,7 +6,7 @@
 
 Times are of interleaved pairs (naive, ours, naive, ours ...), because machines drift; the ratio is the median of the
 pairs' ratios. A training step is features, necks, classifiers, all losses and the backward pass; an evaluation step is
-`embed`. Memory is what a training step holds at its peak beyond weights and their gradients. On a GPU the share of the
+`embed`. Memory is what a step holds at its peak beyond weights and their gradients. On a GPU the share of the
 device's arithmetic that the step uses (MFU) is given against a large matrix product measured beside it.
 """
 
@@ -153,6 +153,7 @@ def main() -> None:
 
     naive_bytes = peak_memory(naive, lambda: training_step(naive), arguments.device)
     plain_bytes = peak_memory(ours, lambda: training_step(ours), arguments.device)
+    evaluation_bytes = [peak_memory(n, lambda n=n: evaluation_step(n), arguments.device) for n in (naive, ours)]
     ours.checkpoint_activations = True
     checkpointed_bytes = peak_memory(ours, lambda: training_step(ours), arguments.device)
     print(
@@ -160,6 +161,7 @@ def main() -> None:
         f"ours {plain_bytes / 1e6:.0f} MB ({plain_bytes / naive_bytes:.2f} of it), "
         f"with activation checkpointing {checkpointed_bytes / 1e6:.0f} MB ({checkpointed_bytes / naive_bytes:.2f})"
     )
+    print("evaluation step's memory: naive {:.1f} MB, ours {:.1f} MB".format(*(n / 1e6 for n in evaluation_bytes)))
 
 
 def random_clips(
@@ -210,7 +212,7 @@ def matmul_flops(precision: str) -> float:
 
 
 def peak_memory(network: torch.nn.Module, step: Callable, device: str) -> int:
-    """Most bytes that a training step holds beyond weights, gradients and whatever was there before it."""
+    """Most bytes that a step holds beyond weights, gradients and whatever was there before it."""
     if device == "cuda":
         for parameter in network.parameters():
             parameter.grad = None

@@ -168,7 +168,7 @@ def test_workers_end_when_the_packer_is_killed():
     child.kill()
     child.wait()
     child.stdout.close()
-    gone = psutil.wait_procs([worker], timeout=60)[0]
+    gone = psutil.wait_procs([worker], timeout=10)[0]
     assert gone or worker.status() == psutil.STATUS_ZOMBIE  # of a container whose first process reaps nobody
 
 

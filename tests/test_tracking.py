@@ -70,7 +70,7 @@ def test_a_dead_server_delays_but_loses_nothing(tmp_path, monkeypatch, capfd):
     start = time.monotonic()
     tracker = Tracker(config, tmp_path, tmp_path / "run", "patient")
     tracker.metrics({"loss": 1.0}, 1)
-    assert time.monotonic() - start < 20  # logging waits for no server: MLflow would try for minutes
+    assert time.monotonic() - start < 2  # logging waits for no server
     said, deadline = "", time.monotonic() + 90
     while "warning: MLflow at" not in said and time.monotonic() < deadline:
         time.sleep(0.2)

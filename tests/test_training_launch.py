@@ -39,29 +39,28 @@ def run(tmp_path):
 
 def test_ranks_know_their_place(run):
     process = run("print([os.environ[k] for k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR')])")
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert "['0', '0', '2', '127.0.0.1']" in output
 
 
 def test_a_failing_rank_ends_the_others_and_shows_its_traceback(run):
     start = time.monotonic()
-    process = run("if rank == 1: raise RuntimeError('tracklet 7 is broken')\ntime.sleep(600)")
-    output, _ = process.communicate(timeout=300)
-    assert time.monotonic() - start < 120
+    output, _ = run("if rank == 1: raise RuntimeError('tracklet 7 is broken')\ntime.sleep(600)").communicate(timeout=60)
+    assert time.monotonic() - start < 20
     assert "error: rank 1 ended with status 1" in output
     assert "RuntimeError: tracklet 7 is broken" in output
 
 
 def test_the_status_is_the_failing_ranks(run):
     process = run("sys.exit(3 if rank == 1 else 0)")
-    process.communicate(timeout=120)
+    process.communicate(timeout=30)
     assert process.returncode == 3
 
 
 def test_a_killed_rank_is_named(run):
     process = run("if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)")
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGKILL
     assert "rank 1 was killed by SIGKILL" in output
 
@@ -78,7 +77,7 @@ def test_a_stop_signal_reaches_all_ranks_which_end_in_order(run, tmp_path):
     while len(list(tmp_path.glob("ready-*"))) < 2:
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR2)
-    process.communicate(timeout=120)
+    process.communicate(timeout=30)
     assert process.returncode == 0
     assert len(list(tmp_path.glob("stopped-*"))) == 2
 
@@ -89,7 +88,7 @@ def test_no_rank_outlives_a_killed_launcher(run, tmp_path):
         time.sleep(0.05)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 10
     pids = [int(path.name[4:]) for path in tmp_path.glob("pid-*")]
     while any(_alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -38,9 +38,8 @@ def create_vit(model: ModelConfig, clip: ClipConfig) -> VisionTransformer:
 class InPlaceGELU(nn.GELU):
     """GELU that overwrites its argument where no gradient will ask for it.
 
-    The widest tensor of a block is then there once instead of twice. A CPU gets such tensors from the system page by
-    page: without the second one 8 clips of 4 frames are embedded 1.07 times faster, with half the page faults (ViT-B,
-    2 cores, three processes each).
+    The widest tensor of a block is then there once instead of twice: an evaluation holds a quarter less beside the
+    weights (benchmarks/README.md).
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,10 @@ from keyreid.pose.parts import KEYPOINT_NAMES, joint_parts, part_joints, part_na
 from keyreid.pose.pictures import decode
 from keyreid.progress import track
 
-_STYLE = """body { font: 15px/1.45 system-ui, sans-serif; color: #222 }
-body { max-width: 1500px; margin: 2rem auto; padding: 0 1rem }
+_STYLE = """body {
+    max-width: 1500px; margin: 2rem auto; padding: 0 1rem;
+    font: 15px/1.45 system-ui, sans-serif; color: #222
+}
 img { max-width: 100% }
 th { text-align: left; font-weight: 500; padding-right: 2rem }
 td { font-variant-numeric: tabular-nums }
