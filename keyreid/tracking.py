@@ -21,6 +21,7 @@ from keyreid.files import replace_text
 
 RETRY_SECONDS = 10.0
 FLUSH_SECONDS = 60.0
+LAST_TRIES, LAST_WAIT_SECONDS = 4, 1.0  # when the run ends: others may hold SQLite for a moment
 TRACKING, EVENTS, SENT, RUN_ID = "tracking", "events.jsonl", "sent", "run_id"
 BATCH_EVENTS = 200
 
@@ -166,6 +167,7 @@ class Tracker:
     def _send_all(self) -> None:
         """The thread: send what is new; after a failure, wait and try again."""
         client = monitor = None
+        tries_left = LAST_TRIES
         while True:
             self._new.clear()
             stopping = self._stop.is_set()
@@ -184,6 +186,10 @@ class Tracker:
                 )
                 if not stopping:
                     self._stop.wait(RETRY_SECONDS)
+                    continue
+                tries_left -= 1
+                if tries_left:
+                    time.sleep(LAST_WAIT_SECONDS)
                     continue
             if stopping:
                 if monitor:

@@ -1,8 +1,10 @@
 """MLflow: what is logged arrives once, through restarts and a dead server."""
 
 import socket
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 
 import mlflow
@@ -58,6 +60,25 @@ def test_half_a_line_of_a_killed_process_is_forgotten(tmp_path):
     with Tracker(QUIET, tmp_path, tmp_path / "run", "killed") as tracker:
         tracker.metrics({"loss": 3.0}, 2)
     assert curve(tracker, "loss") == [(1, 1.0), (2, 3.0)]
+
+
+def test_a_store_that_fails_for_a_moment_at_the_end_gets_all(tmp_path):
+    with Tracker(QUIET, tmp_path, tmp_path / "run", "first"):
+        pass
+    tracker = Tracker(QUIET, tmp_path, tmp_path / "run", "first")
+    while not tracker.all_sent:
+        time.sleep(0.05)
+    store = sqlite3.connect(tmp_path / "mlflow.db", check_same_thread=False, isolation_level=None)
+    store.execute("CREATE TRIGGER held BEFORE INSERT ON metrics BEGIN SELECT RAISE(ABORT, 'held'); END")
+    released = threading.Timer(1.5, store.execute, ["DROP TRIGGER held"])
+    released.start()
+    tracker.metrics({"loss": 1.0}, 1)
+    tracker.close("FINISHED")
+    released.join()
+    store.close()
+    assert tracker.all_sent
+    assert curve(tracker, "loss") == [(1, 1.0)]
+    assert client_of(tracker).get_run(tracker.run_id).info.status == "FINISHED"
 
 
 @pytest.mark.slow
