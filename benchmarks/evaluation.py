@@ -76,7 +76,7 @@ def loop_over_queries(matrix: np.ndarray, query: Side, gallery: Side) -> float:
 
 def distance() -> None:
     """Euclidean distances of whole evaluation vectors."""
-    from keyreid.evaluation.distance import Embeddings, pairwise
+    from keyreid.embedding.distance import Embeddings, pairwise
 
     rng = np.random.default_rng(0)
     query, gallery = (Embeddings(rng.standard_normal((n, WIDTH), dtype=np.float32)) for n in (QUERIES, GALLERY))
@@ -90,7 +90,7 @@ def distance() -> None:
 
 def search() -> None:
     """The ten nearest in a gallery on disk."""
-    from keyreid.evaluation.distance import Embeddings, nearest
+    from keyreid.embedding.distance import Embeddings, nearest
 
     count, width = 1_000_000, 768
     rng = np.random.default_rng(0)
@@ -117,8 +117,8 @@ def search() -> None:
 
 def rerank() -> None:
     """k-reciprocal re-ranking of clustered vectors."""
-    from keyreid.evaluation.distance import Embeddings
-    from keyreid.evaluation.reranking import rerank as k_reciprocal
+    from keyreid.embedding.distance import Embeddings
+    from keyreid.embedding.reranking import rerank as k_reciprocal
 
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((626, 768), dtype=np.float32)

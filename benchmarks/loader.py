@@ -30,13 +30,13 @@ from torchvision.transforms import functional as F
 from keyreid.config import Config, check_config
 from keyreid.datasets import open_dataset
 from keyreid.datasets.tracklet import Tracklet
-from keyreid.datasets.walkers import render
 from keyreid.pose.heatmaps import render_heatmaps
 from keyreid.shards import open_reader
 from keyreid.shards.index import ShardSet
 from keyreid.shards.pack import finish, pack, plan_shards
 from keyreid.shards.plan import TrainingPlan
 from keyreid.shards.writer import PackSettings, load_keypoints
+from keyreid.synthetic.walkers import render
 
 BATCH, FRAMES = 16, 4
 WORKERS = 2

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from keyreid.retrieval import vector_file
+from keyreid.embedding import vector_file
+from keyreid.embedding.vector_file import VectorFiles, VectorsAbout, make_table, write_vectors
 from keyreid.retrieval.index import GalleryIndex
 from keyreid.retrieval.search import SearchSettings, search
-from keyreid.retrieval.vector_file import VectorFiles, VectorsAbout, make_table, write_vectors
 
 STEP = 10_000
 TRACKLETS_A_PERSON = 20

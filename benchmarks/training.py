@@ -60,10 +60,10 @@ def _rank(rank: int, ranks: int, port: int, path: str, overrides: list[str], ste
     )
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     from keyreid.config import load_config
+    from keyreid.distributed.preemption import StopRequest
+    from keyreid.distributed.ranks import join, leave
     from keyreid.tracking import Tracker
     from keyreid.training.loop import Trainer
-    from keyreid.training.preemption import StopRequest
-    from keyreid.training.ranks import join, leave
 
     counter = _count_bytes()
     config = load_config(path, overrides)

@@ -23,8 +23,8 @@ import scipy.linalg
 
 from keyreid.datasets import open_dataset
 from keyreid.datasets.tracklet import Tracklet, read_frame
-from keyreid.datasets.walkers import render
 from keyreid.evaluation.protocols import Scores, Side, judge
+from keyreid.synthetic.walkers import render
 
 
 def main() -> None:

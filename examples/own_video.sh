@@ -32,7 +32,7 @@ import torch
 
 from keyreid.config import ClipConfig, ModelConfig
 from keyreid.model import build_model
-from keyreid.model.weights_file import WeightsHeader, write_weights
+from keyreid.checkpoints.weights_file import WeightsHeader, write_weights
 
 torch.manual_seed(0)
 model = ModelConfig(backbone="vit_tiny_patch16_224", depth=4)

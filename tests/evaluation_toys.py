@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from packed import make_config, make_dataset, pack_dataset
 
+from keyreid.checkpoints.weights_file import WeightsHeader, write_weights
 from keyreid.config import Config
 from keyreid.model import KeyReID, build_model
-from keyreid.model.weights_file import WeightsHeader, write_weights
 from keyreid.shards.index import ShardSet
 
 CAMERAS = 3

@@ -1,7 +1,7 @@
 """KeyRe-ID in its naive form, written from the description: every token of every block is computed.
 
 The slow but plain counterpart of keyreid.model: what it gives, and its gradients, the fast form must give too. Its
-modules are named as in the published state dict, so `keyreid.model.released.to_released` fills it and
+modules are named as in the published state dict, so `keyreid.checkpoints.released.to_released` fills it and
 `from_released` brings its gradients into our layout. benchmarks/model.py measures against it.
 """
 
@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from keyreid.checkpoints.released import from_released, to_released
 from keyreid.model import KeyReID
 from keyreid.model.keyreid import Features
-from keyreid.model.released import from_released, to_released
 from keyreid.model.tcss import row_order
 
 

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from keyreid.cli import app
 from keyreid.config import Config, _known_keys, load_config
-from keyreid.datasets.walkers import render
+from keyreid.synthetic.walkers import render
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = sorted(

@@ -14,20 +14,21 @@ import torch
 from packed import HEIGHT, WIDTH, make_dataset, pack_dataset
 from typer.testing import CliRunner
 
+from keyreid.checkpoints.opened import open_trained
+from keyreid.checkpoints.weights_file import WeightsHeader, write_weights
 from keyreid.cli import app
 from keyreid.config import ClipConfig, ModelConfig
+from keyreid.embedding import embedding, vector_file
+from keyreid.embedding.distance import Embeddings
+from keyreid.embedding.embedding import EmbeddingJob, EmbedSettings, cut, numbered_frames
+from keyreid.embedding.features import extract
+from keyreid.embedding.reranking import rerank
+from keyreid.embedding.vector_file import VectorFiles, VectorsAbout, make_table, write_vectors
 from keyreid.errors import ConfigError, DataError
-from keyreid.evaluation.distance import Embeddings
-from keyreid.evaluation.features import extract
-from keyreid.evaluation.reranking import rerank
-from keyreid.evaluation.weights import open_trained
 from keyreid.model import build_model
-from keyreid.model.weights_file import WeightsHeader, write_weights
-from keyreid.retrieval import embedding, search, vector_file
-from keyreid.retrieval.embedding import EmbeddingJob, EmbedSettings, cut, numbered_frames
+from keyreid.retrieval import search
 from keyreid.retrieval.index import GalleryIndex
 from keyreid.retrieval.search import SearchSettings
-from keyreid.retrieval.vector_file import VectorFiles, VectorsAbout, make_table, write_vectors
 
 ROWS_A_GROUP = 7
 
@@ -180,7 +181,7 @@ def test_files_are_read_in_pieces(gallery, small_blocks):
 @pytest.mark.parametrize("metric", ["euclidean", "cosine", "visible"])
 @pytest.mark.parametrize("other_cameras", [False, True])
 def test_exact_search_is_brute_force(gallery, small_blocks, metric, other_cameras):
-    from keyreid.evaluation.distance import pairwise
+    from keyreid.embedding.distance import pairwise
 
     folder, keys, cameras, everything = gallery
     files = VectorFiles([folder])
@@ -265,7 +266,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from keyreid.retrieval.search import SearchSettings, search
-from keyreid.retrieval.vector_file import VectorFiles
+from keyreid.embedding.vector_file import VectorFiles
 import torch
 torch.set_num_threads(1)
 files = VectorFiles([Path(sys.argv[1])])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from keyreid.embedding.distance import Embeddings, distance_blocks, nearest, pair_distances, pairwise
+from keyreid.embedding.reranking import rerank
 from keyreid.errors import ConfigError
-from keyreid.evaluation.distance import Embeddings, distance_blocks, nearest, pair_distances, pairwise
-from keyreid.evaluation.reranking import rerank
 
 PARTS, GLOBAL, PART = 3, 4, 5
 

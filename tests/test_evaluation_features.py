@@ -9,9 +9,9 @@ import pytest
 import torch
 from evaluation_toys import save_weights, toy_config, toy_model, toy_shards
 
+from keyreid.embedding.features import _batches_of, _mean_by_tracklet, _shares, extract
+from keyreid.embedding.vectors import Vectors
 from keyreid.errors import DataError
-from keyreid.evaluation.features import _batches_of, _mean_by_tracklet, _shares, extract
-from keyreid.evaluation.vectors import Vectors
 from keyreid.model.inputs import prepare
 from keyreid.shards import open_reader
 from keyreid.shards.plan import evaluation_clips

@@ -11,15 +11,15 @@ from evaluation_toys import save_weights, toy_config, toy_model, toy_network, to
 from packed import index_only
 from typer.testing import CliRunner
 
+from keyreid.checkpoints.opened import open_trained
+from keyreid.checkpoints.released import to_released
 from keyreid.cli import app
+from keyreid.embedding.distance import pairwise
+from keyreid.embedding.vectors import Vectors
 from keyreid.errors import CheckpointError, ConfigError, DataError, KeyreidError
 from keyreid.evaluation import evaluate
-from keyreid.evaluation.distance import pairwise
 from keyreid.evaluation.protocols import judge
 from keyreid.evaluation.run import check_judgeable
-from keyreid.evaluation.vectors import Vectors
-from keyreid.evaluation.weights import open_trained
-from keyreid.model.released import to_released
 
 SETTINGS = ["training.precision=fp32", "data.reader=plain", "data.workers=1", "evaluation.pictures=1"]
 

@@ -7,6 +7,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from keyreid.checkpoints import folder as checkpoints
+from keyreid.checkpoints.folder import Snapshot, TrainingState
+from keyreid.checkpoints.trained import load_trained
+from keyreid.checkpoints.weights_file import WeightsHeader, read_header, read_weights
 from keyreid.cli import app
 from keyreid.config import ClipConfig, ModelConfig, check_config, save_config
 from keyreid.errors import CheckpointError, KeyreidError
@@ -15,10 +19,6 @@ from keyreid.export.model_card import card_path
 from keyreid.export.source import open_source
 from keyreid.files import sha256
 from keyreid.model import build_model
-from keyreid.model.trained import load_trained
-from keyreid.model.weights_file import WeightsHeader, read_header, read_weights
-from keyreid.training import checkpoints
-from keyreid.training.checkpoints import Snapshot, TrainingState
 
 CLIP = ClipConfig(frames=2, height=64, width=32)
 

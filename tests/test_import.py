@@ -11,6 +11,8 @@ from PIL import Image
 from training_runs import run, toy_config, train
 from typer.testing import CliRunner
 
+from keyreid.checkpoints.trained import find_weights
+from keyreid.checkpoints.weights_file import read_header
 from keyreid.cli import app
 from keyreid.datasets import open_dataset
 from keyreid.datasets.imported import read_import_card
@@ -18,8 +20,6 @@ from keyreid.datasets.tracklet import read_frame
 from keyreid.errors import DataError
 from keyreid.ingest.folder import import_folder
 from keyreid.ingest.video import VideoSettings, import_video
-from keyreid.model.trained import find_weights
-from keyreid.model.weights_file import read_header
 from keyreid.shards.format import decode_picture
 
 COLOURS = {7: (200, 40, 40), 9: (40, 200, 40), 12: (40, 40, 200)}  # RGB of each track

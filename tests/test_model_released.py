@@ -10,8 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
+from keyreid.checkpoints.released import released_model
 from keyreid.cli import app
-from keyreid.model import Features, KeyReID, released_model
+from keyreid.model import Features, KeyReID
 
 pytestmark = pytest.mark.slow  # 219 M weights drawn for the module
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from keyreid.checkpoints.released import to_released
+from keyreid.checkpoints.trained import find_weights, load_state, load_trained
+from keyreid.checkpoints.weights_file import WeightsHeader, write_weights
 from keyreid.config import ClipConfig, ModelConfig
 from keyreid.errors import CheckpointError
 from keyreid.model import build_model
-from keyreid.model.released import to_released
-from keyreid.model.trained import find_weights, load_state, load_trained
-from keyreid.model.weights_file import WeightsHeader, write_weights
 
 CLIP = ClipConfig(frames=1, height=64, width=32)
 MODEL = ModelConfig(backbone="vit_tiny_patch16_224", depth=2, parts=3)

@@ -7,10 +7,10 @@ import safetensors.torch
 import timm
 import torch
 
+from keyreid.checkpoints.released import released_model, to_released
+from keyreid.checkpoints.start import start_network
 from keyreid.config import ClipConfig, ModelConfig
 from keyreid.errors import CheckpointError
-from keyreid.model import build_model, released_model
-from keyreid.model.released import to_released
 
 CLIP = ClipConfig(frames=2, height=64, width=32)
 TINY = "vit_tiny_patch16_224"
@@ -18,7 +18,7 @@ TINY = "vit_tiny_patch16_224"
 
 def build(weights=None, backbone=TINY, identities=5, cameras=3, clip=CLIP, **settings):
     config = ModelConfig(backbone=backbone, weights=weights and str(weights), depth=2, drop_path=0.0, **settings)
-    return build_model(config, clip, identities, cameras)
+    return start_network(config, clip, identities, cameras)
 
 
 def vit_state(name=TINY, depth=3, classes=7, **settings):

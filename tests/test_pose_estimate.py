@@ -25,7 +25,7 @@ ONE_PROCESS = PoseWork(batch_size=4, workers=0)
 @pytest.fixture(scope="module")
 def people(tmp_path_factory) -> Path:
     """Rendered walkers: a few tracklets of a few frames."""
-    from keyreid.datasets.walkers import render
+    from keyreid.synthetic.walkers import render
 
     root = tmp_path_factory.mktemp("walkers")
     render(root, 2, 2, 5, frames=(5, 6), tracklets=1, distractors=1, junk=1, quiet=True)

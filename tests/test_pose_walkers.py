@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from keyreid.pose import pifpaf, walkers_training
+from keyreid.pose import pifpaf
 from keyreid.pose.parts import KEYPOINT_FLIP
-from keyreid.pose.walkers_net import WalkersNet
+from keyreid.synthetic import pose_training as walkers_training
+from keyreid.synthetic.pose_net import WalkersNet
 
 needs_pifpaf = pytest.mark.skipif(not pifpaf.is_installed(), reason="OpenPifPaf is not there: run launch/install-pose")
 

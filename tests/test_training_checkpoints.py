@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from keyreid.checkpoints import folder as checkpoints
+from keyreid.checkpoints.folder import BackgroundWriter, Snapshot, TrainingState
+from keyreid.checkpoints.weights_file import WeightsHeader, read_header, read_weights
 from keyreid.config import ClipConfig, ModelConfig
 from keyreid.errors import CheckpointError
-from keyreid.model.weights_file import WeightsHeader, read_header, read_weights
-from keyreid.training import checkpoints
-from keyreid.training.checkpoints import BackgroundWriter, Snapshot, TrainingState
 
 HEADER = WeightsHeader(ModelConfig(parts=3), ClipConfig(frames=2), identities=[3, 9], cameras=[1, 4], about={"a": "b"})
 

@@ -21,12 +21,12 @@ def record(config, folder):
     """Train some steps on this rank and write down what it met and what came of it."""
     import deepspeed
 
+    from keyreid.distributed.preemption import StopRequest
+    from keyreid.distributed.ranks import join, leave
     from keyreid.shards.dali import DaliReader
     from keyreid.tracking import Tracker
     from keyreid.training import state
     from keyreid.training.loop import Trainer
-    from keyreid.training.preemption import StopRequest
-    from keyreid.training.ranks import join, leave
 
     ranks = join()
     trainer = Trainer(config, ranks, Tracker(config.tracking, Path(), Path(), "", enabled=False), StopRequest())

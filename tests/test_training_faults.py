@@ -5,7 +5,7 @@ import resource
 import pytest
 from training_runs import damaged, printed, start, toy_config, toy_shards, train
 
-from keyreid.training import checkpoints
+from keyreid.checkpoints import folder as checkpoints
 
 pytestmark = pytest.mark.slow
 

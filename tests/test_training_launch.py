@@ -12,7 +12,7 @@ import pytest
 LAUNCH = """
 import sys
 from pathlib import Path
-from keyreid.training import launch
+from keyreid.distributed import launch
 launch.MODULE = [sys.executable, "-c", Path(sys.argv[1]).read_text()]
 sys.exit(launch.run_ranks([], 2, Path(sys.argv[2])))
 """

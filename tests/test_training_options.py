@@ -7,9 +7,9 @@ import pytest
 import torch
 from training_runs import logged, printed, run, toy_config, toy_shards, train
 
+from keyreid.checkpoints import folder as checkpoints
+from keyreid.checkpoints.trained import load_trained
 from keyreid.cli import app
-from keyreid.model.trained import load_trained
-from keyreid.training import checkpoints
 
 pytestmark = pytest.mark.slow
 

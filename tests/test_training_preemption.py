@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from keyreid.training.preemption import StopRequest
+from keyreid.distributed.preemption import StopRequest
 
 
 def test_usr2_may_be_repeated_until_the_process_ends():
@@ -24,7 +24,7 @@ def test_usr2_may_be_repeated_until_the_process_ends():
 def test_a_second_signal_of_another_kind_ends_at_once(second):
     program = (
         "import os, signal\n"
-        "from keyreid.training.preemption import StopRequest\n"
+        "from keyreid.distributed.preemption import StopRequest\n"
         "with StopRequest():\n"
         "    os.kill(os.getpid(), signal.SIGUSR2)\n"
         f"    os.kill(os.getpid(), {int(second)})\n"

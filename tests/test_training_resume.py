@@ -9,7 +9,7 @@ import pytest
 import torch
 from training_runs import logged, newest_tensors, printed, run, start, toy_config, toy_shards, train
 
-from keyreid.training import checkpoints
+from keyreid.checkpoints import folder as checkpoints
 
 pytestmark = pytest.mark.slow
 SETTINGS = {"checkpoint_every_steps": 1, "ema_decay": 0.9, "zero_stage": 1}

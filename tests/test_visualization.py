@@ -10,8 +10,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from keyreid.cli import app
+from keyreid.embedding.features import extract
 from keyreid.errors import DataError
-from keyreid.evaluation.features import extract
 from keyreid.evaluation.protocols import PROTOCOLS, ranked_list
 from keyreid.evaluation.run import split_vectors
 from keyreid.evaluation.scoring import rank_gallery

@@ -16,14 +16,13 @@ import pytest
 import scipy.io
 
 from keyreid.datasets import open_dataset
-from keyreid.datasets import walkers_body as body
-from keyreid.datasets import walkers_scene as scene
 from keyreid.datasets.tracklet import Tracklet, read_frame
-from keyreid.datasets.walkers import Walkers, render
-from keyreid.datasets.walkers_clothes import Part, Person, dress
-from keyreid.datasets.walkers_tracklet import random_stream, render_tracklet
 from keyreid.errors import DataError
 from keyreid.pose import keypoint_files
+from keyreid.synthetic import body, scene
+from keyreid.synthetic.clothes import Part, Person, dress
+from keyreid.synthetic.tracklet import random_stream, render_tracklet
+from keyreid.synthetic.walkers import Walkers, render
 
 SMALL = {"cameras": 3, "seed": 4, "frames": (2, 4), "height": 128, "width": 64, "quiet": True}
 
@@ -65,7 +64,7 @@ def test_layout_is_what_the_mars_reader_reads(walkers: Path) -> None:
 def test_any_number_of_processes_draws_the_same(walkers: Path, tmp_path: Path) -> None:
     script = tmp_path / "draw.py"  # worker processes import the script that starts them
     script.write_text(
-        "from keyreid.datasets.walkers import render\n"
+        "from keyreid.synthetic.walkers import render\n"
         "if __name__ == '__main__':\n"
         f"    render({str(tmp_path / 'two')!r}, 8, distractors=6, junk=3, processes=2, **{SMALL})\n"
     )

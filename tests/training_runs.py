@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from packed import make_dataset, pack_dataset
 
+from keyreid.checkpoints import folder as checkpoints
 from keyreid.config import Config, check_config
-from keyreid.training import checkpoints
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["keyreid.training.loop", "keyreid.training.run", "mlflow", "keyreid.shards.dali"])

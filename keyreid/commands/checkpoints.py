@@ -17,8 +17,8 @@ def checkpoints(
     from rich.console import Console
     from rich.table import Table
 
+    from keyreid.checkpoints import folder as store
     from keyreid.errors import CheckpointError
-    from keyreid.training import checkpoints as store
 
     root = run / "checkpoints" if (run / "checkpoints").is_dir() else run
     if prune is not None:

@@ -55,9 +55,9 @@ def embed(
     Run it again after an interruption, on any number of ranks: what is done is kept. Under torchrun or srun each rank
     takes its share; the last one to end joins them.
     """
+    from keyreid.distributed.launch import default_ranks, is_launched, run_ranks
+    from keyreid.distributed.ranks import position
     from keyreid.retrieval.sources import check_source, is_shards
-    from keyreid.training.launch import default_ranks, is_launched, run_ranks
-    from keyreid.training.ranks import position
 
     if out.suffix != ".parquet":
         raise ConfigError(f"--out {out}: the name of a vector file ends in .parquet")
@@ -107,8 +107,8 @@ def _embed(
 ) -> None:
     import torch
 
-    from keyreid.evaluation.weights import open_trained
-    from keyreid.retrieval.embedding import EmbeddingJob, EmbedSettings
+    from keyreid.checkpoints.opened import open_trained
+    from keyreid.embedding.embedding import EmbeddingJob, EmbedSettings
     from keyreid.shards.index import ShardSet
 
     trained = open_trained(weights, overrides=overrides, shards=source)

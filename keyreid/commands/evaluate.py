@@ -79,7 +79,7 @@ def evaluate(
     if weights is None or vectors is not None:
         ranks = 1  # nothing is embedded
 
-    from keyreid.training.launch import default_ranks, is_launched, run_ranks
+    from keyreid.distributed.launch import default_ranks, is_launched, run_ranks
 
     ranks = ranks or default_ranks()
     if ranks > 1 and not is_launched():
@@ -121,10 +121,10 @@ def _evaluate(
     split_number: int | None,
     all_splits: bool,
 ) -> None:
+    from keyreid.distributed import ranks as processes
     from keyreid.evaluation.protocols import protocol_named
     from keyreid.evaluation.report import table, write_json
     from keyreid.evaluation.splits import Evaluation
-    from keyreid.training import ranks as processes
 
     for name in protocols:
         protocol_named(name)  # before the long work

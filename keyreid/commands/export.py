@@ -19,10 +19,10 @@ def released(
     """Write a checkpoint with exactly the keys that the published KeyRe-ID code loads."""
     import torch
 
+    from keyreid.checkpoints.released import to_released
+    from keyreid.checkpoints.trained import load_state
     from keyreid.errors import CheckpointError
     from keyreid.files import replacing
-    from keyreid.model.released import to_released
-    from keyreid.model.trained import load_state
 
     state, header = load_state(weights)
     if header is not None and header.model.guidance != "released":
@@ -74,10 +74,10 @@ def onnx(
     averaged: Averaged = None,
 ) -> None:
     """Write the clip embedding as ONNX, any number of clips at a time, compared with torch; with a model card."""
+    from keyreid.checkpoints.trained import load_trained
     from keyreid.export.model_card import card_path, write_card
     from keyreid.export.onnx import TOLERANCE, export_onnx
     from keyreid.export.source import open_source
-    from keyreid.model.trained import load_trained
 
     network = open_source(source, best, averaged)
     about = {"weights": network.file.name, "model": network.header.model.model_dump_json()}

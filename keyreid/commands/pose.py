@@ -181,7 +181,7 @@ def pose_train(
     processes: Annotated[int, typer.Option(min=1, help="that render")] = 2,
 ) -> None:
     """Train the small pose network for rendered walkers, and judge it on held-out ones."""
-    from keyreid.pose.walkers_training import TrainingSettings, train
+    from keyreid.synthetic.pose_training import TrainingSettings, train
 
     if out.suffix != ".safetensors":
         raise ConfigError(f"{out}: a weights file's name ends in .safetensors")

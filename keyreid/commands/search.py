@@ -46,11 +46,11 @@ def search(
     import torch
     from rich.console import Console
 
+    from keyreid.embedding.vector_file import VectorFiles
     from keyreid.retrieval import report
     from keyreid.retrieval.index import GalleryIndex
     from keyreid.retrieval.search import SearchSettings
     from keyreid.retrieval.search import search as find
-    from keyreid.retrieval.vector_file import VectorFiles
 
     gallery = VectorFiles(vectors)
     settings = SearchSettings(top, metric, other_cameras, rerank)
@@ -80,7 +80,7 @@ def search(
 
 def _queries(texts: list[str], gallery):
     """The files and rows that ask: keys of the gallery, or other files."""
-    from keyreid.retrieval.vector_file import VectorFiles
+    from keyreid.embedding.vector_file import VectorFiles
 
     files = [Path(text) for text in texts if Path(text).suffix == ".parquet" or Path(text).is_dir()]
     if not files:

@@ -84,7 +84,7 @@ def submit(
 
     The same by hand: sbatch OPTIONS slurm/VERB.sbatch ARGUMENTS. docs/slurm.md goes through it step by step.
     """
-    from keyreid import slurm
+    from keyreid.distributed import slurm
 
     ranks = _count(gpus_per_node) if gpus_per_node else tasks_per_node
     size = {"nodes": nodes, "gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task}
@@ -167,7 +167,7 @@ def _checked_config(arguments: list[str], nodes: str | None, ranks: int | None) 
 
 def _check_training(arguments: list[str], nodes: str | None, ranks: int | None, array: str | None, waits: bool) -> None:
     """Refuse what would fail on the cluster: the configuration, and the shards unless an earlier job makes them."""
-    from keyreid.slurm import ARRAY_PLACEHOLDER
+    from keyreid.distributed.slurm import ARRAY_PLACEHOLDER
 
     if array:
         if not any(word.startswith("name=") and ARRAY_PLACEHOLDER in word for word in arguments):
@@ -225,7 +225,7 @@ def _rank_log(job: Job, job_id: str) -> Path:
 
 
 def _follow(job: Job, job_id: str) -> None:
-    from keyreid import slurm
+    from keyreid.distributed import slurm
 
     logs = [LOGS / f"{job.verb.value}-{job_id}.log"]
     if job.verb is Verb.TRAIN:

@@ -43,8 +43,8 @@ def train(
     Several machines: --ray, or start it with torchrun, deepspeed or slurm/train.sbatch, whose variables name the ranks.
     """
     from keyreid.config import load_config
+    from keyreid.distributed.launch import default_ranks, is_launched, run_ranks
     from keyreid.errors import ConfigError
-    from keyreid.training.launch import default_ranks, is_launched, run_ranks
 
     overrides = list(overrides or [])
     if dataset_name is not None:
@@ -92,7 +92,7 @@ def _train_on_ray(settings, address: str, ranks: int | None, resume: bool) -> No
 
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("--ray needs Ray: pip install 'keyreid[tune]'")
-    from keyreid.training.ray_launch import run_on_ray
+    from keyreid.distributed.ray_launch import run_on_ray
 
     result = completed_result(settings) if resume else None
     if result is None:
@@ -107,7 +107,7 @@ def _print_result(result: dict | None, settings) -> None:
 
 
 def _is_first_rank() -> bool:
-    from keyreid.training.ranks import position
+    from keyreid.distributed.ranks import position
 
     return position()[0] == 0
 
@@ -123,10 +123,10 @@ def _check_data(settings):
 def _print_plan(settings) -> None:
     import yaml
 
-    from keyreid.model import build_model
+    from keyreid.checkpoints.start import start_network
 
     shards, plan = _check_data(settings)
-    network = build_model(settings.model, settings.clip, plan.num_identities, len(shards.camera_index))
+    network = start_network(settings.model, settings.clip, plan.num_identities, len(shards.camera_index))
     print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
     steps = settings.schedule.steps_per_epoch or plan.steps_per_epoch
     print(

@@ -30,10 +30,10 @@ def ranked(
     import pydantic
 
     from keyreid.config import EvaluationConfig
+    from keyreid.embedding.vectors import Vectors
     from keyreid.errors import ConfigError
     from keyreid.evaluation.run import split_vectors
     from keyreid.evaluation.scoring import rank_gallery
-    from keyreid.evaluation.vectors import Vectors
     from keyreid.shards.index import ShardSet
     from keyreid.visualization.evaluation import ranked_picture
 
@@ -77,7 +77,7 @@ def attention(
     """Where the last block's class token, and each part's token, look."""
     import torch
 
-    from keyreid.evaluation.weights import open_trained
+    from keyreid.checkpoints.opened import open_trained
     from keyreid.shards.index import ShardSet
     from keyreid.visualization.attention import attention_picture
 

@@ -25,7 +25,7 @@ def walkers(
     processes: Annotated[int, typer.Option(help="0: one for each CPU core; the pictures do not depend on it")] = 0,
 ) -> None:
     """Draw pedestrians: a dataset in the layout of MARS, with true keypoints in OUT/keypoints."""
-    from keyreid.datasets.walkers import render
+    from keyreid.synthetic.walkers import render
 
     render(
         out,

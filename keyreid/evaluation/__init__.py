@@ -10,7 +10,7 @@ def __getattr__(name: str) -> Any:
 
         return evaluate
     if name == "extract":
-        from keyreid.evaluation.features import extract
+        from keyreid.embedding.features import extract
 
         return extract
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 from keyreid.config import Config
+from keyreid.embedding.features import extract
+from keyreid.embedding.vectors import Vectors
 from keyreid.errors import DataError, KeyreidError
-from keyreid.evaluation.features import extract
 from keyreid.evaluation.protocols import Side, judge, protocol_named
 from keyreid.evaluation.report import combine, write_json
 from keyreid.evaluation.scoring import rank_gallery
-from keyreid.evaluation.vectors import Vectors
 from keyreid.model import KeyReID
 from keyreid.shards.index import ShardSet
 

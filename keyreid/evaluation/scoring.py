@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from keyreid.config import EvaluationConfig
-from keyreid.evaluation.distance import pairwise
+from keyreid.embedding.distance import pairwise
+from keyreid.embedding.reranking import rerank
+from keyreid.embedding.vectors import Vectors
 from keyreid.evaluation.protocols import Scores, judge, protocol_named
-from keyreid.evaluation.reranking import rerank
-from keyreid.evaluation.vectors import Vectors
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
+from keyreid.checkpoints.opened import Trained, open_config, open_trained
 from keyreid.config import Config
+from keyreid.embedding.features import extract
+from keyreid.embedding.vectors import Vectors
 from keyreid.errors import ConfigError
-from keyreid.evaluation.features import extract
 from keyreid.evaluation.report import COUNTS, RATES, combine
 from keyreid.evaluation.run import judge_vectors, test_positions
-from keyreid.evaluation.vectors import Vectors
-from keyreid.evaluation.weights import Trained, open_config, open_trained
 from keyreid.files import writing
 from keyreid.shards.index import ShardSet
 from keyreid.tracking import RUN_ID, TRACKING, Tracker

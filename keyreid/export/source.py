@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import yaml
 
+from keyreid.checkpoints import folder as checkpoints
+from keyreid.checkpoints.released import released_model
+from keyreid.checkpoints.trained import AVERAGED, TRAINED, find_weights, load_state
+from keyreid.checkpoints.weights_file import WeightsHeader
 from keyreid.config import ClipConfig, ModelConfig
 from keyreid.errors import CheckpointError
-from keyreid.model.released import released_model
-from keyreid.model.trained import AVERAGED, TRAINED, find_weights, load_state
-from keyreid.model.weights_file import WeightsHeader
-from keyreid.training import checkpoints
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def locate(location: Path, best: bool, averaged: bool | None) -> Path:
 
 def _header_of(file: Path) -> WeightsHeader:
     """A header for a published checkpoint; its identities and cameras are counted, not named."""
-    from keyreid.model.pretrained import read_state
+    from keyreid.checkpoints.pretrained import read_state
 
     network = released_model(read_state(file))
     height, width = network.image_size

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from keyreid.checkpoints.weights_file import WeightsHeader, write_weights
 from keyreid.errors import ConfigError
 from keyreid.export.source import ExportSource
 from keyreid.files import replacing
-from keyreid.model.weights_file import WeightsHeader, write_weights
 
 
 def export_weights(source: ExportSource, out: Path) -> None:

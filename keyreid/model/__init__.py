@@ -1,8 +1,7 @@
-"""The network: `build_model` from a configuration, `released_model` from a published checkpoint."""
+"""The network: `build_model` from a configuration."""
 
 from keyreid.model.build import build_model
 from keyreid.model.keyreid import Features, KeyReID
-from keyreid.model.released import released_model
 from keyreid.patches import patch_grid, patch_size
 
-__all__ = ["Features", "KeyReID", "build_model", "patch_grid", "patch_size", "released_model"]
+__all__ = ["Features", "KeyReID", "build_model", "patch_grid", "patch_size"]

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 from keyreid.errors import CheckpointError, KeyreidError
 from keyreid.pose.parts import KEYPOINT_NAMES
-from keyreid.pose.walkers_net import WalkersNet
+from keyreid.synthetic.pose_net import WalkersNet
 
 WALKERS_WEIGHTS = Path(__file__).with_name("walkers.safetensors")
 WALKERS = "walkers"  # names both the base network and its weights in this package

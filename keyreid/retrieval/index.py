@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from keyreid.embedding.distance import Metric
+from keyreid.embedding.vector_file import VectorFiles, matrix
 from keyreid.errors import ConfigError, DataError
-from keyreid.evaluation.distance import Metric
 from keyreid.files import replacing
 from keyreid.progress import track
-from keyreid.retrieval.vector_file import VectorFiles, matrix
 
 FORMAT = "keyreid-gallery-index/1"
 TRAINING_ROWS_A_LIST = 64

@@ -13,9 +13,9 @@ import pyarrow as pa
 from PIL import Image
 from rich.table import Table
 
+from keyreid.embedding.vector_file import VectorFiles
 from keyreid.errors import KeyreidError
 from keyreid.retrieval.search import Found, SearchSettings
-from keyreid.retrieval.vector_file import VectorFiles
 from keyreid.visualization.ranked import RankedRow, Tile, draw_ranked
 
 NO_PICTURE = np.full((160, 80, 3), 226, np.uint8)

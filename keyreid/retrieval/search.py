@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from keyreid.embedding.distance import BLOCK_BYTES, Metric, nearest
+from keyreid.embedding.reranking import rerank
+from keyreid.embedding.vector_file import DESCRIPTION, VectorFiles, check_comparable, embeddings_of
 from keyreid.errors import ConfigError
-from keyreid.evaluation.distance import BLOCK_BYTES, Metric, nearest
-from keyreid.evaluation.reranking import rerank
 from keyreid.retrieval.index import GalleryIndex
-from keyreid.retrieval.vector_file import DESCRIPTION, VectorFiles, check_comparable, embeddings_of
 
 QUERY_BYTES = 256 * 2**20
 SHOWN = [name for name, _ in DESCRIPTION]

@@ -12,24 +12,26 @@ from pathlib import Path
 
 import torch
 
+from keyreid.checkpoints import folder as checkpoints
+from keyreid.checkpoints.folder import BackgroundWriter, TrainingState
+from keyreid.checkpoints.start import start_network
+from keyreid.checkpoints.weights_file import WeightsHeader
 from keyreid.config import Config
+from keyreid.distributed.preemption import StopRequest
+from keyreid.distributed.ranks import Ranks
 from keyreid.errors import CheckpointError, KeyreidError
 from keyreid.evaluation import evaluate
 from keyreid.evaluation.run import Part, check_judgeable
 from keyreid.losses import Criterion
 from keyreid.model import KeyReID, build_model
-from keyreid.model.weights_file import WeightsHeader
 from keyreid.progress import track
 from keyreid.shards import open_reader
 from keyreid.shards.index import ShardSet
 from keyreid.shards.plan import TrainingPlan
 from keyreid.tracking import Tracker
-from keyreid.training import checkpoints, report, snapshot, state, stochastic_depth
-from keyreid.training.checkpoints import BackgroundWriter, TrainingState
+from keyreid.training import report, snapshot, state, stochastic_depth
 from keyreid.training.ema import WeightAverage
 from keyreid.training.engine import build_engine, check_precision
-from keyreid.training.preemption import StopRequest
-from keyreid.training.ranks import Ranks
 from keyreid.training.schedule import build_optimizer, build_schedule
 from keyreid.training.step import Stepper, TrainedModule
 
@@ -109,7 +111,7 @@ class Trainer:
         config, ranks = self.config, self.ranks
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         model = config.model.model_copy(update={"weights": None}) if restored else config.model
-        network = build_model(model, config.clip, self.plan.num_identities, len(self.shards.camera_index))
+        network = start_network(model, config.clip, self.plan.num_identities, len(self.shards.camera_index))
         criterion = Criterion(
             config.loss, self.plan.num_identities, network.width, network.part_width, config.model.parts
         )

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from keyreid.config import Config, load_config, save_config
+from keyreid.distributed.preemption import StopRequest
+from keyreid.distributed.ranks import Ranks, join, leave
 from keyreid.files import replace_text
 from keyreid.tracking import Tracker
-from keyreid.training.preemption import StopRequest
-from keyreid.training.ranks import Ranks, join, leave
 
 if TYPE_CHECKING:
     from keyreid.training.loop import OnEvaluation

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
+from keyreid.checkpoints import folder as checkpoints
+from keyreid.checkpoints.folder import Snapshot, TrainingState
+from keyreid.checkpoints.weights_file import WeightsHeader, read_header
 from keyreid.config import Config
 from keyreid.errors import CheckpointError
 from keyreid.losses import Criterion
 from keyreid.model import KeyReID
-from keyreid.model.weights_file import WeightsHeader, read_header
-from keyreid.training import checkpoints, state
-from keyreid.training.checkpoints import Snapshot, TrainingState
+from keyreid.training import state
 from keyreid.training.ema import WeightAverage
 
 NETWORK, CRITERION = "network.", "criterion."

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from keyreid.config import Config
+from keyreid.distributed.ranks import Ranks
 from keyreid.losses import Criterion, check_labels, gather, gather_features
 from keyreid.model import Features, KeyReID
 from keyreid.model.inputs import prepare
 from keyreid.shards.batch import ClipBatch
 from keyreid.training import stochastic_depth
-from keyreid.training.ranks import Ranks
 
 
 class TrainedModule(nn.Module):

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup
 
-from keyreid.training.ray_cluster import RayProcess, start_processes
+from keyreid.distributed.ray_cluster import RayProcess, start_processes
 
 END_SECONDS = 60.0  # for a run that was told to end: writing its log, sending what MLflow lacks
 
@@ -37,7 +37,7 @@ class Rank(RayProcess):
         """
         self._meet_at(meeting_point)
         from keyreid.config import check_config
-        from keyreid.training.preemption import StopRequest
+        from keyreid.distributed.preemption import StopRequest
         from keyreid.training.run import train
 
         config = check_config(values, values["name"])

@@ -29,10 +29,10 @@ from ray.tune.experiment import Trial
 from ray.tune.tune_config import ResumeConfig
 
 from keyreid.config import Config
+from keyreid.distributed import ray_cluster
 from keyreid.errors import ConfigError
 from keyreid.files import replace_text
 from keyreid.tracking import Tracker, store_uri
-from keyreid.training import ray_cluster
 from keyreid.tuning import algorithms, outcome
 from keyreid.tuning.progress import LogBook
 from keyreid.tuning.search import Search, metric_key

@@ -10,9 +10,9 @@ from PIL import Image
 
 from keyreid.config import Config
 from keyreid.datasets.tracklet import DISTRACTOR_IDENTITY
+from keyreid.embedding.vectors import Vectors
 from keyreid.evaluation.protocols import ranked_list
 from keyreid.evaluation.scoring import Ranking
-from keyreid.evaluation.vectors import Vectors
 from keyreid.model import KeyReID
 from keyreid.shards.index import ShardSet
 from keyreid.visualization.attention import attention_picture, can_draw_attention

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
+from keyreid.checkpoints.pretrained import CLASSIFIERS, load_network, read_state
+from keyreid.checkpoints.released import from_released, is_released, released_model
+from keyreid.checkpoints.weights_file import WeightsHeader, read_header, read_weights
 from keyreid.errors import CheckpointError
 from keyreid.model.build import build_model
 from keyreid.model.keyreid import KeyReID
-from keyreid.model.pretrained import CLASSIFIERS, load_network, read_state
-from keyreid.model.released import from_released, is_released, released_model
-from keyreid.model.weights_file import WeightsHeader, read_header, read_weights
 
 AVERAGED, TRAINED = "ema.safetensors", "weights.safetensors"
 

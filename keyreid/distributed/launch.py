@@ -16,8 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from keyreid.training.preemption import STOP_SIGNALS
-from keyreid.training.ranks import position
+from keyreid.distributed.preemption import STOP_SIGNALS
+from keyreid.distributed.ranks import position
 
 MODULE = [sys.executable, "-m", "keyreid.cli"]  # what a rank runs
 POLL_SECONDS = 0.1

@@ -22,9 +22,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from keyreid.checkpoints.weights_file import WeightsHeader, read_weights, write_weights
 from keyreid.errors import CheckpointError
 from keyreid.files import replace_text, sha256, sync
-from keyreid.model.weights_file import WeightsHeader, read_weights, write_weights
 
 WEIGHTS, EMA, TRAINING, STATE, MANIFEST = (
     "weights.safetensors",

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from keyreid.embedding.distance import Embeddings
 from keyreid.errors import DataError
-from keyreid.evaluation.distance import Embeddings
 from keyreid.evaluation.protocols import Side
 from keyreid.files import replacing, writing
 

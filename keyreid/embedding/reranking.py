@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from keyreid.evaluation.distance import BLOCK_BYTES, Embeddings, Metric, distance_blocks, nearest, pair_distances
+from keyreid.embedding.distance import BLOCK_BYTES, Embeddings, Metric, distance_blocks, nearest, pair_distances
 
 _JACCARD_BYTES = 128 * 2**20
 

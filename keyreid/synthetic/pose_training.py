@@ -20,12 +20,12 @@ import torch
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from keyreid.datasets import walkers
 from keyreid.pose import keypoint_files, pifpaf
 from keyreid.pose.accuracy import errors, pck
 from keyreid.pose.parts import KEYPOINT_FLIP
 from keyreid.pose.pictures import PADDING_COLOUR, choose, decode, fit
 from keyreid.progress import track
+from keyreid.synthetic import walkers
 
 HEIGHT = 128  # of pictures in the network, as `keyreid pose --checkpoint walkers` sends them
 UPSAMPLE = 2  # the heads' grid has a stride of 4 pixels

@@ -26,14 +26,14 @@ import cv2
 import numpy as np
 import scipy.io
 
-from keyreid.datasets import walkers_scene as scene
 from keyreid.datasets.tracklet import DISTRACTOR_IDENTITY, JUNK_IDENTITY
-from keyreid.datasets.walkers_clothes import Person, dress
-from keyreid.datasets.walkers_tracklet import random_stream, render_tracklet
 from keyreid.errors import DataError
 from keyreid.pose import keypoint_files
 from keyreid.processes import end_with_parent
 from keyreid.progress import track
+from keyreid.synthetic import scene
+from keyreid.synthetic.clothes import Person, dress
+from keyreid.synthetic.tracklet import random_stream, render_tracklet
 
 SETTINGS_FILE = "walkers.json"
 VERSION = 3  # of the drawing: raised whenever the same settings give other pictures

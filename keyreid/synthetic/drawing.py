@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from keyreid.datasets import walkers_body as body
-from keyreid.datasets.walkers_clothes import COLUMNS, ROWS, Part, Person
+from keyreid.synthetic import body
+from keyreid.synthetic.clothes import COLUMNS, ROWS, Part, Person
 
 LEFT, RIGHT = "left_", "right_"
 # Part: the two points that its axis joins, how much nearer to the camera than its middle it is drawn (in body heights),

@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from keyreid.embedding.distance import Embeddings
 from keyreid.errors import DataError
-from keyreid.evaluation.distance import Embeddings
 from keyreid.files import replacing
 
 FORMAT = "keyreid-vectors/1"

@@ -14,9 +14,9 @@ from itertools import chain
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from keyreid.checkpoints.pretrained import load_network
 from keyreid.errors import CheckpointError
 from keyreid.model.keyreid import KeyReID
-from keyreid.model.pretrained import load_network
 
 HEADS = 12
 PATCHES_HIGH_PER_WIDE = 2  # the published pictures are 256 x 128

@@ -23,12 +23,12 @@ import pyarrow as pa
 import torch
 from filelock import FileLock
 
+from keyreid.checkpoints.opened import Trained
+from keyreid.embedding.features import extract
+from keyreid.embedding.vector_file import VectorFiles, VectorsAbout, make_table, read_about, write_vectors
 from keyreid.errors import DataError
-from keyreid.evaluation.features import extract
-from keyreid.evaluation.weights import Trained
 from keyreid.files import sha256
 from keyreid.progress import track
-from keyreid.retrieval.vector_file import VectorFiles, VectorsAbout, make_table, read_about, write_vectors
 from keyreid.shards.index import ShardSet
 
 PART_FRAMES = 8192

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from keyreid.checkpoints.trained import find_weights, load_trained
+from keyreid.checkpoints.weights_file import WeightsHeader
 from keyreid.config import Config, ModelConfig, check_config, load_config, merge_overrides
 from keyreid.errors import ConfigError
 from keyreid.model import KeyReID
-from keyreid.model.trained import find_weights, load_trained
-from keyreid.model.weights_file import WeightsHeader
 from keyreid.shards.index import ShardSet
 
 RUN_CONFIG = "config.yaml"

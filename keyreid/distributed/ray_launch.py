@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from keyreid.config import Config
+from keyreid.distributed.preemption import StopRequest
+from keyreid.distributed.ray_cluster import RayProcess, ray, start, start_processes
 from keyreid.errors import ConfigError, KeyreidError
-from keyreid.training.preemption import StopRequest
-from keyreid.training.ray_cluster import RayProcess, ray, start, start_processes
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 10.0  # for ranks that are left after one failed

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from keyreid.config import Config
-from keyreid.evaluation.vectors import Vectors
+from keyreid.embedding.vectors import Vectors
 from keyreid.model import KeyReID
 from keyreid.model.inputs import prepare
 from keyreid.progress import track

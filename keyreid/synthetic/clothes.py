@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from keyreid.datasets.walkers_body import Build, Gait
+from keyreid.synthetic.body import Build, Gait
 
 ROWS, COLUMNS = 64, 96
 V, U = np.meshgrid(

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from keyreid.datasets import walkers_body as body
-from keyreid.datasets import walkers_drawing as drawing
-from keyreid.datasets import walkers_scene as scene
-from keyreid.datasets.walkers_clothes import Person, dress
+from keyreid.synthetic import body, drawing, scene
+from keyreid.synthetic.clothes import Person, dress
 
 
 @dataclass(frozen=True)

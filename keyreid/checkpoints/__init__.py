@@ -1,0 +1,1 @@
+"""What a run leaves behind, and every format of weights that is read or written."""

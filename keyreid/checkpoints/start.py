@@ -1,0 +1,49 @@
+"""A network with the initial weights that its configuration names."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from keyreid.checkpoints.pretrained import CLASSIFIERS, download_backbone, load_backbone, load_network, read_state
+from keyreid.checkpoints.released import from_released, is_released
+from keyreid.config import ClipConfig, ModelConfig
+from keyreid.model import KeyReID, build_model
+from keyreid.model.backbone import create_vit
+
+log = logging.getLogger(__name__)
+
+
+def start_network(model: ModelConfig, clip: ClipConfig, num_identities: int, num_cameras: int) -> KeyReID:
+    """`build_model`, filled from `model.weights`.
+
+    Raises:
+        ConfigError: the backbone, picture size, heads or parts do not fit together.
+        CheckpointError: the weights cannot be read or fit nothing.
+    """
+    state = _initial_weights(model)
+    if state is None:
+        return build_model(model, clip, num_identities, num_cameras)
+    if CLASSIFIERS[0] in state:
+        network = build_model(model, clip, num_identities, num_cameras)
+        load_network(network, state, model.weights, model.keep_classifiers)
+        return network
+    vit = create_vit(model, clip)
+    load_backbone(vit, state, model.weights)
+    network = build_model(model, clip, num_identities, num_cameras, vit)
+    if model.guidance == "aligned":
+        started = network.local_branch.start_from(network.global_branch)
+        log.info("the local block starts %s", "as the backbone's last block" if started else "at random")
+    return network
+
+
+def _initial_weights(model: ModelConfig) -> dict[str, torch.Tensor] | None:
+    """The state dict that `model.weights` names; a network's in our names, a backbone's as it is."""
+    if model.weights is None:
+        return None
+    if model.weights == "timm":
+        return download_backbone(model.backbone)
+    state = read_state(Path(model.weights).expanduser())
+    return from_released(state) if is_released(state) else state

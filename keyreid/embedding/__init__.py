@@ -1,0 +1,1 @@
+"""Vectors of tracklets: made by a network, kept in a file, compared."""
