@@ -32,7 +32,7 @@ from keyreid.errors import CheckpointError, KeyreidError
 from keyreid.pose.parts import KEYPOINT_NAMES
 from keyreid.synthetic.pose_net import WalkersNet
 
-WALKERS_WEIGHTS = Path(__file__).with_name("walkers.safetensors")
+WALKERS_WEIGHTS = Path(__file__).parents[1] / "assets" / "walkers_pose.safetensors"
 WALKERS = "walkers"  # names both the base network and its weights in this package
 WEIGHTS_FORMAT = "keyreid-pose-1"
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1], as OpenPifPaf normalises

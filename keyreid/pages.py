@@ -1,0 +1,47 @@
+"""One HTML page for every report: a title, then sections of text, tables and pictures; a file that needs no server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from jinja2 import Environment
+
+from keyreid.files import writing
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page; whatever is empty is left out. All text is escaped.
+
+    Attributes:
+        title: its heading.
+        text: paragraphs, a string each.
+        preformatted: text whose columns are aligned.
+        table: rows of cells; the first row is the head.
+        highlight: the row of the table that stands out; 0 for none.
+        pictures: a file beside the page, and its caption.
+        items: a list.
+    """
+
+    title: str = ""
+    text: Sequence[str] = ()
+    preformatted: str = ""
+    table: Sequence[Sequence[object]] = ()
+    highlight: int = 0
+    pictures: Sequence[tuple[str, str]] = ()
+    items: Sequence[str] = ()
+
+
+def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
+    """Write a page.
+
+    Raises:
+        KeyreidError: the file cannot be written.
+    """
+    template = resources.files("keyreid").joinpath("assets/page.html").read_text(encoding="utf-8")
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
+    with writing(path):
+        path.write_text(page.render(title=title, sections=sections), encoding="utf-8")
