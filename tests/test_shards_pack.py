@@ -22,10 +22,10 @@ from keyreid.datasets.tracklet import Dataset, Frame
 from keyreid.errors import DataError, KeyreidError
 from keyreid.pose import heatmap_files, keypoint_files
 from keyreid.pose.heatmaps import render_heatmaps, render_tiles
-from keyreid.shards import format
 from keyreid.shards import pack as packing
-from keyreid.shards.index import ShardSet
+from keyreid.shards.members import MAX_KEY_LENGTH
 from keyreid.shards.pack import check_destination, finish, missing, pack, plan_shards
+from keyreid.shards.shard_set import ShardSet
 from keyreid.shards.writer import PackSettings
 
 
@@ -327,4 +327,4 @@ def test_keys_that_do_not_fit_a_tar_header_are_refused(source, tmp_path):
     long = Dataset("toy", (replace(dataset.tracklets[0], key="k" * 81),))
     with pytest.raises(DataError, match="1 to 80"):
         pack_dataset(long, root, tmp_path)
-    assert format.MAX_KEY_LENGTH + len(".f99999.hm.png") <= 100
+    assert MAX_KEY_LENGTH + len(".f99999.hm.png") <= 100

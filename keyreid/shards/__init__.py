@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from keyreid.config import Config
     from keyreid.shards.batch import ClipBatch, ClipPlan
     from keyreid.shards.fetch import Faults
-    from keyreid.shards.index import ShardSet
+    from keyreid.shards.shard_set import ShardSet
 
 
 class Reader(Protocol):
-    """What both readers are: an iterator of batches, one for each list of clips.
+    """What every reader is: an iterator of batches, one for each list of clips.
 
     Attributes:
         wait_seconds: how long the consumer has waited for batches.
@@ -54,7 +54,7 @@ def open_reader(
     if config.data.reader == "dali":
         from keyreid.shards.dali import DaliReader as Reader
     elif config.data.reader == "stream":
-        from keyreid.shards.stream import StreamReader as Reader
+        from keyreid.shards.plain import StreamReader as Reader
     else:
         from keyreid.shards.plain import PlainReader as Reader
     return Reader(shards, iter(batches), config, str(device), workers)

@@ -1,4 +1,4 @@
-"""What both readers share: a clip's bytes from the shards, checked, its guidance, and what is done with faults.
+"""What all readers share: a clip's bytes from the shards, checked, its guidance, and what is done with faults.
 
 **Faults.** Whatever cannot be read is a DataError that names the shard, the tracklet and the member. Under
 `data.on_fault: skip` a frame that cannot be used is replaced by the nearest frame of its tracklet that can, the earlier
@@ -20,10 +20,10 @@ from keyreid.config import Config
 from keyreid.errors import ConfigError, DataError
 from keyreid.pose.heatmaps import render_heatmaps, scale_keypoints
 from keyreid.pose.parts import flip_permutation, merged_parts
-from keyreid.shards import format
+from keyreid.shards import members
 from keyreid.shards.batch import ClipBatch, ClipPlan
-from keyreid.shards.guidance import PatchGrid, pool
-from keyreid.shards.index import ShardSet
+from keyreid.shards.pooling import PatchGrid, pool
+from keyreid.shards.shard_set import ShardSet
 
 NEAREST_FRAMES = 16  # how far away a damaged frame's replacement may be
 
@@ -139,7 +139,10 @@ class ClipFetcher:
                 raise DataError("nothing is left to replace it: " + next(iter(faults.values())))
         visible = np.stack([self.shards.tracklets[p].visible[f] for p, f in rows])
         sizes = np.stack([self.shards.tracklets[p].sizes[f] for p, f in rows])
-        stacked = self._rendered(np.stack(heatmaps), sizes) if self.from_keypoints else np.stack(heatmaps)
+        stacked = np.stack(heatmaps)
+        if self.from_keypoints:
+            stacked = scale_keypoints(stacked, sizes[:, 0], sizes[:, 1], self.width, self.height)
+            stacked = render_heatmaps(stacked, self.width, self.height, self.parts)
         if self._merged:
             visible = np.stack([visible[:, united].any(1) for united in self._merged], 1)
             if not self.from_keypoints:
@@ -181,29 +184,23 @@ class ClipFetcher:
         )
 
     def _frame(self, position: int, frame: int, decode: Callable[[bytes], Any] | None) -> tuple[Any, np.ndarray]:
-        member = format.MEMBERS_BEFORE_FRAMES + format.MEMBERS_PER_FRAME * frame
+        member = members.picture_member(frame)
         picture, heatmap = self.shards.read_frame(position, frame)
         try:
             decoded = picture if decode is None else decode(picture)
+            if self.from_keypoints:
+                return decoded, self._keypoints(position)[frame]
+            member += 1
+            return decoded, members.decode_tiles(heatmap, self.shards.parts)
         except ValueError as error:
             raise self.shards.fault(position, member, str(error)) from None
-        if self.from_keypoints:
-            return decoded, self._keypoints(position)[frame]
-        try:
-            return decoded, format.decode_tiles(heatmap, self.shards.parts)
-        except ValueError as error:
-            raise self.shards.fault(position, member + 1, str(error)) from None
 
     def _keypoints(self, position: int) -> np.ndarray:
-        """A tracklet's keypoints; the frames of a clip come one after the other, so the last are kept."""
+        """A tracklet's keypoints; the frames of a clip come one after the other, so the last tracklet's are kept."""
         last = self._last  # other threads may replace it at any time
         if last is None or last[0] != position:
             last = self._last = position, self.shards.keypoints(position)
         return last[1]
-
-    def _rendered(self, keypoints: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        scaled = scale_keypoints(keypoints, sizes[:, 0], sizes[:, 1], self.width, self.height)
-        return render_heatmaps(scaled, self.width, self.height, self.parts)
 
     def _candidates(self, clip: ClipPlan, frame: int) -> Iterator[tuple[int, int]]:
         """The frame that is wanted, then those that may replace it."""

@@ -26,8 +26,8 @@ from keyreid.losses import Criterion
 from keyreid.model import KeyReID, build_model
 from keyreid.progress import track
 from keyreid.shards import open_reader
-from keyreid.shards.index import ShardSet
 from keyreid.shards.plan import TrainingPlan
+from keyreid.shards.shard_set import ShardSet
 from keyreid.tracking import Tracker
 from keyreid.training import report, snapshot, state, stochastic_depth
 from keyreid.training.ema import WeightAverage

@@ -12,7 +12,7 @@ import typer
 from keyreid.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from keyreid.shards.index import ShardSet
+    from keyreid.shards.shard_set import ShardSet
     from keyreid.shards.verify import Problem
 
 SHEET_TRACKLETS = 12
@@ -20,7 +20,7 @@ _BAR = 50
 _SHOWN = 200  # problems that are printed
 
 
-def inspect(
+def inspect_(
     shards: Annotated[str, typer.Argument(help="folder (or URL) that `keyreid shard` wrote")],
     verify: Annotated[bool, typer.Option("--verify", help="check every hash, header and member of a folder")] = False,
     against: Annotated[
@@ -33,7 +33,7 @@ def inspect(
     tracklet: Annotated[str | None, typer.Option(help="print the JSON of the tracklet with this key")] = None,
 ) -> None:
     """Say what is in a set of shards; check it, compare it with its source, draw it. Status 1: something is wrong."""
-    from keyreid.shards.index import ShardSet
+    from keyreid.shards.shard_set import ShardSet
     from keyreid.visualization.canvas import save_picture
 
     if verify:
@@ -59,7 +59,7 @@ def inspect(
 
 def _verify(folder: Path) -> None:
     from keyreid.progress import track
-    from keyreid.shards.index import read_card
+    from keyreid.shards.card import read_card
     from keyreid.shards.verify import verify
 
     total = len(read_card(folder)["shards"])
