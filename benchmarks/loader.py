@@ -92,7 +92,7 @@ def published(tracklets: list[Tracklet], heatmaps: Path) -> Iterator:
 def ours(shards: ShardSet, reader: str) -> Iterator:
     """One of our readers over an endless plan."""
     config = make_config(shards, reader)
-    plan = TrainingPlan(shards, config.data, config.clip, config.model.parts, seed=0)
+    plan = TrainingPlan(shards, config.data, config.clip, seed=0)
     return open_reader(shards, plan.batches(0, 0), config)
 
 

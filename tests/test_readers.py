@@ -44,7 +44,7 @@ def large(tmp_path_factory) -> ShardSet:
 
 
 def planned(shards: ShardSet, config, seed: int = 3) -> TrainingPlan:
-    return TrainingPlan(shards, config.data, config.clip, config.model.parts, seed)
+    return TrainingPlan(shards, config.data, config.clip, seed)
 
 
 def read(shards: ShardSet, config, batches, workers: int | None = None) -> list[ClipBatch]:

@@ -126,8 +126,7 @@ class ClipFetcher:
                 try:
                     picture, heatmap = self._frame(position, candidate, decode)
                 except DataError as error:
-                    member = f"{self.shards.tracklets[position].key} {candidate}"
-                    faults[member] = str(error)
+                    faults[f"{self.shards.tracklets[position].key} {candidate}"] = str(error)
                     if not self.skip:
                         raise
                     continue
@@ -137,8 +136,9 @@ class ClipFetcher:
                 break
             else:
                 raise DataError("nothing is left to replace it: " + next(iter(faults.values())))
-        visible = np.stack([self.shards.tracklets[p].visible[f] for p, f in rows])
-        sizes = np.stack([self.shards.tracklets[p].sizes[f] for p, f in rows])
+        index = self.shards.index
+        at = [int(index.first_frame[position]) + candidate for position, candidate in rows]
+        visible, sizes = self.shards.visible[at], self.shards.frame_sizes[at]
         stacked = np.stack(heatmaps)
         if self.from_keypoints:
             stacked = scale_keypoints(stacked, sizes[:, 0], sizes[:, 1], self.width, self.height)

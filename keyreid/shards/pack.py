@@ -187,11 +187,7 @@ def make_card(layout: ShardLayout, out: Path) -> dict[str, Any]:
                 "frames": int(index.frames.sum()),
             }
         )
-    splits = {}
-    for split in SPLITS:
-        members = [tracklet for tracklet in dataset.tracklets if tracklet.split == split]
-        if members:
-            splits[split] = _counts(members)
+    by_split = {split: [tracklet for tracklet in dataset.tracklets if tracklet.split == split] for split in SPLITS}
     return {
         "format": f"keyreid-dataset/{VERSION}",
         "name": dataset.name,
@@ -200,7 +196,7 @@ def make_card(layout: ShardLayout, out: Path) -> dict[str, Any]:
         "settings": settings.described(),
         "counts": _counts(dataset.tracklets)
         | {"frames_with_keypoints": frames_with_keypoints, "heatmap_bytes": heatmap_bytes},
-        "by_split": splits,
+        "by_split": {split: _counts(tracklets) for split, tracklets in by_split.items() if tracklets},
         "cameras": sorted({tracklet.camera for tracklet in dataset.tracklets}),
         "splits": [
             {"train": [int(i) for i in train], "test": [int(i) for i in test]} for train, test in dataset.splits

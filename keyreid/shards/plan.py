@@ -38,17 +38,8 @@ class TrainingPlan:
         batch_size: clips a step, over all ranks: P x K.
     """
 
-    def __init__(
-        self, shards: ShardSet, data: DataConfig, clip: ClipConfig, model_parts: int = 6, seed: int = 0
-    ) -> None:
-        """Prepare the plan of a run.
-
-        Args:
-            model_parts: parts of the model; the plan is the same for any number.
-
-        Raises:
-            ConfigError: fewer identities than a step needs.
-        """
+    def __init__(self, shards: ShardSet, data: DataConfig, clip: ClipConfig, seed: int = 0) -> None:
+        """Prepare the plan of a run; ConfigError where there are fewer identities than a step needs."""
         self._tracklets = _training_tracklets(shards, data)
         self._sampler = SAMPLERS[data.sampler](self._tracklets, data, seed)
         self.num_identities = len(self._tracklets.count)

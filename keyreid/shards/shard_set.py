@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import zlib
@@ -16,6 +15,7 @@ import numpy as np
 
 from keyreid.config import DataConfig
 from keyreid.errors import DataError
+from keyreid.files import sha256
 from keyreid.pose.parts import part_names
 from keyreid.shards import members
 from keyreid.shards.card import read_card
@@ -61,12 +61,7 @@ class ShardSet:
 
     @classmethod
     def open(
-        cls,
-        location: str | Path,
-        cache_dir: str | Path | None = None,
-        cache_gigabytes: float | None = None,
-        split_number: int = 0,
-        holdout: float = 0.0,
+        cls, location: str | Path, cache_dir: str | Path | None = None, cache_gigabytes: float | None = None
     ) -> ShardSet:
         """Open a folder, or a URL whose shards are fetched whole into `cache_dir` when they are first read.
 
@@ -83,24 +78,18 @@ class ShardSet:
             folder = Path(location).expanduser()
             card = read_card(folder)
             files = LocalShardFiles.open(folder, card["shards"])
-        return cls(str(location), card, _read_indices(folder, card), files, split_number, holdout)
+        return cls(str(location), card, _read_indices(folder, card), files)
 
     @classmethod
     def from_config(cls, data: DataConfig) -> ShardSet:
         """The shards, split and holdout that a configuration names."""
-        return cls.open(data.shards, data.cache_dir, data.cache_gigabytes, data.split_number, data.holdout)
+        shards = cls.open(data.shards, data.cache_dir, data.cache_gigabytes)
+        shards.split_number, shards.holdout = data.split_number, data.holdout
+        return shards
 
-    def __init__(
-        self,
-        location: str,
-        card: dict[str, Any],
-        indices: Sequence[ShardIndex],
-        files: ShardFiles,
-        split_number: int = 0,
-        holdout: float = 0.0,
-    ) -> None:
+    def __init__(self, location: str, card: dict[str, Any], indices: Sequence[ShardIndex], files: ShardFiles) -> None:
         self.location, self.card, self.files = location, card, files
-        self.split_number, self.holdout = split_number, holdout
+        self.split_number, self.holdout = 0, 0.0
         self.parts: int = indices[0].header["parts"]
         self.index = ShardIndex.joined({}, indices)
         self.identities, self.cameras = self.index.identity, self.index.camera
@@ -170,8 +159,7 @@ class ShardSet:
         """
         split_number = self.split_number if split_number is None else split_number
         holdout = self.holdout if holdout is None else holdout
-        splits = Splits(self.location, self.card, self.identities, self.cameras, self.index.split)
-        return splits.select(split, split_number, holdout).tolist()
+        return Splits(self.location, self.card, self.index).select(split, split_number, holdout).tolist()
 
     def read(self, position: int, names: Sequence[str]) -> list[bytes]:
         """The content of members of a tracklet, by the name after `KEY.` (`json`, `kp.npy`, `f0000.hm.png`).
@@ -261,13 +249,9 @@ def _read_indices(folder: Path, card: dict[str, Any]) -> list[ShardIndex]:
     indices = []
     for shard in card["shards"]:
         path = folder / shard["index"]
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}; pack the dataset again, whole shards are kept") from None
-        if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
-            raise DataError(f"{path}: not the index that the card names; pack the dataset again")
         header = (index := read_index(path)).header
+        if sha256(path) != shard["index_sha256"]:
+            raise DataError(f"{path}: not the index that the card names; pack the dataset again")
         if (header["shard"], header["bytes"], header["sha256"]) != (shard["file"], shard["bytes"], shard["sha256"]):
             raise DataError(f"{path}: the index of another shard; pack the dataset again")
         indices.append(index)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from keyreid.errors import DataError
+from keyreid.shards.index_file import ShardIndex
 from keyreid.shards.members import SPLITS
 
 Selection = Literal["train", "query", "gallery", "junk", "all", "holdout_query", "holdout_gallery"]
@@ -15,30 +16,21 @@ Selection = Literal["train", "query", "gallery", "junk", "all", "holdout_query",
 
 @dataclass(frozen=True)
 class Splits:
-    """The splits of N tracklets.
-
-    Attributes:
-        location: of the shards, for messages.
-        card: its `splits` and `query_camera`, where the dataset has several splits.
-        identity, camera: int64 [N].
-        split: uint8 [N], position in SPLITS.
-    """
+    """The splits of a set of shards, from its card and its index."""
 
     location: str
     card: dict[str, Any]
-    identity: np.ndarray
-    camera: np.ndarray
-    split: np.ndarray
+    index: ShardIndex
 
     def select(self, split: Selection, number: int, holdout: float) -> np.ndarray:
         """Positions of a split's tracklets, int64, ascending; see `ShardSet.select`."""
         if split == "all":
-            return np.arange(len(self.identity))
+            return np.arange(len(self.index.key))
         if split.startswith("holdout_"):
             return self._holdout(split, number, holdout)
         chosen = self._with_nobody_held_out(split, number)
         if split == "train" and holdout:
-            chosen = chosen[~np.isin(self.identity[chosen], self._held_out(number, holdout))]
+            chosen = chosen[~np.isin(self.index.identity[chosen], self._held_out(number, holdout))]
         return chosen
 
     def _with_nobody_held_out(self, split: str, number: int) -> np.ndarray:
@@ -46,28 +38,28 @@ class Splits:
         if not splits:
             if number:
                 raise DataError(f"{self.location}: data.split_number={number}, but the dataset has one split")
-            return np.flatnonzero(self.split == SPLITS.index(split))
+            return np.flatnonzero(self.index.split == SPLITS.index(split))
         if number >= len(splits):
             raise DataError(f"{self.location}: data.split_number={number}, but its splits are 0 to {len(splits) - 1}")
         if split == "junk":
             return np.arange(0)
-        chosen = np.isin(self.identity, splits[number]["train" if split == "train" else "test"])
+        chosen = np.isin(self.index.identity, splits[number]["train" if split == "train" else "test"])
         if split != "train":
-            chosen &= (self.camera == self.card["query_camera"]) == (split == "query")
+            chosen &= (self.index.camera == self.card["query_camera"]) == (split == "query")
         return np.flatnonzero(chosen)
 
     def _held_out(self, number: int, holdout: float) -> np.ndarray:
         """The identities held out, evenly spaced in sorted order."""
-        identities = np.unique(self.identity[self._with_nobody_held_out("train", number)])
+        identities = np.unique(self.index.identity[self._with_nobody_held_out("train", number)])
         count = round(holdout * len(identities))
         return identities[((np.arange(count) + 0.5) * len(identities) / count).astype(np.int64)]
 
     def _holdout(self, split: str, number: int, holdout: float) -> np.ndarray:
         positions = self._with_nobody_held_out("train", number)
-        positions = positions[np.isin(self.identity[positions], self._held_out(number, holdout))]
+        positions = positions[np.isin(self.index.identity[positions], self._held_out(number, holdout))]
         if not len(positions):
             raise DataError(f"{self.location}: no identities are held out; set data.holdout, for example to 0.1")
-        identity, camera = self.identity[positions], self.camera[positions]
+        identity, camera = self.index.identity[positions], self.index.camera[positions]
         if self.card["query_camera"] is not None:
             return positions[(camera == self.card["query_camera"]) == (split == "holdout_query")]
         if split == "holdout_gallery":

@@ -78,7 +78,7 @@ class Trainer:
 
         self.shards = ShardSet.from_config(config.data)
         check_judgeable(self.shards, config, self._part)  # rather now than after the last epoch
-        self.plan = TrainingPlan(self.shards, config.data, config.clip, config.model.parts, config.seed)
+        self.plan = TrainingPlan(self.shards, config.data, config.clip, config.seed)
         self.steps_per_epoch = config.schedule.steps_per_epoch or self.plan.steps_per_epoch
         self.total_steps = config.schedule.epochs * self.steps_per_epoch
         self.header = WeightsHeader(
