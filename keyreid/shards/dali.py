@@ -9,7 +9,6 @@ plan. Each frame carries a serial number through the pipeline, and what comes ou
 from __future__ import annotations
 
 import itertools
-import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from keyreid.config import Config
 from keyreid.errors import ConfigError, DataError
 from keyreid.shards import members
 from keyreid.shards.batch import ClipBatch, ClipPlan
-from keyreid.shards.fetch import ClipFetcher, Faults, FetchedClip
+from keyreid.shards.fetch import ClipFetcher, FetchedClip, Reader
 from keyreid.shards.shard_set import ShardSet
 
 MAX_FRAMES = 1024  # one run of the pipeline; a longer list of clips takes several
@@ -34,32 +33,23 @@ _SERIAL_LIMIT = 1 << 30
 class _PipelineRun:
     """One run of the pipeline: N frames of whole clips.
 
-    Attributes:
-        inputs: what external_source takes, for each frame: the encoded picture, the crop's top and left before the
-            flip, whether it is flipped, its serial number, and its size where some must be resized.
-        fetched: the same frames, to name the one that does not decode.
-        batch: with the last run of a list of clips: everything but the pictures.
+    Its inputs are, for each frame: the encoded picture, the crop's top and left before the flip, whether it is flipped,
+    its serial number, and its size where some must be resized.
     """
 
-    inputs: list[Any]
-    fetched: list[FetchedClip]
-    batch: ClipBatch | None
+    inputs: list[Any]  # what external_source takes
+    fetched: list[FetchedClip]  # the same frames, to name the one that does not decode
+    batch: ClipBatch | None  # with the last run of a list of clips: everything but the pictures
 
 
-class DaliReader:
-    """Iterates the batches of a plan; see `keyreid.shards.Reader` and `open_reader`."""
+class DaliReader(Reader):
+    """See Reader."""
 
     def __init__(
         self, shards: ShardSet, batches: Iterator[list[ClipPlan]], config: Config, device: str, workers: int | None
     ) -> None:
-        """Build the pipeline and start to read ahead.
-
-        Raises:
-            ConfigError: DALI is not installed.
-        """
-        self.device = torch.device(device)
-        self.faults = Faults(config.data.on_fault, config.data.max_faults)
-        self.wait_seconds = 0.0
+        """Build the pipeline and start to read ahead; ConfigError where DALI is not installed."""
+        super().__init__(config, device)
         self._fetcher = ClipFetcher(shards, config)
         self._workers = config.data.workers if workers is None else max(1, workers)
         clip = config.clip
@@ -70,11 +60,7 @@ class DaliReader:
         self._ready = deque(self._ahead.submit(next, self._runs) for _ in range(config.data.prefetch + 1))
         self._running: deque[_PipelineRun] = deque()
 
-    def __iter__(self) -> Iterator[ClipBatch]:
-        return self
-
-    def __next__(self) -> ClipBatch:
-        start = time.perf_counter()
+    def _next(self) -> ClipBatch:
         pictures: list[torch.Tensor] = []
         batch = None
         while batch is None:
@@ -84,8 +70,7 @@ class DaliReader:
             batch = run.batch
         images = pictures[0] if len(pictures) == 1 else torch.cat(pictures)
         batch.images = images.unflatten(0, (len(batch), -1)).permute(0, 1, 4, 2, 3)
-        self.wait_seconds += time.perf_counter() - start
-        return batch.to(self.device)
+        return batch
 
     def close(self) -> None:
         """Stop reading ahead and let the pipeline go."""

@@ -8,7 +8,9 @@ the shards alone, so it too is the same in every reader and on any ranks.
 
 from __future__ import annotations
 
+import abc
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,38 +35,23 @@ _LATER = torch.empty(0, dtype=torch.uint8)
 
 @dataclass
 class FetchedClip:
-    """A clip's bytes: what is left to do is decoding its pictures.
+    """A clip's bytes: what is left to do is decoding its pictures."""
 
-    Attributes:
-        pictures: T encoded pictures.
-        heatmaps: uint8 [T, P, 64, 32], or float32 [T, P, H, W] where they are rendered anew.
-        visible: bool [T, P].
-        sizes: uint16 [T, 2], width and height.
-        rows: (position, frame) of each picture that was really read.
-        faults: what could not be read, as messages by member.
-    """
-
-    pictures: list[bytes]
-    heatmaps: np.ndarray
-    visible: np.ndarray
-    sizes: np.ndarray
-    rows: list[tuple[int, int]]
-    faults: dict[str, str] = field(default_factory=dict)
+    pictures: list[Any]  # T, encoded, or what `decode` made of them
+    heatmaps: np.ndarray  # uint8 [T, P, 64, 32], or float32 [T, P, H, W] where they are rendered anew
+    visible: np.ndarray  # bool [T, P]
+    sizes: np.ndarray  # uint16 [T, 2], width and height
+    rows: list[tuple[int, int]]  # (position, frame) of each picture that was really read
+    faults: dict[str, str]  # what could not be read, as messages by member
 
 
 @dataclass
 class Faults:
-    """The members that could not be read so far, and whether to go on.
+    """The members that could not be read so far, and how many may be skipped."""
 
-    Attributes:
-        policy: stop, or skip.
-        limit: with skip, how many different members.
-        messages: by member; its length is the count.
-    """
-
-    policy: str
-    limit: int
-    messages: dict[str, str] = field(default_factory=dict)
+    policy: str  # stop, or skip
+    limit: int  # with skip, how many different members
+    messages: dict[str, str] = field(default_factory=dict)  # by member; its length is the count
 
     def __len__(self) -> int:
         return len(self.messages)
@@ -83,6 +70,37 @@ class Faults:
             raise DataError(
                 f"{len(self.messages)} members could not be read, data.max_faults is {self.limit}; the last: {message}"
             )
+
+
+class Reader(abc.ABC):
+    """What every reader is: an iterator of batches, one for each list of clips; `keyreid.shards.open_reader` opens one.
+
+    Attributes:
+        wait_seconds: how long the consumer has waited for batches.
+        faults: what could not be read (`data.on_fault: skip`).
+    """
+
+    def __init__(self, config: Config, device: str) -> None:
+        self.device = torch.device(device)
+        self.faults = Faults(config.data.on_fault, config.data.max_faults)
+        self.wait_seconds = 0.0
+
+    def __iter__(self) -> Iterator[ClipBatch]:
+        return self
+
+    def __next__(self) -> ClipBatch:
+        start = time.perf_counter()
+        batch = self._next()
+        self.wait_seconds += time.perf_counter() - start
+        return batch.to(self.device)
+
+    @abc.abstractmethod
+    def _next(self) -> ClipBatch:
+        """The next batch, wherever it lies."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """End its threads or processes."""
 
 
 class ClipFetcher:

@@ -27,30 +27,21 @@ _NUMBERS = {**_OF_TRACKLETS, **_OF_MEMBERS, **_OF_FRAMES}
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where everything in one shard is: N tracklets, M members, F frames, in the shard's order.
+    """Where everything in one shard is: N tracklets, M members, F frames, in the shard's order."""
 
-    Attributes:
-        header: format, name, size and SHA-256 of the shard, its number of parts, the fingerprint of its settings.
-        key: str [N]. identity: int64 [N], UNKNOWN_IDENTITY where not known. camera: int64 [N].
-        split: uint8 [N], position in SPLITS. frames: int64 [N].
-        offset: int64 [M], of a member's content in the shard. size: uint32 [M], bytes. crc: uint32 [M], CRC-32.
-        picture: uint8 [F], position in PICTURES. width, height: uint16 [F], pixels.
-        visible: uint8 [F]: bit p says that part p has a keypoint (its heatmap is not all zero).
-    """
-
-    header: dict[str, Any]
-    key: np.ndarray
-    identity: np.ndarray
-    camera: np.ndarray
-    split: np.ndarray
-    frames: np.ndarray
-    offset: np.ndarray
-    size: np.ndarray
-    crc: np.ndarray
-    picture: np.ndarray
-    width: np.ndarray
+    header: dict[str, Any]  # format, the shard's name, size and SHA-256, its number of parts, its settings' fingerprint
+    key: np.ndarray  # str [N]
+    identity: np.ndarray  # int64 [N], UNKNOWN_IDENTITY where not known
+    camera: np.ndarray  # int64 [N]
+    split: np.ndarray  # uint8 [N], position in SPLITS
+    frames: np.ndarray  # int64 [N]
+    offset: np.ndarray  # int64 [M], of a member's content in the shard
+    size: np.ndarray  # uint32 [M], bytes
+    crc: np.ndarray  # uint32 [M], CRC-32
+    picture: np.ndarray  # uint8 [F], position in PICTURES
+    width: np.ndarray  # uint16 [F], pixels
     height: np.ndarray
-    visible: np.ndarray
+    visible: np.ndarray  # uint8 [F]: bit p says that part p has a keypoint (its heatmap is not all zero)
 
     @classmethod
     def joined(cls, header: dict[str, Any], pieces: Sequence[ShardIndex]) -> ShardIndex:

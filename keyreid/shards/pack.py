@@ -39,19 +39,12 @@ _DISK_RESERVE = 1.05
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """How a dataset is cut into shards.
-
-    Attributes:
-        dataset: what is packed.
-        settings: how.
-        shards: (name of the tar, its tracklets), in the dataset's order.
-        bytes: estimated size of each shard.
-    """
+    """How a dataset is cut into shards."""
 
     dataset: Dataset
     settings: PackSettings
-    shards: tuple[tuple[str, list[Tracklet]], ...]
-    bytes: tuple[float, ...]
+    shards: tuple[tuple[str, list[Tracklet]], ...]  # name of the tar and its tracklets, in the dataset's order
+    bytes: tuple[float, ...]  # estimated size of each shard
 
     @cached_property
     def fingerprints(self) -> list[str]:
@@ -78,16 +71,12 @@ def plan_shards(dataset: Dataset, settings: PackSettings, target_bytes: int = DE
 
 
 def check_destination(layout: ShardLayout, out: Path) -> None:
-    """Refuse to replace the finished shards of another dataset: readers name most of them alike (`folder`, `mars`).
-
-    Raises:
-        DataError: `out` holds them.
-    """
+    """Refuse (DataError) to replace another dataset's shards: readers name most of them alike (`folder`, `mars`)."""
     try:
         there = read_card(out)["source"]
     except DataError:
         return
-    if (there["dataset"], there["folder"]) != (_source(layout)["dataset"], _source(layout)["folder"]):
+    if any(there[name] != _source(layout)[name] for name in ("dataset", "folder")):
         raise DataError(
             f"{out}: holds the shards of another dataset ({there['dataset']}, from a folder {there['folder']!r}); "
             "choose another --out, or delete them first"
@@ -134,14 +123,7 @@ def pack(
 
 
 def finish(layout: ShardLayout, out: Path) -> dict[str, Any]:
-    """Write the dataset card, when every shard is there.
-
-    Returns:
-        The card.
-
-    Raises:
-        DataError: shards are missing or were written from other tracklets or settings; names them.
-    """
+    """Write the dataset card and give it; DataError where shards are missing or of other tracklets or settings."""
     absent = missing(layout, out)
     if absent:
         some = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")

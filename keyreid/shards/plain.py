@@ -6,7 +6,6 @@ The plan is made in the main process and sent to the workers, so that their numb
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,20 +18,18 @@ from keyreid.errors import KeyreidError
 from keyreid.processes import end_with_parent, worker_context
 from keyreid.shards import members
 from keyreid.shards.batch import ClipBatch, ClipPlan
-from keyreid.shards.fetch import ClipFetcher, Faults
+from keyreid.shards.fetch import ClipFetcher, Reader
 from keyreid.shards.shard_set import ShardSet
 from keyreid.shards.storage import StreamedShardFiles
 
 
-class PlainReader:
-    """Iterates the batches of a plan; see `keyreid.shards.Reader` and `open_reader`."""
+class PlainReader(Reader):
+    """See Reader."""
 
     def __init__(
         self, shards: ShardSet, batches: Iterator[list[ClipPlan]], config: Config, device: str, workers: int | None
     ) -> None:
-        self.device = torch.device(device)
-        self.faults = Faults(config.data.on_fault, config.data.max_faults)
-        self.wait_seconds = 0.0
+        super().__init__(config, device)
         workers = config.data.workers if workers is None else workers
         loader = DataLoader(
             _Batches(ClipFetcher(shards, config)),
@@ -47,17 +44,12 @@ class PlainReader:
         )
         self._batches = iter(loader)
 
-    def __iter__(self) -> Iterator[ClipBatch]:
-        return self
-
-    def __next__(self) -> ClipBatch:
-        start = time.perf_counter()
+    def _next(self) -> ClipBatch:
         batch, faults, error = next(self._batches)
-        self.wait_seconds += time.perf_counter() - start
         if error is not None:
             raise error
         self.faults.add(faults)
-        return batch.to(self.device)
+        return batch
 
     def close(self) -> None:
         """End the workers."""

@@ -27,20 +27,14 @@ _MIXING = 4  # rounds of swaps, times log2 of the steps
 
 @dataclass(frozen=True)
 class TrainingTracklets:
-    """The N training tracklets of C identities, sorted by label.
+    """The N training tracklets of C identities, sorted by label; all int64."""
 
-    Attributes:
-        position: int64 [N], in the set of shards.
-        label, camera, frames: int64 [N].
-        count, start: int64 [C], how many tracklets an identity has, and which is its first.
-    """
-
-    position: np.ndarray
-    label: np.ndarray
-    camera: np.ndarray
-    frames: np.ndarray
-    count: np.ndarray
-    start: np.ndarray
+    position: np.ndarray  # [N], in the set of shards
+    label: np.ndarray  # [N]
+    camera: np.ndarray  # [N]
+    frames: np.ndarray  # [N]
+    count: np.ndarray  # [C], how many tracklets an identity has
+    start: np.ndarray  # [C], its first
 
 
 class Sampler(Protocol):

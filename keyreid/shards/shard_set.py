@@ -26,24 +26,16 @@ from keyreid.shards.storage import LocalShardFiles, ShardFiles
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrackletRecord:
-    """What the index knows about one tracklet.
-
-    Attributes:
-        key, identity, camera, split: as the dataset gave them; an unknown identity is UNKNOWN_IDENTITY.
-        frames: T.
-        sizes: uint16 [T, 2], width and height of each frame in pixels.
-        visible: bool [T, P], whether a part has a keypoint in a frame.
-        shard: position of its shard in the card.
-    """
+    """What the index knows about one tracklet; key, identity, camera and split as the dataset gave them."""
 
     key: str
-    identity: int
+    identity: int  # UNKNOWN_IDENTITY where it is unknown
     camera: int
     split: str
-    frames: int
-    sizes: np.ndarray
-    visible: np.ndarray
-    shard: int
+    frames: int  # T
+    sizes: np.ndarray  # uint16 [T, 2], width and height of each frame in pixels
+    visible: np.ndarray  # bool [T, P], whether a part has a keypoint in a frame
+    shard: int  # position of its shard in the card
 
 
 class ShardSet:

@@ -7,7 +7,6 @@ sizes that lie and members that hide are all refused, and whatever is damaged is
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tarfile
 import zlib
@@ -30,17 +29,15 @@ from keyreid.shards.shard_set import ShardSet
 from keyreid.shards.writer import PackSettings, load_keypoints
 
 
+_COMPARED = ("identity", "camera", "split", "number of frames")
+
+
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it was packed.
+    """Something that is not as it was packed."""
 
-    Attributes:
-        file: the shard, index or card.
-        member: KEY.name inside it, or nothing where the whole file is meant.
-    """
-
-    file: str
-    member: str
+    file: str  # the shard, index or card
+    member: str  # KEY.name inside it, or nothing where the whole file is meant
     what: str
 
     def __str__(self) -> str:
@@ -95,12 +92,11 @@ def compare(shards: ShardSet, dataset: Dataset, settings: PackSettings) -> Itera
 def _verify_shard(folder: Path, shard: dict[str, Any]) -> Iterator[Problem]:
     tar, name = folder / shard["file"], shard["file"]
     try:
-        content = (folder / shard["index"]).read_bytes()
-        if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
-            yield Problem(shard["index"], "", "its SHA-256 is not that of the card")
         index = read_index(folder / shard["index"])
-    except (OSError, DataError) as error:
-        yield Problem(shard["index"], "", getattr(error, "strerror", None) or str(error))
+        if sha256(folder / shard["index"]) != shard["index_sha256"]:
+            yield Problem(shard["index"], "", "its SHA-256 is not that of the card")
+    except DataError as error:
+        yield Problem(shard["index"], "", str(error))
         index = None
     try:
         size = tar.stat().st_size
@@ -174,13 +170,7 @@ def _header_faults(block: bytes, name: str, length: int) -> Iterator[str]:
 
 
 def _check_content(index: ShardIndex, at: int, number: int, frame: int, content: bytes) -> None:
-    """Refuse a member whose bytes are those packed but make no sense: ValueError.
-
-    Args:
-        at: the tracklet in the index.
-        number: of the member in the tracklet.
-        frame: the member's in the index.
-    """
+    """Refuse (ValueError) the n-th member of tracklet `at`, of row `frame`: bytes as packed, but they make no sense."""
     if number == members.JSON:
         split = SPLITS[min(index.split[at], len(SPLITS) - 1)]
         if _facts(content) != (index.key[at], index.identity[at], index.camera[at], split, index.frames[at]):
@@ -215,16 +205,13 @@ def _compare_tracklet(shards: ShardSet, tracklet: Tracklet, settings: PackSettin
     record = shards.tracklets[position]
     shard = shards.shard_name(record.shard)
     identity = UNKNOWN_IDENTITY if tracklet.identity is None else tracklet.identity
-    for name, packed, wanted in (
-        ("identity", record.identity, identity),
-        ("camera", record.camera, tracklet.camera),
-        ("split", record.split, tracklet.split),
-        ("number of frames", record.frames, len(tracklet.frames)),
-    ):
+    all_packed = record.identity, record.camera, record.split, record.frames
+    all_wanted = identity, tracklet.camera, tracklet.split, len(tracklet.frames)
+    for name, packed, wanted in zip(_COMPARED, all_packed, all_wanted, strict=True):
         if packed != wanted:
             yield Problem(shard, tracklet.key, f"{name} is {packed}, in the dataset {wanted}")
-            if name == "number of frames":
-                return
+    if record.frames != len(tracklet.frames):
+        return
     try:
         for number, frame in enumerate(tracklet.frames):
             content, kind = read_frame(frame)

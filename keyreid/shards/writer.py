@@ -38,24 +38,18 @@ HEATMAP_FILE_TOLERANCE = 1e-6  # how far a published heatmap may leave [0, 1]
 class PackSettings:
     """What decides the content of shards, apart from the tracklets.
 
-    Attributes:
-        root: the dataset's folder; sources are named relative to it.
-        keypoints: folder of keypoint files `KEY.npz`; None takes the tracklets' own, zeros where they have none.
-        heatmaps: folder of heatmap files, or of published ones, float [6, H, W], named as the frames with `.npy`; None
-            renders heatmaps from the keypoints.
-        image: keep JPEG and PNG byte for byte, or make JPEG of everything that is none (`jpeg`).
-        quality: of JPEGs that are made.
-        parts: P.
-        dataset, options: what `keyreid.datasets.open_dataset` was given; the card notes them.
+    Keypoints come from a folder of keypoint files `KEY.npz`, or are the tracklets' own, zeros where they have none.
+    Heatmaps come from a folder of heatmap files or of published ones, float [6, H, W], named as the frames with `.npy`,
+    or are rendered from the keypoints.
     """
 
-    root: Path
+    root: Path  # the dataset's folder; sources are named relative to it
     keypoints: Path | None = None
     heatmaps: Path | None = None
-    image: str = "keep"
-    quality: int = 95
+    image: str = "keep"  # JPEG and PNG byte for byte; `jpeg` makes JPEG of everything that is none
+    quality: int = 95  # of JPEGs that are made
     parts: int = 6
-    dataset: str = ""
+    dataset: str = ""  # with `options`: what `keyreid.datasets.open_dataset` was given; the card notes them
     options: dict[str, Any] = field(default_factory=dict)
 
     def described(self) -> dict[str, Any]:
