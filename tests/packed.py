@@ -77,6 +77,12 @@ def pack_dataset(dataset: Dataset, root: Path, out: Path, target_bytes: int = 15
     return ShardSet.open(out)
 
 
+def read_named(shards: ShardSet, position: int, name: str) -> bytes:
+    """A member of a tracklet by the name after `KEY.`; KeyError where it has none of that name."""
+    names = {shards.member_name(position, n): n for n in range(members_of(shards.tracklets[position].frames))}
+    return shards.read_member(position, names[name])
+
+
 def make_config(shards: Path | str, **overrides) -> Config:
     """A configuration for the small pictures: clips of 4 x 64 x 32, patches of 16; overrides as `data__reader`."""
     values = {

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from packed import HEIGHT, WIDTH, make_config, make_dataset, pack_dataset, read_code
+from packed import HEIGHT, WIDTH, make_config, make_dataset, pack_dataset, read_code, read_named
 
 from keyreid.datasets.tracklet import Dataset
 from keyreid.errors import ConfigError, DataError
@@ -230,7 +230,7 @@ def damaged(tmp_path):
 
 
 def flip(shards: ShardSet, folder: Path, position: int, name: str) -> None:
-    content = shards.read(position, [name])[0]
+    content = read_named(shards, position, name)
     for path in folder.glob("*.tar"):
         bytes_ = path.read_bytes()
         if content in bytes_:

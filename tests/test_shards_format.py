@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import webdataset
-from packed import make_dataset, pack_dataset
+from packed import make_dataset, pack_dataset, read_named
 from PIL import Image
 
 from keyreid.errors import DataError
@@ -127,7 +127,7 @@ def test_the_index_knows_every_member(packed):
         content = (folder / shards.card["shards"][record.shard]["file"]).read_bytes()
         assert (record.key, record.identity, record.camera) == (tracklet.key, tracklet.identity, tracklet.camera)
         assert record.frames == len(tracklet.frames)
-        picture, heatmap = shards.read(position, ["f0001.jpg", "f0001.hm.png"])
+        picture, heatmap = (read_named(shards, position, name) for name in ("f0001.jpg", "f0001.hm.png"))
         assert picture == tracklet.frames[1].path.read_bytes()
         assert content.count(picture) == 1
         assert heatmap in content

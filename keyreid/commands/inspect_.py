@@ -33,6 +33,7 @@ def inspect_(
     tracklet: Annotated[str | None, typer.Option(help="print the JSON of the tracklet with this key")] = None,
 ) -> None:
     """Say what is in a set of shards; check it, compare it with its source, draw it. Status 1: something is wrong."""
+    from keyreid.shards.members import JSON
     from keyreid.shards.shard_set import ShardSet
     from keyreid.visualization.canvas import save_picture
     from keyreid.visualization.guidance import evenly_spaced, guidance_picture
@@ -48,7 +49,7 @@ def inspect_(
     if tracklet is not None:
         if tracklet not in opened.position:
             raise DataError(f"{shards}: no tracklet has the key {tracklet}")
-        typer.echo(opened.read(opened.position[tracklet], ["json"])[0])
+        typer.echo(opened.read_member(opened.position[tracklet], JSON))
         return
     _describe(opened)
     if sheet is not None:

@@ -155,15 +155,12 @@ def _build(source: Any, height: int, width: int, resize: bool, device: torch.dev
         ) from None
     on_gpu = device.type == "cuda"
 
+    kinds = [types.UINT8, *[types.INT32] * (4 if resize else 3)]
+
     @pipeline_def(enable_conditionals=resize)
     def clips() -> Any:
         encoded, crop, flip, serial, *size = fn.external_source(
-            source=source,
-            num_outputs=5 if resize else 4,
-            batch=True,
-            parallel=False,
-            dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.INT32][: 5 if resize else 4],
-            ndim=[1, 1, 0, 0, 1][: 5 if resize else 4],
+            source, num_outputs=len(kinds), batch=True, parallel=False, dtype=kinds, ndim=[1, 1, 0, 0, 1][: len(kinds)]
         )
         pictures = fn.decoders.image(
             encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False

@@ -59,6 +59,11 @@ class ShardIndex:
         """int64 [N]: position of each tracklet's first frame."""
         return np.cumsum(self.frames) - self.frames
 
+    def member_name(self, tracklet: int, member: int) -> str:
+        """The name after `KEY.` of a tracklet's n-th member."""
+        picture = self.picture[self.first_frame[tracklet] + members.frame_of(member)]
+        return members.member_name(member, members.PICTURES[picture])
+
     @property
     def heatmap_bytes(self) -> int:
         """Bytes that the heatmaps take in the shard, tar headers and padding included."""
@@ -110,6 +115,7 @@ def read_index(path: Path) -> ShardIndex:
         for dtypes, length in lengths
         for name, dtype in dtypes.items()
     )
-    if not right or (index.frames < 1).any() or (index.offset < 0).any():
+    codes = (index.split < len(members.SPLITS)).all() and (index.picture < len(members.PICTURES)).all()
+    if not right or not codes or (index.frames < 1).any() or (index.offset < 0).any():
         raise DataError(f"{path}: the index contradicts itself; delete it and pack the dataset again")
     return index

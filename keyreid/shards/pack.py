@@ -27,7 +27,7 @@ from keyreid.progress import track
 from keyreid.shards.card import CARD_NAME, card_digest, encode_card, read_card
 from keyreid.shards.index_file import index_path, read_index
 from keyreid.shards.members import SPLITS, VERSION
-from keyreid.shards.writer import PackSettings, fingerprint, kept, whole, write_shard
+from keyreid.shards.writer import PackSettings, fingerprint, kept, write_shard
 
 DEFAULT_TARGET_BYTES = 256_000_000
 _PICTURES_MEASURED = 1000  # file sizes are looked up for so many, evenly spaced
@@ -97,29 +97,26 @@ def pack(
     """
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    jobs = {
-        number: (out / layout.shards[number][0], layout.shards[number][1], layout.settings, layout.fingerprints[number])
-        for number in range(share[0], len(layout.shards), share[1])
-    }
-    there = [number for number, (tar, _, _, settings_hash) in jobs.items() if kept(tar, settings_hash)]
+    numbers = range(share[0], len(layout.shards), share[1])
+    tars = {number: out / layout.shards[number][0] for number in numbers}
     with ThreadPoolExecutor(processes) as pool:
-        checks = pool.map(lambda number: whole(jobs[number][0]), there)
-        checked = track(zip(there, checks, strict=True), len(there), "checking", "shards", quiet=quiet)
-        good = {number for number, is_whole in checked if is_whole}
-    todo = [number for number in jobs if number not in good]
+        checks = pool.map(lambda number: kept(tars[number], layout.fingerprints[number], every_byte=True), numbers)
+        checked = track(zip(numbers, checks, strict=True), len(numbers), "checking", "shards", quiet=quiet)
+        todo = [number for number, is_whole in checked if not is_whole]
     if todo:
         (out / CARD_NAME).unlink(missing_ok=True)  # it must not vouch for shards that are being replaced
-    names = [CARD_NAME, *(tar.stem for tar, *_ in jobs.values())]
+    names = (CARD_NAME, *(tar.stem for tar in tars.values()))
     for stale in (path for name in names for path in out.glob(f".{name}.*.partial")):
         stale.unlink(missing_ok=True)
     _check_disk(out, sum(layout.bytes[number] for number in todo))
-    frames = sum(len(tracklet.frames) for number in todo for tracklet in jobs[number][1])
+    jobs = [(tars[n], layout.shards[n][1], layout.settings, layout.fingerprints[n]) for n in todo]
+    frames = sum(len(tracklet.frames) for _, tracklets, *_ in jobs for tracklet in tracklets)
     start = time.monotonic()
-    for _ in track(_write([jobs[number] for number in todo], processes), frames, "packing", "frames", quiet=quiet):
+    for _ in track(_write(jobs, processes), frames, "packing", "frames", quiet=quiet):
         pass
     if todo and not quiet:
         print(f"packed {frames} frames: {frames / (time.monotonic() - start):.0f} frames/s")
-    return len(todo), len(jobs) - len(todo)
+    return len(todo), len(numbers) - len(todo)
 
 
 def finish(layout: ShardLayout, out: Path) -> dict[str, Any]:

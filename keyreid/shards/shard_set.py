@@ -153,21 +153,8 @@ class ShardSet:
         holdout = self.holdout if holdout is None else holdout
         return Splits(self.location, self.card, self.index).select(split, split_number, holdout).tolist()
 
-    def read(self, position: int, names: Sequence[str]) -> list[bytes]:
-        """The content of members of a tracklet, by the name after `KEY.` (`json`, `kp.npy`, `f0000.hm.png`).
-
-        Raises:
-            DataError: there is no such member, or its bytes are not those that were packed.
-        """
-        total = members.members_of(int(self.index.frames[position]))
-        numbers = {self.member_name(position, number): number for number in range(total)}
-        absent = [name for name in names if name not in numbers]
-        if absent:
-            raise DataError(f"{self._named(position)} has no member {absent[0]}")
-        return [self.read_member(position, numbers[name]) for name in names]
-
     def read_member(self, position: int, member: int) -> bytes:
-        """The content of a tracklet's n-th member, checked."""
+        """The content of a tracklet's n-th member; DataError where its bytes are not those that were packed."""
         row = int(self.index.first_member[position]) + member
         offset, size = int(self.index.offset[row]), int(self.index.size[row])
         return self._checked(self.files.read(int(self._shard[position]), size, offset), position, member)
@@ -200,8 +187,7 @@ class ShardSet:
 
     def member_name(self, position: int, member: int) -> str:
         """The name after `KEY.` of a tracklet's n-th member."""
-        row = self.index.first_frame[position] + members.frame_of(member)
-        return members.member_name(member, members.PICTURES[self.index.picture[row]])
+        return self.index.member_name(position, member)
 
     def shard_name(self, shard: int) -> str:
         """Where a shard is, for messages."""

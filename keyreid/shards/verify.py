@@ -28,7 +28,6 @@ from keyreid.shards.members import PICTURES, SPLITS, UNKNOWN_IDENTITY
 from keyreid.shards.shard_set import ShardSet
 from keyreid.shards.writer import PackSettings, load_keypoints
 
-
 _COMPARED = ("identity", "camera", "split", "number of frames")
 
 
@@ -127,9 +126,7 @@ def _walk(file: BinaryIO, size: int, name: str, index: ShardIndex) -> Iterator[P
             yield Problem(name, "", str(error))
             return
         for number in range(members.members_of(frames)):
-            frame = int(index.first_frame[at]) + members.frame_of(number)
-            kind = PICTURES[min(index.picture[frame], 1)]
-            full = f"{key}.{members.member_name(number, kind)}"
+            full = f"{key}.{index.member_name(at, number)}"
             offset, length = int(index.offset[row]), int(index.size[row])
             if offset != end + TAR_BLOCK or offset + length > size:
                 cut = f"the shard ends at byte {size}" if offset + length > size else "there is a gap before it"
@@ -141,7 +138,7 @@ def _walk(file: BinaryIO, size: int, name: str, index: ShardIndex) -> Iterator[P
             try:
                 if zlib.crc32(content) != index.crc[row]:
                     raise ValueError("its bytes are not those packed")
-                _check_content(index, at, number, frame, content)
+                _check_content(index, at, number, content)
             except ValueError as error:
                 yield Problem(name, full, str(error))
             padding = -length % TAR_BLOCK
@@ -169,16 +166,17 @@ def _header_faults(block: bytes, name: str, length: int) -> Iterator[str]:
         yield f"its tar header says {header.size} bytes, the index {length}"
 
 
-def _check_content(index: ShardIndex, at: int, number: int, frame: int, content: bytes) -> None:
-    """Refuse (ValueError) the n-th member of tracklet `at`, of row `frame`: bytes as packed, but they make no sense."""
+def _check_content(index: ShardIndex, at: int, number: int, content: bytes) -> None:
+    """Refuse (ValueError) the n-th member of tracklet `at`, whose bytes are those packed, where they make no sense."""
+    frame = index.first_frame[at] + members.frame_of(number)
     if number == members.JSON:
-        split = SPLITS[min(index.split[at], len(SPLITS) - 1)]
-        if _facts(content) != (index.key[at], index.identity[at], index.camera[at], split, index.frames[at]):
+        facts = index.key[at], index.identity[at], index.camera[at], SPLITS[index.split[at]], index.frames[at]
+        if _facts(content) != facts:
             raise ValueError("contradicts the index")
     elif number == members.KEYPOINTS:
         members.decode_keypoints(content, int(index.frames[at]))
     elif number == members.picture_member(members.frame_of(number)):
-        size = members.picture_size(content, PICTURES[min(index.picture[frame], 1)])
+        size = members.picture_size(content, PICTURES[index.picture[frame]])
         if size != (index.width[frame], index.height[frame]):
             raise ValueError("its size is not that of the index")
         members.check_picture(content)

@@ -76,8 +76,12 @@ def fingerprint(name: str, tracklets: list[Tracklet], settings: PackSettings) ->
     return digest.hexdigest()
 
 
-def kept(tar: Path, settings_hash: str) -> bool:
-    """Whether the finished shard `tar` was written from the same tracklets with the same settings."""
+def kept(tar: Path, settings_hash: str, every_byte: bool = False) -> bool:
+    """Whether the finished shard `tar` was written from the same tracklets with the same settings.
+
+    Args:
+        every_byte: and has the SHA-256 that it had then.
+    """
     try:
         index = read_index(index_path(tar))
     except DataError:
@@ -85,12 +89,9 @@ def kept(tar: Path, settings_hash: str) -> bool:
     if encode_index(index) != index_path(tar).read_bytes():  # damaged where no reader looks
         return False
     header = index.header
-    return header["settings"] == settings_hash and tar.is_file() and tar.stat().st_size == header["bytes"]
-
-
-def whole(tar: Path) -> bool:
-    """Whether every byte of a finished shard is as it was written."""
-    return sha256(tar) == read_index(index_path(tar)).header["sha256"]
+    if header["settings"] != settings_hash or not tar.is_file() or tar.stat().st_size != header["bytes"]:
+        return False
+    return not every_byte or sha256(tar) == header["sha256"]
 
 
 def write_shard(tar: Path, tracklets: list[Tracklet], settings: PackSettings, settings_hash: str) -> Iterator[int]:
