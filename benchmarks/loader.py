@@ -32,9 +32,9 @@ from keyreid.datasets import open_dataset
 from keyreid.datasets.tracklet import Tracklet
 from keyreid.pose.heatmaps import render_heatmaps
 from keyreid.shards import open_reader
-from keyreid.shards.index import ShardSet
 from keyreid.shards.pack import finish, pack, plan_shards
 from keyreid.shards.plan import TrainingPlan
+from keyreid.shards.shard_set import ShardSet
 from keyreid.shards.writer import PackSettings, load_keypoints
 from keyreid.synthetic.walkers import render
 
@@ -92,7 +92,7 @@ def published(tracklets: list[Tracklet], heatmaps: Path) -> Iterator:
 def ours(shards: ShardSet, reader: str) -> Iterator:
     """One of our readers over an endless plan."""
     config = make_config(shards, reader)
-    plan = TrainingPlan(shards, config.data, config.clip, config.model.parts, seed=0)
+    plan = TrainingPlan(shards, config.data, config.clip, seed=0)
     return open_reader(shards, plan.batches(0, 0), config)
 
 

@@ -13,7 +13,7 @@ from keyreid.commands import (
     evaluate,
     export,
     import_,
-    inspect,
+    inspect_,
     pose,
     search,
     shard,
@@ -41,7 +41,7 @@ app.command("pose-export")(pose.pose_export)
 app.command("pose-convert")(pose.pose_convert)
 app.command("pose-train")(pose.pose_train)
 app.command("shard")(shard.shard)
-app.command("inspect")(inspect.inspect)
+app.command("inspect")(inspect_.inspect_)
 app.command("train")(train.train)
 app.command("tune")(tune.tune)
 app.command("evaluate")(evaluate.evaluate)

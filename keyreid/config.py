@@ -64,8 +64,8 @@ class DataConfig(Section):
     )
     reader: Literal["dali", "plain", "stream"] = Field(
         "dali",
-        description="plain: PyTorch workers, for machines without DALI; stream: whole tars in order by the webdataset "
-        "library, nothing kept on disk, for evaluating remote shards",
+        description="plain: PyTorch workers, for machines without DALI; stream: whole tars in order, nothing kept on "
+        "disk, for evaluating remote shards",
     )
     workers: int = Field(2, ge=1, description="decoding threads (DALI) or processes (plain) of each rank")
     prefetch: int = Field(2, ge=1, description="batches decoded ahead")

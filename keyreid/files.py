@@ -13,11 +13,8 @@ from keyreid.errors import KeyreidError
 
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
@@ -57,9 +54,14 @@ def replacing(path: Path, alone: bool = False) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old text or the new one, never a part."""
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a small file so that readers see the old content or the new one, whenever the machine stops."""
     with replacing(path) as partial:
-        partial.write_text(text)
+        partial.write_bytes(content)
         sync(partial)
     sync(path.parent)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """The same for UTF-8 text."""
+    replace_bytes(path, text.encode())

@@ -16,15 +16,10 @@ PLAIN_LINE_SECONDS = 10.0
 
 
 class _Rate(ProgressColumn):
-    """Items a second."""
-
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self.unit = unit
+    """Items a second so far, empty before the first."""
 
     def render(self, task) -> Text:
-        """The rate so far, empty before the first item."""
-        return Text(f"{task.speed:.1f} {self.unit}/s" if task.speed else "")
+        return Text(f"{task.speed:.1f} {task.fields['unit']}/s" if task.speed else "")
 
 
 def track(
@@ -38,15 +33,10 @@ def track(
     if quiet:
         yield from items
     elif sys.stderr.isatty():
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            _Rate(unit),
-            TimeRemainingColumn(),
-        )
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as progress:
-            yield from progress.track(items, total=total, description=description)
+            task = progress.add_task(description, total=total, unit=unit)
+            yield from progress.track(items, total=total, task_id=task)
     else:
         yield from _plain_lines(items, total, description, unit)
 

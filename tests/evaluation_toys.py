@@ -11,7 +11,7 @@ from packed import make_config, make_dataset, pack_dataset
 from keyreid.checkpoints.weights_file import WeightsHeader, write_weights
 from keyreid.config import Config
 from keyreid.model import KeyReID, build_model
-from keyreid.shards.index import ShardSet
+from keyreid.shards.shard_set import ShardSet
 
 CAMERAS = 3
 

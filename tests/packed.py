@@ -9,9 +9,10 @@ import numpy as np
 
 from keyreid.config import Config, check_config
 from keyreid.datasets.tracklet import Dataset, Frame, Tracklet
-from keyreid.shards import format
-from keyreid.shards.index import ShardSet
+from keyreid.shards.index_file import ShardIndex
+from keyreid.shards.members import SPLITS, members_of
 from keyreid.shards.pack import finish, pack, plan_shards
+from keyreid.shards.shard_set import ShardSet
 from keyreid.shards.storage import LocalShardFiles
 from keyreid.shards.writer import PackSettings
 
@@ -76,6 +77,12 @@ def pack_dataset(dataset: Dataset, root: Path, out: Path, target_bytes: int = 15
     return ShardSet.open(out)
 
 
+def read_named(shards: ShardSet, position: int, name: str) -> bytes:
+    """A member of a tracklet by the name after `KEY.`; KeyError where it has none of that name."""
+    names = {shards.member_name(position, n): n for n in range(members_of(shards.tracklets[position].frames))}
+    return shards.read_member(position, names[name])
+
+
 def make_config(shards: Path | str, **overrides) -> Config:
     """A configuration for the small pictures: clips of 4 x 64 x 32, patches of 16; overrides as `data__reader`."""
     values = {
@@ -99,12 +106,12 @@ def index_only(
     identities: np.ndarray, cameras: np.ndarray, frames: np.ndarray, splits: list | None = None, split: str = "train"
 ) -> ShardSet:
     """A set of shards without the shards, for plans: one tracklet for each entry of the arrays."""
-    total, members = int(frames.sum()), int(format.members_of(frames).sum())
+    total, members = int(frames.sum()), int(members_of(frames).sum())
     nothing = {"offset": np.zeros(members, "i8"), "size": np.zeros(members, "u4"), "crc": np.zeros(members, "u4")}
     pictures = {name: np.zeros(total, "u2") for name in ("picture", "width", "height", "visible")}
     keys = np.array([f"t{number}" for number in range(len(frames))])
-    code = np.full(len(frames), format.SPLITS.index(split), "u1")
-    index = format.ShardIndex({"parts": 6}, keys, identities, cameras, code, frames, **nothing, **pictures)
+    code = np.full(len(frames), SPLITS.index(split), "u1")
+    index = ShardIndex({"parts": 6}, keys, identities, cameras, code, frames, **nothing, **pictures)
     card = {
         "cameras": sorted(set(cameras.tolist())),
         "splits": splits or [],

@@ -20,7 +20,7 @@ from keyreid.datasets.tracklet import read_frame
 from keyreid.errors import DataError
 from keyreid.ingest.folder import import_folder
 from keyreid.ingest.video import VideoSettings, import_video
-from keyreid.shards.format import decode_picture
+from keyreid.shards.members import decode_picture
 
 COLOURS = {7: (200, 40, 40), 9: (40, 200, 40), 12: (40, 40, 200)}  # RGB of each track
 SIZE = 200, 160  # width and height of the video

@@ -26,7 +26,7 @@ def mars_like(seed: int = 0):
 
 def plan(shards, seed: int = 5, **overrides) -> TrainingPlan:
     config = make_config("x", data__identities=4, data__tracklets=4, **overrides)
-    return TrainingPlan(shards, config.data, config.clip, config.model.parts, seed)
+    return TrainingPlan(shards, config.data, config.clip, seed)
 
 
 def same(one, other) -> bool:

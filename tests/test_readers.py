@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import zlib
 from itertools import islice
 from pathlib import Path
 
@@ -11,17 +12,18 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from packed import HEIGHT, WIDTH, make_config, make_dataset, pack_dataset, read_code
+from packed import HEIGHT, WIDTH, make_config, make_dataset, pack_dataset, read_code, read_named
 
 from keyreid.datasets.tracklet import Dataset
 from keyreid.errors import ConfigError, DataError
 from keyreid.pose.heatmaps import render_heatmaps
 from keyreid.pose.parts import flip_permutation
-from keyreid.shards import format, open_reader
+from keyreid.shards import open_reader
 from keyreid.shards.batch import ClipBatch, ClipPlan
 from keyreid.shards.fetch import Faults
-from keyreid.shards.index import ShardSet
+from keyreid.shards.members import picture_member
 from keyreid.shards.plan import TrainingPlan, evaluation_clips
+from keyreid.shards.shard_set import ShardSet
 
 READERS = ["dali", "plain"]
 
@@ -42,7 +44,7 @@ def large(tmp_path_factory) -> ShardSet:
 
 
 def planned(shards: ShardSet, config, seed: int = 3) -> TrainingPlan:
-    return TrainingPlan(shards, config.data, config.clip, config.model.parts, seed)
+    return TrainingPlan(shards, config.data, config.clip, seed)
 
 
 def read(shards: ShardSet, config, batches, workers: int | None = None) -> list[ClipBatch]:
@@ -228,7 +230,7 @@ def damaged(tmp_path):
 
 
 def flip(shards: ShardSet, folder: Path, position: int, name: str) -> None:
-    content = shards.read(position, [name])[0]
+    content = read_named(shards, position, name)
     for path in folder.glob("*.tar"):
         bytes_ = path.read_bytes()
         if content in bytes_:
@@ -299,15 +301,14 @@ def test_a_tracklet_with_nothing_left_is_replaced_by_its_identitys_next_only_in_
 def test_a_picture_that_was_packed_broken_is_named(damaged, reader):
     """Other packers may write what no decoder reads; the checksum is right then."""
     shards, folder = damaged
-    member = format.MEMBERS_BEFORE_FRAMES + format.MEMBERS_PER_FRAME
-    row = int(shards._first_member[0]) + member
+    row = int(shards.index.first_member[0]) + picture_member(1)
     path = folder / shards.card["shards"][0]["file"]
     content = bytearray(path.read_bytes())
-    offset, size = int(shards._members["offset"][row]), int(shards._members["size"][row])
+    offset, size = int(shards.index.offset[row]), int(shards.index.size[row])
     content[offset : offset + size] = b"\xff\xd8" + bytes(size - 4) + b"\xff\xd9"
     path.write_bytes(content)
     opened = ShardSet.open(folder)
-    opened._members["crc"][row] = format.zlib.crc32(content[offset : offset + size])
+    opened.index.crc[row] = zlib.crc32(content[offset : offset + size])
     config = make_config(folder, data__reader=reader)
     reader_ = open_reader(opened, iter([evaluation_clips(opened, [0], 4)]), config)
     with pytest.raises(DataError, match=rf"{opened.tracklets[0].key}: member f0001\.jpg: .*does not decode"):

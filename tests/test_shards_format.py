@@ -5,18 +5,19 @@ from __future__ import annotations
 import io
 import json
 import subprocess
+import zlib
 
 import cv2
 import numpy as np
 import pytest
 import webdataset
-from packed import make_dataset, pack_dataset
+from packed import make_dataset, pack_dataset, read_named
 from PIL import Image
 
 from keyreid.errors import DataError
 from keyreid.pose.heatmaps import render_tiles
-from keyreid.shards import format
-from keyreid.shards.index import ShardSet
+from keyreid.shards import members
+from keyreid.shards.shard_set import ShardSet
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,8 @@ def test_webdataset_reads_whole_tracklets_in_order(packed):
     samples = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
     assert [sample["__key__"] for sample in samples] == [tracklet.key for tracklet in dataset.tracklets]
     for sample, tracklet in zip(samples, dataset.tracklets, strict=True):
-        members = sorted(name for name in sample if not name.startswith("__"))
-        assert len(members) == format.members_of(len(tracklet.frames))
+        names = [name for name in sample if not name.startswith("__")]
+        assert len(names) == members.members_of(len(tracklet.frames))
         assert sample["f0001.jpg"] == tracklet.frames[1].path.read_bytes()
 
 
@@ -74,32 +75,32 @@ def test_dali_reads_the_shards_by_its_own_webdataset_reader(packed):
 def test_heatmap_pictures_are_lossless_and_plain_png():
     keypoints = np.random.default_rng(0).uniform((0, 0, 0), (128, 256, 1), (5, 17, 3))
     for tiles in render_tiles(keypoints, 128, 256):
-        content = format.encode_tiles(tiles)
+        content = members.encode_tiles(tiles)
         flat = tiles.transpose(1, 0, 2).reshape(64, -1)
-        np.testing.assert_array_equal(format.decode_tiles(content, 6), tiles)
+        np.testing.assert_array_equal(members.decode_tiles(content, 6), tiles)
         np.testing.assert_array_equal(cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED), flat)
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(content))), flat)
         for level in (0, 9):  # whoever else wrote it
             other = cv2.imencode(".png", flat, [cv2.IMWRITE_PNG_COMPRESSION, level])[1].tobytes()
-            np.testing.assert_array_equal(format.decode_tiles(other, 6), tiles)
+            np.testing.assert_array_equal(members.decode_tiles(other, 6), tiles)
 
 
 @pytest.mark.parametrize("damage", ["cut", "size", "bomb", "empty"])
 def test_heatmap_pictures_that_are_none_are_refused(damage):
     tiles = np.zeros((6, 64, 32), np.uint8)
     content = {
-        "cut": format.encode_tiles(tiles)[:-20],
-        "size": format.encode_tiles(tiles[:5]),
-        "bomb": format.encode_tiles(tiles)[:33]
-        + format._png_chunk(b"IDAT", format.zlib.compress(bytes(10_000_000)))
-        + format._png_chunk(b"IEND", b""),
+        "cut": members.encode_tiles(tiles)[:-20],
+        "size": members.encode_tiles(tiles[:5]),
+        "bomb": members.encode_tiles(tiles)[:33]
+        + members.png_chunk(b"IDAT", zlib.compress(bytes(10_000_000)))
+        + members.png_chunk(b"IEND", b""),
         "empty": b"",
     }[damage]
     if damage == "bomb":  # only as much as is wanted is inflated
-        assert format.decode_tiles(content, 6).shape == (6, 64, 32)
+        assert members.decode_tiles(content, 6).shape == (6, 64, 32)
         return
     with pytest.raises(ValueError):
-        format.decode_tiles(content, 6)
+        members.decode_tiles(content, 6)
 
 
 def test_heatmaps_take_a_five_hundredth_of_the_published_files(packed):
@@ -109,14 +110,14 @@ def test_heatmaps_take_a_five_hundredth_of_the_published_files(packed):
 
 
 def test_frames_beyond_9999_keep_their_order_and_names():
-    assert format.member_name(format.members_of(12345) - 2, "jpg") == "f12344.jpg"
-    assert format.member_name(3, "png") == "f0000.hm.png"
+    assert members.member_name(members.members_of(12345) - 2, "jpg") == "f12344.jpg"
+    assert members.member_name(3, "png") == "f0000.hm.png"
 
 
 @pytest.mark.parametrize("key", ["", "a.b", "../a", "a/b", "x" * 81, "-a"])
 def test_keys_that_are_no_safe_names_are_refused(key):
     with pytest.raises(DataError, match="key"):
-        format.check_key(key)
+        members.check_key(key)
 
 
 def test_the_index_knows_every_member(packed):
@@ -126,7 +127,7 @@ def test_the_index_knows_every_member(packed):
         content = (folder / shards.card["shards"][record.shard]["file"]).read_bytes()
         assert (record.key, record.identity, record.camera) == (tracklet.key, tracklet.identity, tracklet.camera)
         assert record.frames == len(tracklet.frames)
-        picture, heatmap = shards.read(position, ["f0001.jpg", "f0001.hm.png"])
+        picture, heatmap = (read_named(shards, position, name) for name in ("f0001.jpg", "f0001.hm.png"))
         assert picture == tracklet.frames[1].path.read_bytes()
         assert content.count(picture) == 1
         assert heatmap in content

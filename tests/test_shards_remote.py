@@ -15,8 +15,8 @@ from packed import make_config, make_dataset, pack_dataset
 
 from keyreid.errors import DataError
 from keyreid.shards import open_reader, remote
-from keyreid.shards.index import ShardSet
 from keyreid.shards.plan import evaluation_clips
+from keyreid.shards.shard_set import ShardSet
 
 aiohttp_web = pytest.importorskip("aiohttp.web", reason="keyreid[remote] is not installed")
 
@@ -113,7 +113,7 @@ def test_readers_read_remote_shards(folder, server, tmp_path, reader):
 
 def test_two_processes_fetch_a_shard_once(folder, server, tmp_path):
     script = (
-        "import sys; from keyreid.shards.index import ShardSet\n"
+        "import sys; from keyreid.shards.shard_set import ShardSet\n"
         "shards = ShardSet.open(sys.argv[1], sys.argv[2])\n"
         "for p, record in enumerate(shards.tracklets): shards.read_frame(p, 0)\n"
     )

@@ -18,8 +18,10 @@ from typer.testing import CliRunner
 from keyreid.cli import app
 from keyreid.datasets.tracklet import Dataset
 from keyreid.errors import DataError
-from keyreid.shards import format
-from keyreid.shards.index import ShardSet
+from keyreid.shards.card import card_digest, encode_card
+from keyreid.shards.index_file import encode_index, read_index
+from keyreid.shards.members import members_of
+from keyreid.shards.shard_set import ShardSet
 from keyreid.shards.verify import compare, verify
 from keyreid.shards.writer import PackSettings
 
@@ -79,7 +81,7 @@ def _reading_names_it(packed, folder, file, place):
     whole, damaged = ShardSet.open(packed[2]), ShardSet.open(folder)
     touched = 0
     for position, record in enumerate(damaged.tracklets):
-        for member in range(format.members_of(record.frames)):
+        for member in range(members_of(record.frames)):
             name = f"{record.key}.{damaged.member_name(position, member)}"
             try:
                 assert damaged.read_member(position, member) == whole.read_member(position, member)
@@ -107,8 +109,8 @@ def test_a_truncation_is_found_and_the_set_does_not_open(packed, folder, seed):
         left = path.stat().st_size
         for position, record in enumerate(opened.tracklets):
             if opened.shard_name(record.shard).endswith(path.name):
-                row = int(opened._first_member[position])
-                if opened._members["offset"][row] + opened._members["size"][row] > left:
+                row = int(opened.index.first_member[position])
+                if opened.index.offset[row] + opened.index.size[row] > left:
                     with pytest.raises(DataError, match=f"{record.key}.*ends .* bytes early"):
                         opened.metadata(position)
 
@@ -150,8 +152,8 @@ def test_a_card_that_lacks_something_is_damaged(folder):
 
 def write_card(folder: Path, card: dict) -> None:
     """A card that agrees with itself, whatever it says."""
-    card["card_sha256"] = format.card_digest(card)
-    (folder / "dataset.json").write_bytes(format.encode_card(card))
+    card["card_sha256"] = card_digest(card)
+    (folder / "dataset.json").write_bytes(encode_card(card))
 
 
 def test_an_index_of_another_shard_does_not_fit(folder):
@@ -185,9 +187,9 @@ def forge(folder: Path, change) -> None:
                 change(member)
             new.addfile(member, io.BytesIO(content) if member.isreg() else None)
     path.write_bytes(out.getvalue())
-    index = format.read_index(path.with_suffix(".index.npz"))
+    index = read_index(path.with_suffix(".index.npz"))
     header = index.header | {"bytes": len(out.getvalue()), "sha256": hashlib.sha256(out.getvalue()).hexdigest()}
-    content = format.encode_index(replace(index, header=header))
+    content = encode_index(replace(index, header=header))
     path.with_suffix(".index.npz").write_bytes(content)
     card = json.loads((folder / "dataset.json").read_text())
     card["shards"][0] |= {name: header[name] for name in ("bytes", "sha256")}
@@ -239,7 +241,7 @@ def test_indices_with_pickles_or_compressed_arrays_are_refused(tmp_path):
     np.savez_compressed(tmp_path / "b.npz", header=np.zeros(1 << 20, "u1"))
     for name in ("a.npz", "b.npz"):
         with pytest.raises(DataError, match="not a shard index"):
-            format.read_index(tmp_path / name)
+            read_index(tmp_path / name)
 
 
 def test_the_source_can_be_compared(packed):

@@ -12,7 +12,7 @@ from keyreid.checkpoints.weights_file import WeightsHeader
 from keyreid.config import Config, ModelConfig, check_config, load_config, merge_overrides
 from keyreid.errors import ConfigError
 from keyreid.model import KeyReID
-from keyreid.shards.index import ShardSet
+from keyreid.shards.shard_set import ShardSet
 
 RUN_CONFIG = "config.yaml"
 

@@ -109,7 +109,7 @@ def _embed(
 
     from keyreid.checkpoints.opened import open_trained
     from keyreid.embedding.embedding import EmbeddingJob, EmbedSettings
-    from keyreid.shards.index import ShardSet
+    from keyreid.shards.shard_set import ShardSet
 
     trained = open_trained(weights, overrides=overrides, shards=source)
     shards = ShardSet.from_config(trained.config.data)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from keyreid.errors import ConfigError
+
+if TYPE_CHECKING:
+    from keyreid.shards.pack import ShardLayout
 
 
 def shard(
@@ -46,49 +49,57 @@ def shard(
     from keyreid.shards import pack as packing
     from keyreid.shards.writer import PackSettings
 
-    number, shares = _share(share)
-    root = root.expanduser()
-    options = _options(option or [])
+    root, part, options = root.expanduser(), _share(share), _options(option or [])
     data = open_dataset(dataset, root, **options)
     if keypoints is None and (root / "keypoints").is_dir():
         keypoints = root / "keypoints"
-    without = sum(tracklet.keypoints is None for tracklet in data.tracklets) if keypoints is None else 0
     folder = root.parent if root.is_file() else root
     settings = PackSettings(folder, keypoints, heatmaps, image, quality, parts, dataset, options)
     out = out or Path("shards") / data.name
-    plan = packing.plan_shards(data, settings, int(target_megabytes * 1e6))
-    frames = sum(len(tracklet.frames) for tracklet in data.tracklets)
-    typer.echo(
-        f"{data.name}: {len(data.tracklets)} tracklets, {frames} frames -> {len(plan.shards)} shards, "
-        f"about {sum(plan.bytes) / 1e9:.3g} GB, in {out}"
-    )
-    if without:
-        consequence = "keypoints are zeros" if heatmaps else "part heatmaps are ZERO: the local branch learns nothing"
-        _say_loudly(
-            f"{without} of {len(data.tracklets)} tracklets have NO KEYPOINTS: their {consequence}. "
-            "Find them with `keyreid pose`, then pack with --keypoints DIR."
-        )
+    layout = packing.plan_shards(data, settings, int(target_megabytes * 1e6))
+    without = _announce(layout, out)
     if dry_run:
-        for name, tracklets in plan.shards:
+        for name, tracklets in layout.shards:
             typer.echo(f"{name}: {len(tracklets)} tracklets, {tracklets[0].key} .. {tracklets[-1].key}")
         return
-    packing.check_destination(plan, out)
+    packing.check_destination(layout, out)
     if not finish:
-        workers = processes or len(os.sched_getaffinity(0))
-        written, kept = packing.pack(plan, out, workers, (number, shares))
+        written, kept = packing.pack(layout, out, processes or len(os.sched_getaffinity(0)), part)
         typer.echo(f"{written} shards written, {kept} were there already")
-        if shares > 1 and packing.missing(plan, out):
+        if part[1] > 1 and packing.missing(layout, out):
             typer.echo("other shares are still to be packed; the last one to end writes the card")
             return
-    card = packing.finish(plan, out)
+    card = packing.finish(layout, out)
+    _say_what_was_packed(card, out)
+    if without:
+        _say_loudly(f"{without} tracklets were packed without keypoints")
+
+
+def _announce(layout: ShardLayout, out: Path) -> int:
+    """Say what will be packed; gives how many tracklets have no keypoints."""
+    data, settings = layout.dataset, layout.settings
+    frames = sum(len(tracklet.frames) for tracklet in data.tracklets)
+    typer.echo(
+        f"{data.name}: {len(data.tracklets)} tracklets, {frames} frames -> {len(layout.shards)} shards, "
+        f"about {sum(layout.bytes) / 1e9:.3g} GB, in {out}"
+    )
+    without = 0 if settings.keypoints else sum(tracklet.keypoints is None for tracklet in data.tracklets)
+    if without:
+        zero = "keypoints are zeros" if settings.heatmaps else "part heatmaps are ZERO: the local branch learns nothing"
+        _say_loudly(
+            f"{without} of {len(data.tracklets)} tracklets have NO KEYPOINTS: their {zero}. "
+            "Find them with `keyreid pose`, then pack with --keypoints DIR."
+        )
+    return without
+
+
+def _say_what_was_packed(card: dict[str, Any], out: Path) -> None:
     counts = card["counts"]
     typer.echo(
         f"{out}: {counts['tracklets']} tracklets of {counts['identities']} identities, {counts['frames']} frames, "
         f"{counts['frames_with_keypoints']} with keypoints; {len(card['shards'])} shards, "
         f"{sum(entry['bytes'] for entry in card['shards']) / 1e9:.3g} GB"
     )
-    if without:
-        _say_loudly(f"{without} tracklets were packed without keypoints")
 
 
 def _share(text: str) -> tuple[int, int]:

@@ -186,7 +186,7 @@ def _check_search(arguments: list[str], waits: bool) -> None:
 
 
 def _check_shards(config: Config, waits: bool) -> None:
-    from keyreid.shards.index import ShardSet
+    from keyreid.shards.shard_set import ShardSet
 
     if not waits and "://" not in config.data.shards:
         ShardSet.from_config(config.data)

@@ -113,11 +113,11 @@ def _is_first_rank() -> bool:
 
 
 def _check_data(settings):
-    from keyreid.shards.index import ShardSet
     from keyreid.shards.plan import TrainingPlan
+    from keyreid.shards.shard_set import ShardSet
 
     shards = ShardSet.from_config(settings.data)
-    return shards, TrainingPlan(shards, settings.data, settings.clip, settings.model.parts, settings.seed)
+    return shards, TrainingPlan(shards, settings.data, settings.clip, settings.seed)
 
 
 def _print_plan(settings) -> None:

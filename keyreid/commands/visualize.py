@@ -34,7 +34,7 @@ def ranked(
     from keyreid.errors import ConfigError
     from keyreid.evaluation.run import split_vectors
     from keyreid.evaluation.scoring import rank_gallery
-    from keyreid.shards.index import ShardSet
+    from keyreid.shards.shard_set import ShardSet
     from keyreid.visualization.evaluation import ranked_picture
 
     try:
@@ -57,7 +57,7 @@ def guidance(
     frames: Annotated[int, typer.Option(min=1, help="Frames of each tracklet, evenly spaced.")] = 6,
 ) -> None:
     """Part heatmaps of tracklets over their frames, as they are packed."""
-    from keyreid.shards.index import ShardSet
+    from keyreid.shards.shard_set import ShardSet
     from keyreid.visualization.guidance import guidance_picture
 
     packed = ShardSet.open(shards)
@@ -78,7 +78,7 @@ def attention(
     import torch
 
     from keyreid.checkpoints.opened import open_trained
-    from keyreid.shards.index import ShardSet
+    from keyreid.shards.shard_set import ShardSet
     from keyreid.visualization.attention import attention_picture
 
     trained = open_trained(weights, config, overrides or (), shards)

@@ -29,7 +29,7 @@ from keyreid.embedding.vector_file import VectorFiles, VectorsAbout, make_table,
 from keyreid.errors import DataError
 from keyreid.files import sha256
 from keyreid.progress import track
-from keyreid.shards.index import ShardSet
+from keyreid.shards.shard_set import ShardSet
 
 PART_FRAMES = 8192
 PICTURE_HEIGHT = 160  # pixels of the pictures kept for ranked lists

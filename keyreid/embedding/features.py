@@ -22,8 +22,8 @@ from keyreid.model.inputs import prepare
 from keyreid.progress import track
 from keyreid.shards import open_reader
 from keyreid.shards.batch import ClipBatch, ClipPlan
-from keyreid.shards.index import ShardSet
 from keyreid.shards.plan import evaluation_clips
+from keyreid.shards.shard_set import ShardSet
 
 _GATHER_BYTES = 64 * 2**20
 UNKNOWN_CAMERA = -1  # what the network takes for a camera that it has not been trained on

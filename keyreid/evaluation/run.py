@@ -19,7 +19,7 @@ from keyreid.evaluation.protocols import Side, judge, protocol_named
 from keyreid.evaluation.report import combine, write_json
 from keyreid.evaluation.scoring import rank_gallery
 from keyreid.model import KeyReID
-from keyreid.shards.index import ShardSet
+from keyreid.shards.shard_set import ShardSet
 
 Part = Literal["test", "holdout"]
 SCORES, PAGE, PICTURES = "scores.json", "index.html", ("ranked.png", "cmc.png", "guidance.png", "attention.png")

@@ -20,7 +20,7 @@ from keyreid.errors import ConfigError
 from keyreid.evaluation.report import COUNTS, RATES, combine
 from keyreid.evaluation.run import judge_vectors, test_positions
 from keyreid.files import writing
-from keyreid.shards.index import ShardSet
+from keyreid.shards.shard_set import ShardSet
 from keyreid.tracking import RUN_ID, TRACKING, Tracker
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from keyreid.errors import ConfigError, DataError
-from keyreid.shards.format import CARD_NAME
+from keyreid.shards.card import CARD_NAME
 
 
 def is_shards(source: str) -> bool:

@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from keyreid.config import Config
-    from keyreid.shards.batch import ClipBatch, ClipPlan
-    from keyreid.shards.fetch import Faults
-    from keyreid.shards.index import ShardSet
-
-
-class Reader(Protocol):
-    """What both readers are: an iterator of batches, one for each list of clips.
-
-    Attributes:
-        wait_seconds: how long the consumer has waited for batches.
-        faults: what could not be read (`data.on_fault: skip`).
-    """
-
-    wait_seconds: float
-    faults: Faults
-
-    def __iter__(self) -> Iterator[ClipBatch]: ...
-
-    def __next__(self) -> ClipBatch: ...
-
-    def close(self) -> None:
-        """End its threads or processes."""
-        ...
+    from keyreid.shards.batch import ClipPlan
+    from keyreid.shards.fetch import Reader
+    from keyreid.shards.shard_set import ShardSet
 
 
 def open_reader(
@@ -52,9 +32,9 @@ def open_reader(
         DataError: while iterating: a member cannot be read; names the shard, the tracklet and the member.
     """
     if config.data.reader == "dali":
-        from keyreid.shards.dali import DaliReader as Reader
+        from keyreid.shards.dali import DaliReader as Kind
     elif config.data.reader == "stream":
-        from keyreid.shards.stream import StreamReader as Reader
+        from keyreid.shards.plain import StreamReader as Kind
     else:
-        from keyreid.shards.plain import PlainReader as Reader
-    return Reader(shards, iter(batches), config, str(device), workers)
+        from keyreid.shards.plain import PlainReader as Kind
+    return Kind(shards, iter(batches), config, str(device), workers)

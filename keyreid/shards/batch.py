@@ -12,53 +12,36 @@ import torch
 class ClipPlan:
     """One clip to read: which tracklet, which T frames, and what is done to each frame.
 
-    Attributes:
-        tracklet: position in `ShardSet.tracklets`.
-        label: index of the identity among the training identities; -1 when not training.
-        frames: int [T], positions in the tracklet.
-        flip: bool [T].
-        crop: int [T, 2], top and left of the crop relative to the (flipped) frame, which is zero outside; (0, 0) moves
-            nothing, pad-and-crop by p pixels draws from -p to p.
-        erase: int [T, 4], top, left, height, width in pixels; height 0 erases nothing.
-        blank: bool [T], frames whose guidance is zero (the released evaluation's padding).
+    A crop is relative to the (flipped) frame, which is zero outside: (0, 0) moves nothing, pad-and-crop by p pixels
+    draws from -p to p.
     """
 
-    tracklet: int
-    label: int
-    frames: np.ndarray
-    flip: np.ndarray
-    crop: np.ndarray
-    erase: np.ndarray
-    blank: np.ndarray
+    tracklet: int  # position in `ShardSet.tracklets`
+    label: int  # index of the identity among the training identities; -1 when not training
+    frames: np.ndarray  # int [T], positions in the tracklet
+    flip: np.ndarray  # bool [T]
+    crop: np.ndarray  # int [T, 2], top and left in pixels
+    erase: np.ndarray  # int [T, 4], top, left, height, width in pixels; height 0 erases nothing
+    blank: np.ndarray  # bool [T], frames whose guidance is zero (the released evaluation's padding)
 
 
 @dataclass
 class ClipBatch:
     """B clips of T frames as a reader gives them, on the CPU or on a GPU.
 
-    Attributes:
-        images: uint8 [B, T, 3, H, W], RGB; resized, flipped and cropped, not yet erased or normalised. In memory the
-            channels come last, as decoders write them.
-        guidance: float32 [B, T, P, Hp, Wp] in [0, 1]: part heatmaps averaged over each patch, after the frame's
-            flip, crop and erasure.
-        erase: int32 [B, T, 4], as in ClipPlan; `erased` says which frames have one.
-        visibility: float32 [B, P]: the share of the clip's frames in which the part has a keypoint.
-        labels: int64 [B], training labels or -1.
-        identities: int64 [B], the dataset's identities; -2 where unknown.
-        cameras: int64 [B], position among the dataset's cameras, from 0.
-        tracklets: int64 [B], position in `ShardSet.tracklets`.
-        keys: the tracklets' keys.
+    Images are resized, flipped and cropped, not yet erased or normalised; in memory the channels come last, as decoders
+    write them. Guidance is part heatmaps averaged over each patch, after the frame's flip, crop and erasure.
     """
 
-    images: torch.Tensor
-    guidance: torch.Tensor
-    erase: torch.Tensor
-    visibility: torch.Tensor
-    labels: torch.Tensor
-    identities: torch.Tensor
-    cameras: torch.Tensor
-    tracklets: torch.Tensor
-    keys: list[str]
+    images: torch.Tensor  # uint8 [B, T, 3, H, W], RGB
+    guidance: torch.Tensor  # float32 [B, T, P, Hp, Wp] in [0, 1]
+    erase: torch.Tensor  # int32 [B, T, 4], as in ClipPlan; `erased` says which frames have one
+    visibility: torch.Tensor  # float32 [B, P]: the share of the clip's frames in which the part has a keypoint
+    labels: torch.Tensor  # int64 [B], training labels or -1
+    identities: torch.Tensor  # int64 [B], the dataset's identities; -2 where unknown
+    cameras: torch.Tensor  # int64 [B], position among the dataset's cameras, from 0
+    tracklets: torch.Tensor  # int64 [B], position in `ShardSet.tracklets`
+    keys: list[str]  # of the tracklets
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -8,11 +8,7 @@ plan. Each frame carries a serial number through the pipeline, and what comes ou
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import queue
-import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,66 +20,47 @@ import torch
 
 from keyreid.config import Config
 from keyreid.errors import ConfigError, DataError
-from keyreid.shards import format
+from keyreid.shards import members
 from keyreid.shards.batch import ClipBatch, ClipPlan
-from keyreid.shards.fetch import ClipFetcher, Faults, FetchedClip
-from keyreid.shards.index import ShardSet
+from keyreid.shards.fetch import ClipFetcher, FetchedClip, Reader
+from keyreid.shards.shard_set import ShardSet
 
 MAX_FRAMES = 1024  # one run of the pipeline; a longer list of clips takes several
 _SERIAL_LIMIT = 1 << 30
 
 
 @dataclass
-class _Run:
+class _PipelineRun:
     """One run of the pipeline: N frames of whole clips.
 
-    Attributes:
-        inputs: what external_source takes, for each frame: the encoded picture, the crop's top and left before the
-            flip, whether it is flipped, its serial number, and its size where some must be resized.
-        fetched: the same frames, to name the one that does not decode.
-        batch: with the last run of a list of clips: everything but the pictures.
+    Its inputs are, for each frame: the encoded picture, the crop's top and left before the flip, whether it is flipped,
+    its serial number, and its size where some must be resized.
     """
 
-    inputs: list[Any]
-    fetched: list[FetchedClip]
-    batch: ClipBatch | None
+    inputs: list[Any]  # what external_source takes
+    fetched: list[FetchedClip]  # the same frames, to name the one that does not decode
+    batch: ClipBatch | None  # with the last run of a list of clips: everything but the pictures
 
 
-class DaliReader:
-    """Iterates the batches of a plan; see `keyreid.shards.open_reader`.
-
-    Attributes:
-        wait_seconds: how long the consumer has waited.
-        faults: what could not be read.
-    """
+class DaliReader(Reader):
+    """See Reader."""
 
     def __init__(
         self, shards: ShardSet, batches: Iterator[list[ClipPlan]], config: Config, device: str, workers: int | None
     ) -> None:
-        """Build the pipeline and start to read ahead.
-
-        Raises:
-            ConfigError: DALI is not installed.
-        """
-        self.device = torch.device(device)
-        self.faults = Faults(config.data.on_fault, config.data.max_faults)
-        self.wait_seconds = 0.0
+        """Build the pipeline and start to read ahead; ConfigError where DALI is not installed."""
+        super().__init__(config, device)
         self._fetcher = ClipFetcher(shards, config)
         self._workers = config.data.workers if workers is None else max(1, workers)
         clip = config.clip
         self._resize = bool((shards.frame_sizes != (clip.width, clip.height)).any())
         self._pipeline = _build(self._source, clip.height, clip.width, self._resize, self.device, self._workers)
-        self._ready: queue.Queue[Any] = queue.Queue(maxsize=config.data.prefetch)
-        self._running: deque[_Run] = deque()
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._feed, args=(batches,), name="keyreid-reader", daemon=True)
-        self._thread.start()
+        self._runs = self._read(batches)
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="keyreid-reader")
+        self._ready = deque(self._ahead.submit(next, self._runs) for _ in range(config.data.prefetch + 1))
+        self._running: deque[_PipelineRun] = deque()
 
-    def __iter__(self) -> Iterator[ClipBatch]:
-        return self
-
-    def __next__(self) -> ClipBatch:
-        start = time.perf_counter()
+    def _next(self) -> ClipBatch:
         pictures: list[torch.Tensor] = []
         batch = None
         while batch is None:
@@ -93,19 +70,16 @@ class DaliReader:
             batch = run.batch
         images = pictures[0] if len(pictures) == 1 else torch.cat(pictures)
         batch.images = images.unflatten(0, (len(batch), -1)).permute(0, 1, 4, 2, 3)
-        self.wait_seconds += time.perf_counter() - start
-        return batch.to(self.device)
+        return batch
 
     def close(self) -> None:
         """Stop reading ahead and let the pipeline go."""
-        self._closed.set()
-        while self._thread.is_alive():
-            with contextlib.suppress(queue.Empty):
-                self._ready.get(timeout=0.05)
+        self._ahead.shutdown(cancel_futures=True)
+        self._runs.close()
         self._running.clear()
         self._pipeline = None
 
-    def _run(self) -> tuple[torch.Tensor, _Run]:
+    def _run(self) -> tuple[torch.Tensor, _PipelineRun]:
         """One run's pictures, uint8 [N, H, W, 3], and what they are."""
         if self._pipeline is None:
             raise StopIteration
@@ -121,34 +95,27 @@ class DaliReader:
         return torch.from_dlpack(pictures.as_tensor()), run
 
     def _source(self) -> list[Any]:
-        """DALI's external_source: the next run's inputs."""
-        run = self._ready.get()
-        if isinstance(run, Exception):
-            self._ready.put(run)
-            raise run
+        """DALI's external_source: the next run's inputs. An error, and the end, stay for the next call."""
+        run = self._ready[0].result()
+        self._ready.popleft()
+        self._ready.append(self._ahead.submit(next, self._runs))
         self._running.append(run)
         return run.inputs
 
-    def _feed(self, batches: Iterator[list[ClipPlan]]) -> None:
-        """Read ahead, in a thread: all of a list's clips at once, for storage that takes its time."""
-        try:
-            read = 0
-            decode = _checked if self.faults.policy == "skip" else None
-            with ThreadPoolExecutor(self._workers, thread_name_prefix="keyreid-fetch") as pool:
-                for clips in batches:
-                    fetched = list(pool.map(self._fetcher.fetch, clips, itertools.repeat(decode)))
-                    batch = self._fetcher.batch(clips, fetched)
-                    size = max(1, MAX_FRAMES // len(clips[0].frames))
-                    for start in range(0, len(clips), size):
-                        rows = slice(start, start + size)
-                        inputs = self._inputs(clips[rows], fetched[rows], read)
-                        read += len(inputs[0])
-                        self._put(_Run(inputs, fetched[rows], batch if start + size >= len(clips) else None))
-                    if self._closed.is_set():
-                        return
-            self._put(StopIteration())
-        except Exception as error:  # whatever it is, the consumer must get it
-            self._put(error)
+    def _read(self, batches: Iterator[list[ClipPlan]]) -> Iterator[_PipelineRun]:
+        """Carry out the plan: all of a list's clips at once, for storage that takes its time."""
+        read = 0
+        decode = _checked if self.faults.policy == "skip" else None
+        with ThreadPoolExecutor(self._workers, thread_name_prefix="keyreid-fetch") as pool:
+            for clips in batches:
+                fetched = list(pool.map(self._fetcher.fetch, clips, itertools.repeat(decode)))
+                batch = self._fetcher.batch(clips, fetched)
+                size = max(1, MAX_FRAMES // len(clips[0].frames))
+                for start in range(0, len(clips), size):
+                    rows = slice(start, start + size)
+                    inputs = self._inputs(clips[rows], fetched[rows], read)
+                    read += len(inputs[0])
+                    yield _PipelineRun(inputs, fetched[rows], batch if start + size >= len(clips) else None)
 
     def _inputs(self, clips: list[ClipPlan], fetched: list[FetchedClip], read: int) -> list[Any]:
         pictures = [np.frombuffer(picture, np.uint8) for clip in fetched for picture in clip.pictures]
@@ -159,30 +126,21 @@ class DaliReader:
         sizes = [np.concatenate([clip.sizes for clip in fetched]).astype(np.int32)] if self._resize else []
         return [pictures, crop, flip, serial, *sizes]
 
-    def _put(self, item: Any) -> None:
-        while not self._closed.is_set():
-            try:
-                self._ready.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
     def _named(self, error: RuntimeError) -> Exception:
         """DALI's errors name no sample: find the picture that does not decode."""
         for run in self._running:
             for clip in run.fetched:
                 for (position, frame), picture in zip(clip.rows, clip.pictures, strict=True):
                     try:
-                        format.decode_picture(picture)
+                        members.decode_picture(picture)
                     except ValueError as reason:
-                        member = format.MEMBERS_BEFORE_FRAMES + format.MEMBERS_PER_FRAME * frame
-                        return self._fetcher.shards.fault(position, member, str(reason))
+                        return self._fetcher.shards.fault(position, members.picture_member(frame), str(reason))
         return DataError(f"DALI cannot decode a batch: {error}")
 
 
 def _checked(picture: bytes) -> bytes:
     """The same bytes, if they decode: a picture that does not would end the pipeline."""
-    format.check_picture(picture)
+    members.check_picture(picture)
     return picture
 
 
@@ -192,19 +150,17 @@ def _build(source: Any, height: int, width: int, resize: bool, device: torch.dev
         from nvidia.dali import fn, pipeline_def, types
     except ImportError as error:
         raise ConfigError(
-            f"data.reader=dali, but DALI cannot be imported ({error}); install keyreid[dali] or set data.reader=plain"
+            f"data.reader=dali, but DALI cannot be imported ({error}); set data.reader=plain, or in the clone: "
+            "pip install -e '.[dali]'"
         ) from None
     on_gpu = device.type == "cuda"
+
+    kinds = [types.UINT8, *[types.INT32] * (4 if resize else 3)]
 
     @pipeline_def(enable_conditionals=resize)
     def clips() -> Any:
         encoded, crop, flip, serial, *size = fn.external_source(
-            source=source,
-            num_outputs=5 if resize else 4,
-            batch=True,
-            parallel=False,
-            dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.INT32][: 5 if resize else 4],
-            ndim=[1, 1, 0, 0, 1][: 5 if resize else 4],
+            source, num_outputs=len(kinds), batch=True, parallel=False, dtype=kinds, ndim=[1, 1, 0, 0, 1][: len(kinds)]
         )
         pictures = fn.decoders.image(
             encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False

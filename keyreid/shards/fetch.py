@@ -1,4 +1,4 @@
-"""What both readers share: a clip's bytes from the shards, checked, its guidance, and what is done with faults.
+"""What all readers share: a clip's bytes from the shards, checked, its guidance, and what is done with faults.
 
 **Faults.** Whatever cannot be read is a DataError that names the shard, the tracklet and the member. Under
 `data.on_fault: skip` a frame that cannot be used is replaced by the nearest frame of its tracklet that can, the earlier
@@ -8,7 +8,9 @@ the shards alone, so it too is the same in every reader and on any ranks.
 
 from __future__ import annotations
 
+import abc
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +22,10 @@ from keyreid.config import Config
 from keyreid.errors import ConfigError, DataError
 from keyreid.pose.heatmaps import render_heatmaps, scale_keypoints
 from keyreid.pose.parts import flip_permutation, merged_parts
-from keyreid.shards import format
+from keyreid.shards import members
 from keyreid.shards.batch import ClipBatch, ClipPlan
-from keyreid.shards.guidance import PatchGrid, pool
-from keyreid.shards.index import ShardSet
+from keyreid.shards.pooling import PatchGrid, pool
+from keyreid.shards.shard_set import ShardSet
 
 NEAREST_FRAMES = 16  # how far away a damaged frame's replacement may be
 
@@ -33,38 +35,23 @@ _LATER = torch.empty(0, dtype=torch.uint8)
 
 @dataclass
 class FetchedClip:
-    """A clip's bytes: what is left to do is decoding its pictures.
+    """A clip's bytes: what is left to do is decoding its pictures."""
 
-    Attributes:
-        pictures: T encoded pictures.
-        heatmaps: uint8 [T, P, 64, 32], or float32 [T, P, H, W] where they are rendered anew.
-        visible: bool [T, P].
-        sizes: uint16 [T, 2], width and height.
-        rows: (position, frame) of each picture that was really read.
-        faults: what could not be read, as messages by member.
-    """
-
-    pictures: list[bytes]
-    heatmaps: np.ndarray
-    visible: np.ndarray
-    sizes: np.ndarray
-    rows: list[tuple[int, int]]
-    faults: dict[str, str] = field(default_factory=dict)
+    pictures: list[Any]  # T, encoded, or what `decode` made of them
+    heatmaps: np.ndarray  # uint8 [T, P, 64, 32], or float32 [T, P, H, W] where they are rendered anew
+    visible: np.ndarray  # bool [T, P]
+    sizes: np.ndarray  # uint16 [T, 2], width and height
+    rows: list[tuple[int, int]]  # (position, frame) of each picture that was really read
+    faults: dict[str, str]  # what could not be read, as messages by member
 
 
 @dataclass
 class Faults:
-    """The members that could not be read so far, and whether to go on.
+    """The members that could not be read so far, and how many may be skipped."""
 
-    Attributes:
-        policy: stop, or skip.
-        limit: with skip, how many different members.
-        messages: by member; its length is the count.
-    """
-
-    policy: str
-    limit: int
-    messages: dict[str, str] = field(default_factory=dict)
+    policy: str  # stop, or skip
+    limit: int  # with skip, how many different members
+    messages: dict[str, str] = field(default_factory=dict)  # by member; its length is the count
 
     def __len__(self) -> int:
         return len(self.messages)
@@ -83,6 +70,37 @@ class Faults:
             raise DataError(
                 f"{len(self.messages)} members could not be read, data.max_faults is {self.limit}; the last: {message}"
             )
+
+
+class Reader(abc.ABC):
+    """What every reader is: an iterator of batches, one for each list of clips; `keyreid.shards.open_reader` opens one.
+
+    Attributes:
+        wait_seconds: how long the consumer has waited for batches.
+        faults: what could not be read (`data.on_fault: skip`).
+    """
+
+    def __init__(self, config: Config, device: str) -> None:
+        self.device = torch.device(device)
+        self.faults = Faults(config.data.on_fault, config.data.max_faults)
+        self.wait_seconds = 0.0
+
+    def __iter__(self) -> Iterator[ClipBatch]:
+        return self
+
+    def __next__(self) -> ClipBatch:
+        start = time.perf_counter()
+        batch = self._next()
+        self.wait_seconds += time.perf_counter() - start
+        return batch.to(self.device)
+
+    @abc.abstractmethod
+    def _next(self) -> ClipBatch:
+        """The next batch, wherever it lies."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """End its threads or processes."""
 
 
 class ClipFetcher:
@@ -126,8 +144,7 @@ class ClipFetcher:
                 try:
                     picture, heatmap = self._frame(position, candidate, decode)
                 except DataError as error:
-                    member = f"{self.shards.tracklets[position].key} {candidate}"
-                    faults[member] = str(error)
+                    faults[f"{self.shards.tracklets[position].key} {candidate}"] = str(error)
                     if not self.skip:
                         raise
                     continue
@@ -137,9 +154,13 @@ class ClipFetcher:
                 break
             else:
                 raise DataError("nothing is left to replace it: " + next(iter(faults.values())))
-        visible = np.stack([self.shards.tracklets[p].visible[f] for p, f in rows])
-        sizes = np.stack([self.shards.tracklets[p].sizes[f] for p, f in rows])
-        stacked = self._rendered(np.stack(heatmaps), sizes) if self.from_keypoints else np.stack(heatmaps)
+        index = self.shards.index
+        at = [int(index.first_frame[position]) + candidate for position, candidate in rows]
+        visible, sizes = self.shards.visible[at], self.shards.frame_sizes[at]
+        stacked = np.stack(heatmaps)
+        if self.from_keypoints:
+            stacked = scale_keypoints(stacked, sizes[:, 0], sizes[:, 1], self.width, self.height)
+            stacked = render_heatmaps(stacked, self.width, self.height, self.parts)
         if self._merged:
             visible = np.stack([visible[:, united].any(1) for united in self._merged], 1)
             if not self.from_keypoints:
@@ -181,29 +202,23 @@ class ClipFetcher:
         )
 
     def _frame(self, position: int, frame: int, decode: Callable[[bytes], Any] | None) -> tuple[Any, np.ndarray]:
-        member = format.MEMBERS_BEFORE_FRAMES + format.MEMBERS_PER_FRAME * frame
+        member = members.picture_member(frame)
         picture, heatmap = self.shards.read_frame(position, frame)
         try:
             decoded = picture if decode is None else decode(picture)
+            if self.from_keypoints:
+                return decoded, self._keypoints(position)[frame]
+            member += 1
+            return decoded, members.decode_tiles(heatmap, self.shards.parts)
         except ValueError as error:
             raise self.shards.fault(position, member, str(error)) from None
-        if self.from_keypoints:
-            return decoded, self._keypoints(position)[frame]
-        try:
-            return decoded, format.decode_tiles(heatmap, self.shards.parts)
-        except ValueError as error:
-            raise self.shards.fault(position, member + 1, str(error)) from None
 
     def _keypoints(self, position: int) -> np.ndarray:
-        """A tracklet's keypoints; the frames of a clip come one after the other, so the last are kept."""
+        """A tracklet's keypoints; the frames of a clip come one after the other, so the last tracklet's are kept."""
         last = self._last  # other threads may replace it at any time
         if last is None or last[0] != position:
             last = self._last = position, self.shards.keypoints(position)
         return last[1]
-
-    def _rendered(self, keypoints: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        scaled = scale_keypoints(keypoints, sizes[:, 0], sizes[:, 1], self.width, self.height)
-        return render_heatmaps(scaled, self.width, self.height, self.parts)
 
     def _candidates(self, clip: ClipPlan, frame: int) -> Iterator[tuple[int, int]]:
         """The frame that is wanted, then those that may replace it."""

@@ -21,13 +21,13 @@ from typing import Any
 import keyreid
 from keyreid.datasets.tracklet import Dataset, Tracklet
 from keyreid.errors import DataError, KeyreidError
-from keyreid.files import sync, writing
-from keyreid.processes import end_with_parent
+from keyreid.files import replace_bytes, writing
+from keyreid.processes import end_with_parent, worker_context
 from keyreid.progress import track
-from keyreid.shards import format
-from keyreid.shards.index import read_card
-from keyreid.shards.processes import worker_context
-from keyreid.shards.writer import PackSettings, fingerprint, index_path, kept, whole, write_atomically, write_shard
+from keyreid.shards.card import CARD_NAME, card_digest, encode_card, read_card
+from keyreid.shards.index_file import index_path, read_index
+from keyreid.shards.members import SPLITS, VERSION
+from keyreid.shards.writer import PackSettings, fingerprint, kept, write_shard
 
 DEFAULT_TARGET_BYTES = 256_000_000
 _PICTURES_MEASURED = 1000  # file sizes are looked up for so many, evenly spaced
@@ -38,20 +38,13 @@ _DISK_RESERVE = 1.05
 
 
 @dataclass(frozen=True)
-class PackPlan:
-    """How a dataset is cut into shards.
-
-    Attributes:
-        dataset: what is packed.
-        settings: how.
-        shards: (name of the tar, its tracklets), in the dataset's order.
-        bytes: estimated size of each shard.
-    """
+class ShardLayout:
+    """How a dataset is cut into shards."""
 
     dataset: Dataset
     settings: PackSettings
-    shards: tuple[tuple[str, list[Tracklet]], ...]
-    bytes: tuple[float, ...]
+    shards: tuple[tuple[str, list[Tracklet]], ...]  # name of the tar and its tracklets, in the dataset's order
+    bytes: tuple[float, ...]  # estimated size of each shard
 
     @cached_property
     def fingerprints(self) -> list[str]:
@@ -59,7 +52,7 @@ class PackPlan:
         return [fingerprint(name, tracklets, self.settings) for name, tracklets in self.shards]
 
 
-def plan_shards(dataset: Dataset, settings: PackSettings, target_bytes: int = DEFAULT_TARGET_BYTES) -> PackPlan:
+def plan_shards(dataset: Dataset, settings: PackSettings, target_bytes: int = DEFAULT_TARGET_BYTES) -> ShardLayout:
     """Cut a dataset, in its order, into shards of about `target_bytes`."""
     if not dataset.tracklets:
         raise DataError(f"dataset {dataset.name} has no tracklets")
@@ -74,20 +67,16 @@ def plan_shards(dataset: Dataset, settings: PackSettings, target_bytes: int = DE
         shards[-1].append(tracklet)
         sizes[-1] += size
     names = [f"{dataset.name}-{number:05d}.tar" for number in range(len(shards))]
-    return PackPlan(dataset, settings, tuple(zip(names, shards, strict=True)), tuple(sizes))
+    return ShardLayout(dataset, settings, tuple(zip(names, shards, strict=True)), tuple(sizes))
 
 
-def check_destination(plan: PackPlan, out: Path) -> None:
-    """Refuse to replace the finished shards of another dataset: readers name most of them alike (`folder`, `mars`).
-
-    Raises:
-        DataError: `out` holds them.
-    """
+def check_destination(layout: ShardLayout, out: Path) -> None:
+    """Refuse (DataError) to replace another dataset's shards: readers name most of them alike (`folder`, `mars`)."""
     try:
         there = read_card(out)["source"]
     except DataError:
         return
-    if (there["dataset"], there["folder"]) != (_source(plan)["dataset"], _source(plan)["folder"]):
+    if any(there[name] != _source(layout)[name] for name in ("dataset", "folder")):
         raise DataError(
             f"{out}: holds the shards of another dataset ({there['dataset']}, from a folder {there['folder']!r}); "
             "choose another --out, or delete them first"
@@ -95,7 +84,7 @@ def check_destination(plan: PackPlan, out: Path) -> None:
 
 
 def pack(
-    plan: PackPlan, out: Path, processes: int = 1, share: tuple[int, int] = (0, 1), quiet: bool = False
+    layout: ShardLayout, out: Path, processes: int = 1, share: tuple[int, int] = (0, 1), quiet: bool = False
 ) -> tuple[int, int]:
     """Write the shards of share i of n (shards i, i + n, ...) that are not there yet, or are there and damaged.
 
@@ -108,72 +97,60 @@ def pack(
     """
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    mine = range(share[0], len(plan.shards), share[1])
-    there = [number for number in mine if kept(out / plan.shards[number][0], plan.fingerprints[number])]
+    numbers = range(share[0], len(layout.shards), share[1])
+    tars = {number: out / layout.shards[number][0] for number in numbers}
     with ThreadPoolExecutor(processes) as pool:
-        checks = pool.map(lambda number: whole(out / plan.shards[number][0]), there)
-        checked = track(zip(there, checks, strict=True), len(there), "checking", "shards", quiet=quiet)
-        good = {number for number, is_whole in checked if is_whole}
-    todo = [number for number in mine if number not in good]
+        checks = pool.map(lambda number: kept(tars[number], layout.fingerprints[number], every_byte=True), numbers)
+        checked = track(zip(numbers, checks, strict=True), len(numbers), "checking", "shards", quiet=quiet)
+        todo = [number for number, is_whole in checked if not is_whole]
     if todo:
-        (out / format.CARD_NAME).unlink(missing_ok=True)  # it must not vouch for shards that are being replaced
-    names = [format.CARD_NAME, *(plan.shards[number][0].removesuffix("tar") for number in mine)]
-    for stale in (path for name in names for path in out.glob(f".{name.removesuffix('.')}.*.partial")):
+        (out / CARD_NAME).unlink(missing_ok=True)  # it must not vouch for shards that are being replaced
+    names = (CARD_NAME, *(tar.stem for tar in tars.values()))
+    for stale in (path for name in names for path in out.glob(f".{name}.*.partial")):
         stale.unlink(missing_ok=True)
-    _check_disk(out, sum(plan.bytes[number] for number in todo))
-    frames = sum(len(tracklet.frames) for number in todo for tracklet in plan.shards[number][1])
-    jobs = [
-        (out / name, tracklets, plan.settings, plan.fingerprints[number])
-        for number, (name, tracklets) in ((number, plan.shards[number]) for number in todo)
-    ]
-    steps = _write_here(jobs) if processes == 1 or len(jobs) < 2 else _write_there(jobs, min(processes, len(jobs)))
+    _check_disk(out, sum(layout.bytes[number] for number in todo))
+    jobs = [(tars[n], layout.shards[n][1], layout.settings, layout.fingerprints[n]) for n in todo]
+    frames = sum(len(tracklet.frames) for _, tracklets, *_ in jobs for tracklet in tracklets)
     start = time.monotonic()
-    for _ in track(steps, frames, "packing", "frames", quiet=quiet):
+    for _ in track(_write(jobs, processes), frames, "packing", "frames", quiet=quiet):
         pass
     if todo and not quiet:
         print(f"packed {frames} frames: {frames / (time.monotonic() - start):.0f} frames/s")
-    return len(todo), len(mine) - len(todo)
+    return len(todo), len(numbers) - len(todo)
 
 
-def finish(plan: PackPlan, out: Path) -> dict[str, Any]:
-    """Write the dataset card, when every shard is there.
-
-    Returns:
-        The card.
-
-    Raises:
-        DataError: shards are missing or were written from other tracklets or settings; names them.
-    """
-    absent = missing(plan, out)
+def finish(layout: ShardLayout, out: Path) -> dict[str, Any]:
+    """Write the dataset card and give it; DataError where shards are missing or of other tracklets or settings."""
+    absent = missing(layout, out)
     if absent:
         some = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
         raise DataError(
-            f"{out}: {len(absent)} of {len(plan.shards)} shards are missing or were packed from other data or with "
+            f"{out}: {len(absent)} of {len(layout.shards)} shards are missing or were packed from other data or with "
             f"other settings: {some}; run their shares again, then finish"
         )
-    card = make_card(plan, out)
-    card["card_sha256"] = format.card_digest(card)
-    write_atomically(out / format.CARD_NAME, format.encode_card(card))
-    sync(out)  # all the renames
+    card = make_card(layout, out)
+    card["card_sha256"] = card_digest(card)
+    with writing(out / CARD_NAME):
+        replace_bytes(out / CARD_NAME, encode_card(card))
     return card
 
 
-def missing(plan: PackPlan, out: Path) -> list[str]:
+def missing(layout: ShardLayout, out: Path) -> list[str]:
     """Names of the shards that are not there as they would be written now."""
     return [
         name
-        for (name, _), settings_hash in zip(plan.shards, plan.fingerprints, strict=True)
+        for (name, _), settings_hash in zip(layout.shards, layout.fingerprints, strict=True)
         if not kept(out / name, settings_hash)
     ]
 
 
-def make_card(plan: PackPlan, out: Path) -> dict[str, Any]:
+def make_card(layout: ShardLayout, out: Path) -> dict[str, Any]:
     """The dataset card of the finished shards in `out`; FORMAT.md says what each entry means."""
-    dataset, settings = plan.dataset, plan.settings
+    dataset, settings = layout.dataset, layout.settings
     shards, frames_with_keypoints, heatmap_bytes = [], 0, 0
-    for name, _ in plan.shards:
+    for name, _ in layout.shards:
         path = index_path(out / name)
-        index = format.read_index(path)
+        index = read_index(path)
         content = path.read_bytes()
         frames_with_keypoints += int((index.visible > 0).sum())
         heatmap_bytes += index.heatmap_bytes
@@ -189,20 +166,16 @@ def make_card(plan: PackPlan, out: Path) -> dict[str, Any]:
                 "frames": int(index.frames.sum()),
             }
         )
-    splits = {}
-    for split in format.SPLITS:
-        members = [tracklet for tracklet in dataset.tracklets if tracklet.split == split]
-        if members:
-            splits[split] = _counts(members)
+    by_split = {split: [tracklet for tracklet in dataset.tracklets if tracklet.split == split] for split in SPLITS}
     return {
-        "format": f"keyreid-dataset/{format.VERSION}",
+        "format": f"keyreid-dataset/{VERSION}",
         "name": dataset.name,
         "tool": f"keyreid {keyreid.__version__}",
-        "source": _source(plan),
+        "source": _source(layout),
         "settings": settings.described(),
         "counts": _counts(dataset.tracklets)
         | {"frames_with_keypoints": frames_with_keypoints, "heatmap_bytes": heatmap_bytes},
-        "by_split": splits,
+        "by_split": {split: _counts(tracklets) for split, tracklets in by_split.items() if tracklets},
         "cameras": sorted({tracklet.camera for tracklet in dataset.tracklets}),
         "splits": [
             {"train": [int(i) for i in train], "test": [int(i) for i in test]} for train, test in dataset.splits
@@ -214,9 +187,9 @@ def make_card(plan: PackPlan, out: Path) -> dict[str, Any]:
     }
 
 
-def _source(plan: PackPlan) -> dict[str, Any]:
-    settings = plan.settings
-    name = settings.dataset or plan.dataset.name
+def _source(layout: ShardLayout) -> dict[str, Any]:
+    settings = layout.settings
+    name = settings.dataset or layout.dataset.name
     return {"dataset": name, "folder": settings.root.name, "options": settings.options}
 
 
@@ -255,19 +228,17 @@ def _check_disk(out: Path, needed: int) -> None:
 _Job = tuple[Path, list[Tracklet], PackSettings, str]
 
 
-def _write_here(jobs: list[_Job]) -> Iterator[None]:
-    """Write shards in this process; yields once a frame."""
-    for job in jobs:
-        for frames in write_shard(*job):
-            yield from repeat(None, frames)
-
-
-def _write_there(jobs: list[_Job], processes: int) -> Iterator[None]:
-    """Write shards in other processes; yields once a frame."""
-    context = worker_context()
+def _write(jobs: list[_Job], processes: int) -> Iterator[None]:
+    """Write shards, in other processes where there are several; yields once a frame."""
+    if processes == 1 or len(jobs) < 2:
+        for job in jobs:
+            for frames in write_shard(*job):
+                yield from repeat(None, frames)
+        return
+    context = worker_context("keyreid.shards.writer", "keyreid.shards.plain")
     counter = context.Value("Q", 0)
     shown = 0
-    with ProcessPoolExecutor(processes, context, _start_worker, (counter,)) as pool:
+    with ProcessPoolExecutor(min(processes, len(jobs)), context, _start_worker, (counter,)) as pool:
         waiting = {pool.submit(_write_in_worker, job) for job in jobs}
         try:
             while waiting:
@@ -283,10 +254,10 @@ def _write_there(jobs: list[_Job], processes: int) -> Iterator[None]:
                 "run the same command again, with fewer --processes: finished shards are kept"
             ) from None
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
-_frames_done: Any = None
+_frames_done: Any = None  # in a worker: the counter that all share
 
 
 def _start_worker(counter: Any) -> None:

@@ -18,11 +18,11 @@ from typing import Any
 
 from filelock import FileLock
 from fsspec.callbacks import Callback
+from fsspec.core import url_to_fs
 
 from keyreid.errors import DataError
-from keyreid.files import sha256
-from keyreid.shards import format
-from keyreid.shards.index import read_card
+from keyreid.files import replacing, sha256
+from keyreid.shards.card import CARD_NAME, read_card
 from keyreid.shards.storage import read_range
 
 TRIES = 4
@@ -55,35 +55,31 @@ def open_remote(
     folder = cache / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "card.lock"):
-        _fetch(f"{url}/{format.CARD_NAME}", folder / format.CARD_NAME, _LARGEST_CARD)
+        _fetch(f"{url}/{CARD_NAME}", folder / CARD_NAME, _LARGEST_CARD)
         card = read_card(folder)
         for shard in card["shards"]:
             index = folder / shard["index"]
             if not (index.is_file() and sha256(index) == shard["index_sha256"]):
                 _fetch(f"{url}/{shard['index']}", index, shard["index_bytes"], shard["index_sha256"])
-    bound = None if cache_gigabytes is None else int(cache_gigabytes * 1e9)
-    total = sum(shard["bytes"] for shard in card["shards"])
-    if bound is not None and total > bound:
+    total = sum(shard["bytes"] for shard in card["shards"]) / 1e9
+    if cache_gigabytes is not None and total > cache_gigabytes:
         log.warning(
             "%s: %.3g GB of shards do not fit data.cache_gigabytes=%g: they will be fetched again and again",
-            *(url, total / 1e9, cache_gigabytes),
+            *(url, total, cache_gigabytes),
         )
-    return folder, CachedShardFiles(url, folder, card["shards"], bound)
+    return folder, CachedShardFiles(url, folder, card["shards"], cache_gigabytes)
 
 
 class CachedShardFiles:
     """The shards of a URL, in the cache once they were read."""
 
-    def __init__(self, url: str, folder: Path, shards: list[dict[str, Any]], bound: int | None) -> None:
-        self._url, self._folder, self._shards, self._bound = url, folder, shards, bound
+    def __init__(self, url: str, folder: Path, shards: list[dict[str, Any]], cache_gigabytes: float | None) -> None:
+        self._url, self._folder, self._shards = url, folder, shards
+        self._bound = None if cache_gigabytes is None else int(cache_gigabytes * 1e9)
         self._noted: dict[int, float] = {}
 
     def read(self, number: int, size: int, offset: int) -> bytes:
-        """`size` bytes of a shard, which is fetched if it is not in the cache; fewer where it ends.
-
-        Raises:
-            DataError: it cannot be fetched, or is not what the card says.
-        """
+        """See ShardFiles; a shard is fetched if it is not in the cache."""
         path = self._folder / self._shards[number]["file"]
         while True:
             try:
@@ -107,10 +103,9 @@ class CachedShardFiles:
     def _stage(self, number: int, path: Path) -> None:
         shard = self._shards[number]
         with FileLock(f"{path}.lock"):
-            if path.exists():  # fetched while this process waited
-                return
-            self._make_room(shard["bytes"])
-            _fetch(f"{self._url}/{shard['file']}", path, shard["bytes"], shard["sha256"])
+            if not path.exists():  # or it was fetched while this process waited
+                self._make_room(shard["bytes"])
+                _fetch(f"{self._url}/{shard['file']}", path, shard["bytes"], shard["sha256"])
 
     def _make_room(self, needed: int) -> None:
         """Remove the shards that were not used for longest, until `needed` bytes fit the bound."""
@@ -144,46 +139,34 @@ class _Bound(Callback):
 
 def _fetch(url: str, path: Path, size: int, digest: str | None = None) -> None:
     """Fetch a file whole: it has its name only when its hash is right. Tries again where that may help."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    reason = ""
-    try:
+    reason = None
+    with replacing(path) as partial:
         for attempt in range(TRIES):
-            if attempt:
+            if reason:
                 log.warning("%s: %s; trying again", url, reason)
                 time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
-            try:
-                system = _file_system(url)
-            except ImportError as error:
-                raise DataError(f"{url}: {error}; install keyreid[remote]") from None
-            except ValueError as error:
-                raise DataError(f"{url}: {error}") from None
-            try:
-                system.get_file(url, str(partial), callback=_Bound(url, size))
-            except (FileNotFoundError, PermissionError) as error:
-                raise DataError(f"{url}: {type(error).__name__}: {error}") from None
-            except DataError:
-                raise
-            except Exception as error:  # every protocol has its own, and networks fail in many ways
-                reason = f"{type(error).__name__}: {error}"
-                continue
-            if digest is None or sha256(partial) == digest:
-                partial.replace(path)
+            reason = _transfer(url, partial, size)
+            if reason is None and digest is not None and sha256(partial) != digest:
+                reason = f"its SHA-256 is not that of the card ({partial.stat().st_size} of {size} bytes came)"
+            if reason is None:
                 return
-            reason = f"its SHA-256 is not that of the card ({partial.stat().st_size} of {size} bytes came)"
-    finally:
-        partial.unlink(missing_ok=True)
-    raise DataError(f"{url}: {reason}; given up after {TRIES} tries")
+        raise DataError(f"{url}: {reason}; given up after {TRIES} tries")
 
 
-def _file_system(url: str) -> Any:
-    """fsspec's file system for a URL, one for each process: its connections do not survive a fork."""
-    from fsspec.core import url_to_fs
-
-    pid = os.getpid()
-    protocol = url.partition("://")[0]
-    if (pid, protocol) not in _file_systems:
-        _file_systems[pid, protocol] = url_to_fs(url, skip_instance_cache=True)[0]
-    return _file_systems[pid, protocol]
-
-
-_file_systems: dict[tuple[int, str], Any] = {}
+def _transfer(url: str, path: Path, size: int) -> str | None:
+    """Copy a file here; gives why it failed where another try may help."""
+    try:
+        system = url_to_fs(url)[0]  # fsspec keeps one for each process and protocol
+    except ImportError as error:
+        raise DataError(f"{url}: {error}; in the clone: pip install -e '.[remote]'") from None
+    except ValueError as error:
+        raise DataError(f"{url}: {error}") from None
+    try:
+        system.get_file(url, str(path), callback=_Bound(url, size))
+    except (FileNotFoundError, PermissionError) as error:
+        raise DataError(f"{url}: {type(error).__name__}: {error}") from None
+    except DataError:
+        raise
+    except Exception as error:  # every protocol has its own, and networks fail in many ways
+        return f"{type(error).__name__}: {error}"
+    return None

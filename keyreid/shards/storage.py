@@ -1,4 +1,4 @@
-"""Shard files in a folder: opened once, read a range of bytes at a time, from any thread."""
+"""Where the bytes of shards come from: files of a folder, from any thread, or one stream after the other."""
 
 from __future__ import annotations
 
@@ -6,18 +6,26 @@ import os
 import resource
 import threading
 from pathlib import Path
-from typing import Protocol
+from typing import Any, BinaryIO, Protocol
+
+import fsspec
 
 from keyreid.errors import DataError
 
 _SPARE_FILES = 256  # for everything else a training process opens
+_STREAM_BYTES = 1 << 20  # read at once
+_STREAM_KEPT = 64 << 20  # behind the place of reading, for a tracklet whose frames repeat
 
 
 class ShardFiles(Protocol):
-    """Where the bytes of the shards come from; remote.py has the other kind."""
+    """The shards of a set, by their position in the card; remote.py has those of a URL."""
 
     def read(self, number: int, size: int, offset: int) -> bytes:
-        """`size` bytes of shard `number`; fewer where it ends."""
+        """`size` bytes of shard `number`; fewer where it ends.
+
+        Raises:
+            DataError: it is missing or cannot be read.
+        """
         ...
 
     def close(self) -> None:
@@ -26,24 +34,44 @@ class ShardFiles(Protocol):
 
 
 class LocalShardFiles:
-    """Shards in a folder."""
+    """Shards in a folder, each opened at its first use."""
+
+    @classmethod
+    def open(cls, folder: Path, shards: list[dict[str, Any]]) -> LocalShardFiles:
+        """The shards of a card, all of which must be there in their full size, or it is a DataError."""
+        paths = [folder / shard["file"] for shard in shards]
+        for path, shard in zip(paths, shards, strict=True):
+            try:
+                found = path.stat().st_size
+            except OSError as error:
+                raise DataError(f"{path}: {error.strerror}; pack the dataset again, whole shards are kept") from None
+            if found != shard["bytes"]:
+                raise DataError(
+                    f"{path}: {found} bytes, but {shard['bytes']} were packed; pack the dataset again, whole shards "
+                    "are kept"
+                )
+        return cls(paths)
 
     def __init__(self, paths: list[Path]) -> None:
         self._paths = paths
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < len(paths) + _SPARE_FILES:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens its own."""
+        return LocalShardFiles, (self._paths,)
 
     def read(self, number: int, size: int, offset: int) -> bytes:
-        """`size` bytes of a shard, which is opened at its first use; fewer where it ends.
-
-        Raises:
-            DataError: it is missing or cannot be read.
-        """
+        """See ShardFiles."""
         try:
-            descriptor = self._descriptors.get(number)
-            if descriptor is None:
-                descriptor = self._open(number)
-            return read_range(descriptor, size, offset)
+            if number not in self._descriptors:
+                with self._lock:
+                    if number not in self._descriptors:
+                        self._descriptors[number] = os.open(self._paths[number], os.O_RDONLY | os.O_CLOEXEC)
+            return read_range(self._descriptors[number], size, offset)
         except OSError as error:
             raise DataError(
                 f"{self._paths[number]}: {error.strerror}; pack the dataset again, whole shards are kept"
@@ -56,19 +84,46 @@ class LocalShardFiles:
                 os.close(descriptor)
             self._descriptors.clear()
 
-    def __getstate__(self) -> list[Path]:
-        """Another process opens its own."""
-        return self._paths
 
-    def __setstate__(self, paths: list[Path]) -> None:
-        self.__init__(paths)  # type: ignore[misc]
+class StreamedShardFiles:
+    """Shards read from front to back, one at a time, nothing kept on disk; for one thread.
 
-    def _open(self, number: int) -> int:
-        with self._lock:
-            if number not in self._descriptors:
-                _allow_open_files(len(self._paths))
-                self._descriptors[number] = os.open(self._paths[number], os.O_RDONLY | os.O_CLOEXEC)
-            return self._descriptors[number]
+    A shard is read through a single time as long as the reads ascend, but for the last 64 MB; a read further back
+    opens it again.
+    """
+
+    def __init__(self, locations: list[str]) -> None:
+        self._locations = locations
+        self._number = -1
+        self._stream: BinaryIO | None = None
+        self._kept, self._start = bytearray(), 0  # what was read last, and where in the shard it begins
+
+    def read(self, number: int, size: int, offset: int) -> bytes:
+        """See ShardFiles."""
+        location = self._locations[number]
+        try:
+            if number != self._number or offset < self._start:
+                self.close()
+                self._stream = fsspec.open(location, "rb").open()
+                self._number = number
+            while self._start + len(self._kept) < offset + size:
+                more = self._stream.read(_STREAM_BYTES)
+                if not more:
+                    break
+                self._kept += more
+                surplus = min(len(self._kept) - _STREAM_KEPT, offset - self._start)
+                if surplus > 0:
+                    del self._kept[:surplus]
+                    self._start += surplus
+        except Exception as error:  # every protocol has its own
+            raise DataError(f"{location}: {type(error).__name__}: {error}") from None
+        return bytes(self._kept[offset - self._start :][:size])
+
+    def close(self) -> None:
+        """Close the stream."""
+        if self._stream is not None:
+            self._stream.close()
+        self._number, self._stream, self._kept, self._start = -1, None, bytearray(), 0
 
 
 def read_range(descriptor: int, size: int, offset: int) -> bytes:
@@ -80,12 +135,3 @@ def read_range(descriptor: int, size: int, offset: int) -> bytes:
             break
         content += more
     return content
-
-
-def _allow_open_files(count: int) -> None:
-    """Raise the process's own limit of open files where so many shards need it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = count + _SPARE_FILES
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))

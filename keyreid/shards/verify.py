@@ -7,7 +7,6 @@ sizes that lie and members that hide are all refused, and whatever is damaged is
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tarfile
 import zlib
@@ -22,22 +21,22 @@ import numpy as np
 from keyreid.datasets.tracklet import Dataset, Tracklet, read_frame
 from keyreid.errors import DataError
 from keyreid.files import sha256
-from keyreid.shards import format
-from keyreid.shards.index import ShardSet, read_card
+from keyreid.shards import members
+from keyreid.shards.card import CARD_NAME, encode_card, read_card
+from keyreid.shards.index_file import TAR_BLOCK, ShardIndex, read_index
+from keyreid.shards.members import PICTURES, SPLITS, UNKNOWN_IDENTITY
+from keyreid.shards.shard_set import ShardSet
 from keyreid.shards.writer import PackSettings, load_keypoints
+
+_COMPARED = ("identity", "camera", "split", "number of frames")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it was packed.
+    """Something that is not as it was packed."""
 
-    Attributes:
-        file: the shard, index or card.
-        member: KEY.name inside it, or nothing where the whole file is meant.
-    """
-
-    file: str
-    member: str
+    file: str  # the shard, index or card
+    member: str  # KEY.name inside it, or nothing where the whole file is meant
     what: str
 
     def __str__(self) -> str:
@@ -55,18 +54,16 @@ def verify(folder: Path, threads: int = 1) -> Iterator[tuple[str, list[Problem]]
     """
     card = read_card(folder)
     with ThreadPoolExecutor(threads) as pool:
-        for shard, problems in zip(
-            card["shards"], pool.map(lambda shard: list(_verify_shard(folder, shard)), card["shards"]), strict=True
-        ):
-            yield shard["file"], problems
-    known = {name for shard in card["shards"] for name in (shard["file"], shard["index"])} | {format.CARD_NAME}
+        found = pool.map(lambda shard: list(_verify_shard(folder, shard)), card["shards"])
+        yield from zip((shard["file"] for shard in card["shards"]), found, strict=True)
+    known = {name for shard in card["shards"] for name in (shard["file"], shard["index"])} | {CARD_NAME}
     strays = sorted(
         path.name for path in folder.iterdir() if path.name not in known and not path.name.endswith(".lock")
     )
-    found = [Problem(name, "", "is no part of the dataset; an older packing left it: delete it") for name in strays]
-    if "card_sha256" not in card or (folder / format.CARD_NAME).read_bytes() != format.encode_card(card):
-        found.append(Problem(format.CARD_NAME, "", "its bytes are not those that packing writes"))
-    yield "", found
+    problems = [Problem(name, "", "is no part of the dataset; an older packing left it: delete it") for name in strays]
+    if "card_sha256" not in card or (folder / CARD_NAME).read_bytes() != encode_card(card):
+        problems.append(Problem(CARD_NAME, "", "its bytes are not those that packing writes"))
+    yield "", problems
 
 
 def compare(shards: ShardSet, dataset: Dataset, settings: PackSettings) -> Iterator[tuple[str, list[Problem]]]:
@@ -94,12 +91,11 @@ def compare(shards: ShardSet, dataset: Dataset, settings: PackSettings) -> Itera
 def _verify_shard(folder: Path, shard: dict[str, Any]) -> Iterator[Problem]:
     tar, name = folder / shard["file"], shard["file"]
     try:
-        content = (folder / shard["index"]).read_bytes()
-        if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
+        index = read_index(folder / shard["index"])
+        if sha256(folder / shard["index"]) != shard["index_sha256"]:
             yield Problem(shard["index"], "", "its SHA-256 is not that of the card")
-        index = format.read_index(folder / shard["index"])
-    except (OSError, DataError) as error:
-        yield Problem(shard["index"], "", getattr(error, "strerror", None) or str(error))
+    except DataError as error:
+        yield Problem(shard["index"], "", str(error))
         index = None
     try:
         size = tar.stat().st_size
@@ -120,45 +116,39 @@ def _verify_shard(folder: Path, shard: dict[str, Any]) -> Iterator[Problem]:
         yield Problem(name, "", error.strerror or str(error))
 
 
-def _walk(file: BinaryIO, size: int, name: str, index: format.ShardIndex) -> Iterator[Problem]:
+def _walk(file: BinaryIO, size: int, name: str, index: ShardIndex) -> Iterator[Problem]:
     """Each member of a shard, in the order of its index."""
-    end = frame = member = 0
-    for at, key in enumerate(index.key.tolist()):
-        frames = int(index.frames[at])
+    end = row = 0
+    for at, (key, frames) in enumerate(zip(index.key.tolist(), index.frames.tolist(), strict=True)):
         try:
-            format.check_key(key)
+            members.check_key(key)
         except DataError as error:
             yield Problem(name, "", str(error))
             return
-        contents: list[bytes | None] = []
-        for number in range(format.members_of(frames)):
-            within = max(0, number - format.MEMBERS_BEFORE_FRAMES) // format.MEMBERS_PER_FRAME
-            kind = format.PICTURES[min(index.picture[frame + within], 1)]
-            full = f"{key}.{format.member_name(number, kind)}"
-            offset, length = int(index.offset[member]), int(index.size[member])
-            if offset != end + format.TAR_BLOCK or offset + length > size:
+        for number in range(members.members_of(frames)):
+            full = f"{key}.{index.member_name(at, number)}"
+            offset, length = int(index.offset[row]), int(index.size[row])
+            if offset != end + TAR_BLOCK or offset + length > size:
                 cut = f"the shard ends at byte {size}" if offset + length > size else "there is a gap before it"
                 yield Problem(name, full, f"bytes {offset} to {offset + length} by the index, but {cut}")
                 return
             file.seek(end)
-            yield from (Problem(name, full, what) for what in _header_faults(file.read(format.TAR_BLOCK), full, length))
+            yield from (Problem(name, full, what) for what in _header_faults(file.read(TAR_BLOCK), full, length))
             content = file.read(length)
-            if zlib.crc32(content) != index.crc[member]:
-                yield Problem(name, full, "its bytes are not those packed")
-                contents.append(None)
-            else:
-                contents.append(content)
-            padding = -length % format.TAR_BLOCK
+            try:
+                if zlib.crc32(content) != index.crc[row]:
+                    raise ValueError("its bytes are not those packed")
+                _check_content(index, at, number, content)
+            except ValueError as error:
+                yield Problem(name, full, str(error))
+            padding = -length % TAR_BLOCK
             end = offset + length + padding
             if file.read(padding).strip(b"\0"):
                 yield Problem(name, full, "the padding behind it is not empty")
-            member += 1
-        rows = slice(frame, frame + frames)
-        yield from (Problem(name, f"{key}.{part}", what) for part, what in _content_faults(index, at, rows, contents))
-        frame += frames
+            row += 1
     file.seek(end)
     rest = file.read()
-    if len(rest) < 2 * format.TAR_BLOCK or rest.strip(b"\0"):
+    if len(rest) < 2 * TAR_BLOCK or rest.strip(b"\0"):
         yield Problem(name, "", "does not end as a tar does: members that the index does not know, or it is cut off")
 
 
@@ -176,66 +166,54 @@ def _header_faults(block: bytes, name: str, length: int) -> Iterator[str]:
         yield f"its tar header says {header.size} bytes, the index {length}"
 
 
-def _content_faults(
-    index: format.ShardIndex, at: int, rows: slice, contents: list[bytes | None]
-) -> Iterator[tuple[str, str]]:
-    """What is wrong inside whole members: JSON that contradicts the index, arrays and pictures that do not decode."""
-    frames, parts = int(index.frames[at]), index.header["parts"]
-    if contents[0] is not None:
-        try:
-            described = json.loads(contents[0])
-            identity = format.UNKNOWN_IDENTITY if described["identity"] is None else described["identity"]
-            found = (described["key"], identity, described["camera"], described["split"], described["frames"])
-        except (ValueError, KeyError, TypeError):
-            found = None
-        split = format.SPLITS[min(index.split[at], len(format.SPLITS) - 1)]
-        if found != (index.key[at], index.identity[at], index.camera[at], split, frames):
-            yield "json", "contradicts the index"
-    if contents[1] is not None:
-        try:
-            format.decode_keypoints(contents[1], frames)
-        except ValueError as error:
-            yield "kp.npy", str(error)
-    sizes = zip(index.width[rows].tolist(), index.height[rows].tolist(), strict=True)
-    for frame, (kind, visible, size) in enumerate(zip(index.picture[rows], index.visible[rows], sizes, strict=True)):
-        picture, heatmap = contents[2 + 2 * frame : 4 + 2 * frame]
-        name = format.PICTURES[min(kind, 1)]
-        try:
-            if picture is not None:
-                if format.picture_size(picture, name) != size:
-                    raise ValueError("its size is not that of the index")
-                format.check_picture(picture)
-        except ValueError as error:
-            yield f"f{frame:04d}.{name}", str(error)
-        try:
-            if heatmap is not None:
-                drawn = format.decode_tiles(heatmap, parts).any((1, 2))
-                # A joint at the very edge may be seen and yet round to nothing in its tile.
-                if (drawn & ~(visible >> np.arange(parts) & 1).astype(bool)).any():
-                    raise ValueError("shows a part that the index calls missing")
-        except ValueError as error:
-            yield f"f{frame:04d}.hm.png", str(error)
+def _check_content(index: ShardIndex, at: int, number: int, content: bytes) -> None:
+    """Refuse (ValueError) the n-th member of tracklet `at`, whose bytes are those packed, where they make no sense."""
+    frame = index.first_frame[at] + members.frame_of(number)
+    if number == members.JSON:
+        facts = index.key[at], index.identity[at], index.camera[at], SPLITS[index.split[at]], index.frames[at]
+        if _facts(content) != facts:
+            raise ValueError("contradicts the index")
+    elif number == members.KEYPOINTS:
+        members.decode_keypoints(content, int(index.frames[at]))
+    elif number == members.picture_member(members.frame_of(number)):
+        size = members.picture_size(content, PICTURES[index.picture[frame]])
+        if size != (index.width[frame], index.height[frame]):
+            raise ValueError("its size is not that of the index")
+        members.check_picture(content)
+    else:
+        parts = index.header["parts"]
+        drawn = members.decode_tiles(content, parts).any((1, 2))
+        # A joint at the very edge may be seen and yet round to nothing in its tile.
+        if (drawn & ~(index.visible[frame] >> np.arange(parts) & 1).astype(bool)).any():
+            raise ValueError("shows a part that the index calls missing")
+
+
+def _facts(content: bytes) -> tuple | None:
+    """What a tracklet's JSON and its shard's index both say; nothing where it is no such JSON."""
+    try:
+        described = json.loads(content)
+        identity = UNKNOWN_IDENTITY if described["identity"] is None else described["identity"]
+        return described["key"], identity, described["camera"], described["split"], described["frames"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _compare_tracklet(shards: ShardSet, tracklet: Tracklet, settings: PackSettings) -> Iterator[Problem]:
     position = shards.position[tracklet.key]
     record = shards.tracklets[position]
     shard = shards.shard_name(record.shard)
-    identity = format.UNKNOWN_IDENTITY if tracklet.identity is None else tracklet.identity
-    for name, packed, wanted in (
-        ("identity", record.identity, identity),
-        ("camera", record.camera, tracklet.camera),
-        ("split", record.split, tracklet.split),
-        ("number of frames", record.frames, len(tracklet.frames)),
-    ):
+    identity = UNKNOWN_IDENTITY if tracklet.identity is None else tracklet.identity
+    all_packed = record.identity, record.camera, record.split, record.frames
+    all_wanted = identity, tracklet.camera, tracklet.split, len(tracklet.frames)
+    for name, packed, wanted in zip(_COMPARED, all_packed, all_wanted, strict=True):
         if packed != wanted:
             yield Problem(shard, tracklet.key, f"{name} is {packed}, in the dataset {wanted}")
-            if name == "number of frames":
-                return
+    if record.frames != len(tracklet.frames):
+        return
     try:
         for number, frame in enumerate(tracklet.frames):
             content, kind = read_frame(frame)
-            if settings.image == "keep" and shards.read_member(position, 2 + 2 * number) != content:
+            if settings.image == "keep" and shards.read_member(position, members.picture_member(number)) != content:
                 yield Problem(shard, f"{tracklet.key}.f{number:04d}.{kind}", f"is not {frame.path}")
         known = settings.keypoints is not None or tracklet.keypoints is not None
         if known and not np.array_equal(shards.keypoints(position), load_keypoints(tracklet, settings)):

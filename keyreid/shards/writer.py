@@ -23,11 +23,13 @@ from webdataset import TarWriter
 from keyreid.datasets import tracklet as source
 from keyreid.datasets.tracklet import Frame, Tracklet
 from keyreid.errors import DataError, KeyreidError
-from keyreid.files import replacing, sha256, writing
+from keyreid.files import replace_bytes, replacing, sha256, sync, writing
 from keyreid.pose import heatmap_files, keypoint_files
 from keyreid.pose.heatmaps import TILE_HEIGHT, TILE_WIDTH, render_tiles, visibility
 from keyreid.pose.parts import part_names
-from keyreid.shards import format
+from keyreid.shards import members
+from keyreid.shards.index_file import TAR_BLOCK, ShardIndex, encode_index, index_path, read_index
+from keyreid.shards.members import VERSION
 
 HEATMAP_FILE_TOLERANCE = 1e-6  # how far a published heatmap may leave [0, 1]
 
@@ -36,24 +38,18 @@ HEATMAP_FILE_TOLERANCE = 1e-6  # how far a published heatmap may leave [0, 1]
 class PackSettings:
     """What decides the content of shards, apart from the tracklets.
 
-    Attributes:
-        root: the dataset's folder; sources are named relative to it.
-        keypoints: folder of keypoint files `KEY.npz`; None takes the tracklets' own, zeros where they have none.
-        heatmaps: folder of heatmap files, or of published ones, float [6, H, W], named as the frames with `.npy`; None
-            renders heatmaps from the keypoints.
-        image: keep JPEG and PNG byte for byte, or make JPEG of everything that is none (`jpeg`).
-        quality: of JPEGs that are made.
-        parts: P.
-        dataset, options: what `keyreid.datasets.open_dataset` was given; the card notes them.
+    Keypoints come from a folder of keypoint files `KEY.npz`, or are the tracklets' own, zeros where they have none.
+    Heatmaps come from a folder of heatmap files or of published ones, float [6, H, W], named as the frames with `.npy`,
+    or are rendered from the keypoints.
     """
 
-    root: Path
+    root: Path  # the dataset's folder; sources are named relative to it
     keypoints: Path | None = None
     heatmaps: Path | None = None
-    image: str = "keep"
-    quality: int = 95
+    image: str = "keep"  # JPEG and PNG byte for byte; `jpeg` makes JPEG of everything that is none
+    quality: int = 95  # of JPEGs that are made
     parts: int = 6
-    dataset: str = ""
+    dataset: str = ""  # with `options`: what `keyreid.datasets.open_dataset` was given; the card notes them
     options: dict[str, Any] = field(default_factory=dict)
 
     def described(self) -> dict[str, Any]:
@@ -73,33 +69,29 @@ class PackSettings:
 
 def fingerprint(name: str, tracklets: list[Tracklet], settings: PackSettings) -> str:
     """A hash of all that decides a shard's content, short of the content of pictures and heatmap files."""
-    digest = hashlib.sha256(format.encode_json({"version": format.VERSION, "shard": name, **settings.described()}))
+    digest = hashlib.sha256(members.encode_json({"version": VERSION, "shard": name, **settings.described()}))
     for tracklet in tracklets:
-        digest.update(format.encode_json(_described(tracklet, settings.root)))
+        digest.update(members.encode_json(_described(tracklet, settings.root)))
         digest.update(load_keypoints(tracklet, settings).tobytes())
     return digest.hexdigest()
 
 
-def kept(tar: Path, settings_hash: str) -> bool:
-    """Whether the finished shard `tar` was written from the same tracklets with the same settings."""
+def kept(tar: Path, settings_hash: str, every_byte: bool = False) -> bool:
+    """Whether the finished shard `tar` was written from the same tracklets with the same settings.
+
+    Args:
+        every_byte: and has the SHA-256 that it had then.
+    """
     try:
-        index = format.read_index(index_path(tar))
+        index = read_index(index_path(tar))
     except DataError:
         return False
-    header = index.header
-    if format.encode_index(index) != index_path(tar).read_bytes():  # damaged where no reader looks
+    if encode_index(index) != index_path(tar).read_bytes():  # damaged where no reader looks
         return False
-    return header["settings"] == settings_hash and tar.is_file() and tar.stat().st_size == header["bytes"]
-
-
-def whole(tar: Path) -> bool:
-    """Whether every byte of a finished shard is as it was written."""
-    return sha256(tar) == format.read_index(index_path(tar)).header["sha256"]
-
-
-def index_path(tar: Path) -> Path:
-    """The index of a shard lies beside it."""
-    return tar.with_suffix(".index.npz")
+    header = index.header
+    if header["settings"] != settings_hash or not tar.is_file() or tar.stat().st_size != header["bytes"]:
+        return False
+    return not every_byte or sha256(tar) == header["sha256"]
 
 
 def write_shard(tar: Path, tracklets: list[Tracklet], settings: PackSettings, settings_hash: str) -> Iterator[int]:
@@ -112,52 +104,36 @@ def write_shard(tar: Path, tracklets: list[Tracklet], settings: PackSettings, se
         DataError: a picture, keypoint file or heatmap file is missing, damaged or does not fit; nothing is left behind.
         KeyreidError: the shard cannot be written.
     """
-    partial = tar.with_name(f".{tar.name}.{os.getpid()}.partial")
-    columns = _Columns()
-    try:
-        with writing(tar), partial.open("wb", buffering=1 << 20) as file:
-            stream = _HashedStream(file)
-            with TarWriter(
-                stream, encoder=False, compress=False, mtime=0, mode=0o644, user="keyreid", group="keyreid"
-            ) as out:
-                out.tarstream.format = tarfile.USTAR_FORMAT  # plain headers only; TarWriter leaves its argument unused
-                for tracklet in tracklets:
-                    _write_tracklet(out, tracklet, settings, columns)
-                    yield len(tracklet.frames)
-            _sync(file)
+    pieces = []
+    with writing(tar):
+        with replacing(tar) as partial:
+            with partial.open("wb", buffering=1 << 20) as file:
+                stream = _HashedStream(file)
+                owner = {"user": "keyreid", "group": "keyreid"}
+                with TarWriter(stream, encoder=False, compress=False, mtime=0, mode=0o644, **owner) as out:
+                    out.tarstream.format = tarfile.USTAR_FORMAT  # plain headers; TarWriter leaves its argument unused
+                    for tracklet in tracklets:
+                        pieces.append(_write_tracklet(out, tracklet, settings))
+                        yield len(tracklet.frames)
+            if not partial.exists():
+                raise KeyreidError(f"{tar}: another `keyreid shard` is packing the same share into this folder")
+            sync(partial)
+            index_path(tar).unlink(missing_ok=True)  # an old one must not vouch for the new shard
         header = {
-            "format": f"keyreid-index/{format.VERSION}",
+            "format": f"keyreid-index/{VERSION}",
             "shard": tar.name,
             "bytes": stream.bytes,
             "sha256": stream.digest.hexdigest(),
             "parts": settings.parts,
             "settings": settings_hash,
         }
-        if not partial.exists():
-            raise KeyreidError(f"{tar}: another `keyreid shard` packs the same share into this folder; let one go on")
-        with writing(tar):
-            index_path(tar).unlink(missing_ok=True)  # an old one must not vouch for the new shard
-            partial.replace(tar)
-    finally:
-        partial.unlink(missing_ok=True)
-    write_atomically(index_path(tar), format.encode_index(columns.index(header)))
+        replace_bytes(index_path(tar), encode_index(ShardIndex.joined(header, pieces)))
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a small file so that it is there whole or not at all, whenever the machine stops."""
-    with writing(path), replacing(path) as partial, partial.open("wb") as file:
-        file.write(content)
-        _sync(file)
-
-
-def _write_tracklet(out: TarWriter, tracklet: Tracklet, settings: PackSettings, columns: _Columns) -> None:
-    format.check_key(tracklet.key)
-    pictures, kinds, sizes = [], [], []
-    for frame in tracklet.frames:
-        content, kind, size = _picture(tracklet, frame, settings)
-        pictures.append(content)
-        kinds.append(kind)
-        sizes.append(size)
+def _write_tracklet(out: TarWriter, tracklet: Tracklet, settings: PackSettings) -> ShardIndex:
+    """Add a tracklet to the tar; gives its part of the index."""
+    members.check_key(tracklet.key)
+    pictures, kinds, sizes = zip(*(_picture(tracklet, frame, settings) for frame in tracklet.frames), strict=True)
     width, height = np.array(sizes).T
     keypoints = load_keypoints(tracklet, settings)
     if settings.heatmaps:
@@ -174,22 +150,38 @@ def _write_tracklet(out: TarWriter, tracklet: Tracklet, settings: PackSettings, 
     described["visibility"] = bits.tolist()
     described["parts"] = list(part_names(settings.parts))
 
-    contents = [format.encode_json(described), format.encode_keypoints(keypoints)]
+    contents = [members.encode_json(described), members.encode_keypoints(keypoints)]
     for picture, tile in zip(pictures, tiles, strict=True):
-        contents += [picture, format.encode_tiles(tile)]
+        contents += [picture, members.encode_tiles(tile)]
+    offsets = []
     for member, content in enumerate(contents):
-        kind = kinds[max(0, member - format.MEMBERS_BEFORE_FRAMES) // format.MEMBERS_PER_FRAME]
         # One call a member: TarWriter sorts the members of one call, and a reader wants the JSON first.
-        out.write({"__key__": tracklet.key, format.member_name(member, kind): content})
-        columns.add_member(out.tarstream.offset, content)
-    columns.add_tracklet(tracklet, kinds, width, height, bits)
+        name = members.member_name(member, kinds[members.frame_of(member)])
+        out.write({"__key__": tracklet.key, name: content})
+        offsets.append(out.tarstream.offset - -(-len(content) // TAR_BLOCK) * TAR_BLOCK)
+    identity = members.UNKNOWN_IDENTITY if tracklet.identity is None else tracklet.identity
+    return ShardIndex(
+        header={},
+        key=np.array([tracklet.key]),
+        identity=np.array([identity]),
+        camera=np.array([tracklet.camera]),
+        split=np.array([members.SPLITS.index(tracklet.split)]),
+        frames=np.array([len(tracklet.frames)]),
+        offset=np.array(offsets),
+        size=np.array([len(content) for content in contents]),
+        crc=np.array([zlib.crc32(content) for content in contents]),
+        picture=np.array([members.PICTURES.index(kind) for kind in kinds]),
+        width=width,
+        height=height,
+        visible=bits,
+    )
 
 
 def _described(tracklet: Tracklet, root: Path) -> dict[str, Any]:
     """What a tracklet's JSON says about it before its pictures are read."""
     identity = tracklet.identity
     described: dict[str, Any] = {
-        "format": f"keyreid-tracklet/{format.VERSION}",
+        "format": f"keyreid-tracklet/{VERSION}",
         "key": tracklet.key,
         "identity": identity,
         "camera": tracklet.camera,
@@ -221,15 +213,13 @@ def _picture(tracklet: Tracklet, frame: Frame, settings: PackSettings) -> tuple[
     try:
         content, kind = source.read_frame(frame)
         if settings.image == "jpeg" and kind != "jpg":
-            picture = cv2.cvtColor(format.decode_picture(content), cv2.COLOR_RGB2BGR)
-            content, kind = (
-                cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, settings.quality])[1].tobytes(),
-                "jpg",
-            )
-        size = format.picture_size(content, kind)
-        if max(size) > format.LARGEST_SIDE:
-            raise ValueError(f"{size[0]} x {size[1]} pixels: more than {format.LARGEST_SIDE} on a side")
-        format.check_picture(content)
+            picture = cv2.cvtColor(members.decode_picture(content), cv2.COLOR_RGB2BGR)
+            content = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, settings.quality])[1].tobytes()
+            kind = "jpg"
+        size = members.picture_size(content, kind)
+        if max(size) > members.LARGEST_SIDE:
+            raise ValueError(f"{size[0]} x {size[1]} pixels: more than {members.LARGEST_SIDE} on a side")
+        members.check_picture(content)
         return content, kind, size
     except (DataError, ValueError) as error:
         place = "" if str(frame.path) in str(error) else f"{frame.path}: "
@@ -301,38 +291,3 @@ class _HashedStream:
         self.digest.update(content)
         self.bytes += len(content)
         return self.file.write(content)
-
-
-class _Columns:
-    """The columns of an index while its shard grows."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, list[Any]] = {
-            name: [] for name in format.ShardIndex.__dataclass_fields__ if name != "header"
-        }
-
-    def add_member(self, end: int, content: bytes) -> None:
-        """Note a member that was just written; its padding ends at the tar's offset `end`."""
-        padded = -(-len(content) // format.TAR_BLOCK) * format.TAR_BLOCK
-        self.values["offset"].append(end - padded)
-        self.values["size"].append(len(content))
-        self.values["crc"].append(zlib.crc32(content))
-
-    def add_tracklet(self, tracklet: Tracklet, kinds: list[str], width: Any, height: Any, visible: Any) -> None:
-        identity = format.UNKNOWN_IDENTITY if tracklet.identity is None else tracklet.identity
-        for name, value in {
-            **{"key": tracklet.key, "identity": identity, "camera": tracklet.camera},
-            **{"split": format.SPLITS.index(tracklet.split), "frames": len(tracklet.frames)},
-        }.items():
-            self.values[name].append(value)
-        self.values["picture"] += [format.PICTURES.index(kind) for kind in kinds]
-        for name, column in {"width": width, "height": height, "visible": visible}.items():
-            self.values[name] += column.tolist()
-
-    def index(self, header: dict[str, Any]) -> format.ShardIndex:
-        return format.ShardIndex(header, **{name: np.array(column) for name, column in self.values.items()})
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -26,8 +26,8 @@ from keyreid.losses import Criterion
 from keyreid.model import KeyReID, build_model
 from keyreid.progress import track
 from keyreid.shards import open_reader
-from keyreid.shards.index import ShardSet
 from keyreid.shards.plan import TrainingPlan
+from keyreid.shards.shard_set import ShardSet
 from keyreid.tracking import Tracker
 from keyreid.training import report, snapshot, state, stochastic_depth
 from keyreid.training.ema import WeightAverage
@@ -78,7 +78,7 @@ class Trainer:
 
         self.shards = ShardSet.from_config(config.data)
         check_judgeable(self.shards, config, self._part)  # rather now than after the last epoch
-        self.plan = TrainingPlan(self.shards, config.data, config.clip, config.model.parts, config.seed)
+        self.plan = TrainingPlan(self.shards, config.data, config.clip, config.seed)
         self.steps_per_epoch = config.schedule.steps_per_epoch or self.plan.steps_per_epoch
         self.total_steps = config.schedule.epochs * self.steps_per_epoch
         self.header = WeightsHeader(

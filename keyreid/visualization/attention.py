@@ -23,7 +23,7 @@ from keyreid.model.single_query import SingleQueryAttention, SingleQueryBlock
 from keyreid.pose.parts import part_names
 from keyreid.shards import open_reader
 from keyreid.shards.batch import ClipBatch, ClipPlan
-from keyreid.shards.index import ShardSet
+from keyreid.shards.shard_set import ShardSet
 from keyreid.visualization.guidance import describe, evenly_spaced
 from keyreid.visualization.strips import Strip, draw_strips, overlay
 

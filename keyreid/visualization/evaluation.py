@@ -14,7 +14,7 @@ from keyreid.embedding.vectors import Vectors
 from keyreid.evaluation.protocols import ranked_list
 from keyreid.evaluation.scoring import Ranking
 from keyreid.model import KeyReID
-from keyreid.shards.index import ShardSet
+from keyreid.shards.shard_set import ShardSet
 from keyreid.visualization.attention import attention_picture, can_draw_attention
 from keyreid.visualization.canvas import save_picture
 from keyreid.visualization.curves import draw_cmc

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from keyreid.pose.parts import part_names
-from keyreid.shards.index import ShardSet
+from keyreid.shards.shard_set import ShardSet
 from keyreid.visualization.strips import Strip, draw_strips, overlay
 
 FRAMES = 6

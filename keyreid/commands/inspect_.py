@@ -12,7 +12,7 @@ import typer
 from keyreid.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from keyreid.shards.index import ShardSet
+    from keyreid.shards.shard_set import ShardSet
     from keyreid.shards.verify import Problem
 
 SHEET_TRACKLETS = 12
@@ -20,7 +20,7 @@ _BAR = 50
 _SHOWN = 200  # problems that are printed
 
 
-def inspect(
+def inspect_(
     shards: Annotated[str, typer.Argument(help="folder (or URL) that `keyreid shard` wrote")],
     verify: Annotated[bool, typer.Option("--verify", help="check every hash, header and member of a folder")] = False,
     against: Annotated[
@@ -33,8 +33,10 @@ def inspect(
     tracklet: Annotated[str | None, typer.Option(help="print the JSON of the tracklet with this key")] = None,
 ) -> None:
     """Say what is in a set of shards; check it, compare it with its source, draw it. Status 1: something is wrong."""
-    from keyreid.shards.index import ShardSet
+    from keyreid.shards.members import JSON
+    from keyreid.shards.shard_set import ShardSet
     from keyreid.visualization.canvas import save_picture
+    from keyreid.visualization.guidance import evenly_spaced, guidance_picture
 
     if verify:
         if "://" in shards:
@@ -47,11 +49,11 @@ def inspect(
     if tracklet is not None:
         if tracklet not in opened.position:
             raise DataError(f"{shards}: no tracklet has the key {tracklet}")
-        typer.echo(opened.read(opened.position[tracklet], ["json"])[0].decode())
+        typer.echo(opened.read_member(opened.position[tracklet], JSON))
         return
     _describe(opened)
     if sheet is not None:
-        save_picture(_contact_sheet(opened), sheet)
+        save_picture(guidance_picture(opened, evenly_spaced(len(opened), SHEET_TRACKLETS)), sheet)
         typer.echo(f"contact sheet: {sheet}")
     if against is not None:
         _compare(opened, against.expanduser(), keypoints)
@@ -59,7 +61,7 @@ def inspect(
 
 def _verify(folder: Path) -> None:
     from keyreid.progress import track
-    from keyreid.shards.index import read_card
+    from keyreid.shards.card import read_card
     from keyreid.shards.verify import verify
 
     total = len(read_card(folder)["shards"])
@@ -134,21 +136,3 @@ def _describe(shards: ShardSet) -> None:
 
 def _splits(card: dict) -> str:
     return f"; {len(card['splits'])} splits, camera {card['query_camera']} queries the others" if card["splits"] else ""
-
-
-def _contact_sheet(shards: ShardSet):
-    """Some tracklets, evenly spaced in the set: frames, and under them all parts' heatmaps."""
-    from keyreid.visualization.guidance import describe, evenly_spaced
-    from keyreid.visualization.strips import Strip, draw_strips, overlay
-
-    strips = []
-    for position in evenly_spaced(len(shards), SHEET_TRACKLETS):
-        record = shards.tracklets[position]
-        frames = evenly_spaced(record.frames, 8)
-        pictures = [shards.picture(position, frame) for frame in frames]
-        heatmaps = [shards.heatmaps(position, frame).max(0) / 255 for frame in frames]
-        shown = [overlay(picture, heatmap) for picture, heatmap in zip(pictures, heatmaps, strict=True)]
-        strips.append(Strip(describe(record), [str(frame) for frame in frames], [("", pictures), ("parts", shown)]))
-    return draw_strips(
-        strips, shards.card["name"], f"{len(strips)} of {len(shards)} tracklets · columns: frame numbers"
-    )

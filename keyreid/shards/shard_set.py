@@ -1,0 +1,239 @@
+"""A set of shards: what is in it, which tracklets a split holds, and any member's bytes."""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keyreid.config import DataConfig
+from keyreid.errors import DataError
+from keyreid.files import sha256
+from keyreid.pose.parts import part_names
+from keyreid.shards import members
+from keyreid.shards.card import read_card
+from keyreid.shards.index_file import ShardIndex, read_index
+from keyreid.shards.splits import Selection, Splits
+from keyreid.shards.storage import LocalShardFiles, ShardFiles
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrackletRecord:
+    """What the index knows about one tracklet; key, identity, camera and split as the dataset gave them."""
+
+    key: str
+    identity: int  # UNKNOWN_IDENTITY where it is unknown
+    camera: int
+    split: str
+    frames: int  # T
+    sizes: np.ndarray  # uint16 [T, 2], width and height of each frame in pixels
+    visible: np.ndarray  # bool [T, P], whether a part has a keypoint in a frame
+    shard: int  # position of its shard in the card
+
+
+class ShardSet:
+    """The packed dataset at one location. Reading is thread-safe; another process may be sent a set.
+
+    Attributes:
+        location: as it was given.
+        card: the dataset card (`dataset.json`).
+        files: where the shards' bytes come from.
+        index: the columns of all shards, one after the other.
+        split_number, holdout: the split that `select` and `label_of` use unless told otherwise.
+        parts: heatmaps a frame.
+        camera_index: a camera's number in a batch.
+    """
+
+    @classmethod
+    def open(
+        cls, location: str | Path, cache_dir: str | Path | None = None, cache_gigabytes: float | None = None
+    ) -> ShardSet:
+        """Open a folder, or a URL whose shards are fetched whole into `cache_dir` when they are first read.
+
+        Raises:
+            DataError: no card, or a shard or index that is missing, cut off or does not belong to the card.
+        """
+        files: ShardFiles
+        if re.match(r"[a-z0-9+]+://", str(location)):
+            from keyreid.shards.remote import open_remote  # fsspec's protocols only where they are needed
+
+            folder, files = open_remote(str(location), cache_dir, cache_gigabytes)
+            card = read_card(folder)
+        else:
+            folder = Path(location).expanduser()
+            card = read_card(folder)
+            files = LocalShardFiles.open(folder, card["shards"])
+        return cls(str(location), card, _read_indices(folder, card), files)
+
+    @classmethod
+    def from_config(cls, data: DataConfig) -> ShardSet:
+        """The shards, split and holdout that a configuration names."""
+        shards = cls.open(data.shards, data.cache_dir, data.cache_gigabytes)
+        shards.split_number, shards.holdout = data.split_number, data.holdout
+        return shards
+
+    def __init__(self, location: str, card: dict[str, Any], indices: Sequence[ShardIndex], files: ShardFiles) -> None:
+        self.location, self.card, self.files = location, card, files
+        self.split_number, self.holdout = 0, 0.0
+        self.parts: int = indices[0].header["parts"]
+        self.index = ShardIndex.joined({}, indices)
+        self.identities, self.cameras = self.index.identity, self.index.camera
+        self._shard = np.repeat(np.arange(len(indices)), [len(index.key) for index in indices])
+        self.camera_index: dict[int, int] = {camera: number for number, camera in enumerate(card["cameras"])}
+        unknown = sorted(set(self.cameras.tolist()) - self.camera_index.keys())
+        if unknown:
+            raise DataError(f"{location}: the card does not list the cameras {unknown}; pack the dataset again")
+
+    def __len__(self) -> int:
+        return len(self.index.key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made anew when it is asked for: sending a set to a worker costs its columns alone."""
+        derived = {name for name, value in vars(ShardSet).items() if isinstance(value, cached_property)}
+        return {name: value for name, value in self.__dict__.items() if name not in derived}
+
+    @cached_property
+    def frame_sizes(self) -> np.ndarray:
+        """uint16 [F, 2]: width and height of every frame, pixels."""
+        return np.stack([self.index.width, self.index.height], 1)
+
+    @cached_property
+    def visible(self) -> np.ndarray:
+        """bool [F, P]: whether a part has a keypoint in a frame."""
+        return (self.index.visible[:, None] >> np.arange(self.parts, dtype=np.uint8) & 1).astype(bool)
+
+    @cached_property
+    def tracklets(self) -> list[TrackletRecord]:
+        """A record for each tracklet, in the dataset's order; a tracklet's position in it names it everywhere."""
+        index = self.index
+        columns = (index.key, index.identity, index.camera, index.split, index.frames, self._shard, index.first_frame)
+        return [
+            TrackletRecord(
+                *(key, identity, camera, members.SPLITS[split], frames),
+                *(self.frame_sizes[first : first + frames], self.visible[first : first + frames], shard),
+            )
+            for key, identity, camera, split, frames, shard, first in zip(*(c.tolist() for c in columns), strict=True)
+        ]
+
+    @cached_property
+    def position(self) -> dict[str, int]:
+        """Position of each key."""
+        return {key: number for number, key in enumerate(self.index.key.tolist())}
+
+    @cached_property
+    def label_of(self) -> dict[int, int]:
+        """{identity: label} of the training identities of the chosen split, in sorted order."""
+        return self.labels(self.split_number, self.holdout)
+
+    def labels(self, split_number: int, holdout: float) -> dict[int, int]:
+        """{identity: label} of a split's training identities without those held out, in sorted order."""
+        identities = np.unique(self.identities[self.select("train", split_number, holdout)])
+        return {identity: label for label, identity in enumerate(identities.tolist())}
+
+    def select(self, split: Selection, split_number: int | None = None, holdout: float | None = None) -> list[int]:
+        """Positions of the tracklets of a split, ascending.
+
+        `train` leaves out the identities held out; `holdout_query` and `holdout_gallery` are those identities'
+        training tracklets, for choosing hyperparameters without the test set: each identity's first tracklet of each
+        camera queries all of them, where the identity was seen by two cameras. Where one camera queries the others
+        (iLIDS-VID, PRID2011), it does so here too. Held out are round(holdout x identities), evenly spaced in sorted
+        order.
+
+        Raises:
+            DataError: there is no such split.
+        """
+        split_number = self.split_number if split_number is None else split_number
+        holdout = self.holdout if holdout is None else holdout
+        return Splits(self.location, self.card, self.index).select(split, split_number, holdout).tolist()
+
+    def read_member(self, position: int, member: int) -> bytes:
+        """The content of a tracklet's n-th member; DataError where its bytes are not those that were packed."""
+        row = int(self.index.first_member[position]) + member
+        offset, size = int(self.index.offset[row]), int(self.index.size[row])
+        return self._checked(self.files.read(int(self._shard[position]), size, offset), position, member)
+
+    def read_frame(self, position: int, frame: int) -> tuple[bytes, bytes]:
+        """A frame's picture and its heatmaps, which lie side by side, in one read; both checked."""
+        member = members.picture_member(frame)
+        row = int(self.index.first_member[position]) + member
+        start, second = self.index.offset[row : row + 2].tolist()
+        size, heatmap_size = self.index.size[row : row + 2].tolist()
+        content = self.files.read(int(self._shard[position]), second + heatmap_size - start, start)
+        picture = self._checked(content[:size], position, member)
+        return picture, self._checked(content[second - start :], position, member + 1)
+
+    def metadata(self, position: int) -> dict[str, Any]:
+        """A tracklet's JSON."""
+        return self._decoded(position, members.JSON, json.loads)
+
+    def keypoints(self, position: int) -> np.ndarray:
+        """A tracklet's keypoints, float32 [T, 17, 3], in pixels of its frames."""
+        return self._decoded(position, members.KEYPOINTS, members.decode_keypoints, int(self.index.frames[position]))
+
+    def picture(self, position: int, frame: int) -> np.ndarray:
+        """A frame, uint8 RGB [H, W, 3], as it was packed."""
+        return self._decoded(position, members.picture_member(frame), members.decode_picture)
+
+    def heatmaps(self, position: int, frame: int) -> np.ndarray:
+        """A frame's part heatmaps, uint8 [P, 64, 32]."""
+        return self._decoded(position, members.picture_member(frame) + 1, members.decode_tiles, self.parts)
+
+    def member_name(self, position: int, member: int) -> str:
+        """The name after `KEY.` of a tracklet's n-th member."""
+        return self.index.member_name(position, member)
+
+    def shard_name(self, shard: int) -> str:
+        """Where a shard is, for messages."""
+        return f"{self.location.rstrip('/')}/{self.card['shards'][shard]['file']}"
+
+    def fault(self, position: int, member: int, what: str) -> DataError:
+        """The error for a member that cannot be used."""
+        return DataError(
+            f"{self._named(position)}: member {self.member_name(position, member)}: {what}; "
+            "`keyreid inspect DIR --verify` finds all that is damaged; pack the shard again"
+        )
+
+    def close(self) -> None:
+        """Close the shards' files."""
+        self.files.close()
+
+    def _named(self, position: int) -> str:
+        return f"{self.shard_name(self._shard[position])}: tracklet {self.index.key[position]}"
+
+    def _decoded(self, position: int, member: int, decode: Callable[..., Any], *args: Any) -> Any:
+        """A member's content, decoded; a failure names the shard, the tracklet and the member."""
+        try:
+            return decode(self.read_member(position, member), *args)
+        except ValueError as error:
+            raise self.fault(position, member, str(error)) from None
+
+    def _checked(self, content: bytes, position: int, member: int) -> bytes:
+        row = self.index.first_member[position] + member
+        short = int(self.index.size[row]) - len(content)
+        if short or zlib.crc32(content) != self.index.crc[row]:
+            what = f"the shard ends {short} bytes early" if short > 0 else "its bytes are not those packed"
+            raise self.fault(position, member, what)
+        return content
+
+
+def _read_indices(folder: Path, card: dict[str, Any]) -> list[ShardIndex]:
+    indices = []
+    for shard in card["shards"]:
+        path = folder / shard["index"]
+        header = (index := read_index(path)).header
+        if sha256(path) != shard["index_sha256"]:
+            raise DataError(f"{path}: not the index that the card names; pack the dataset again")
+        if (header["shard"], header["bytes"], header["sha256"]) != (shard["file"], shard["bytes"], shard["sha256"]):
+            raise DataError(f"{path}: the index of another shard; pack the dataset again")
+        indices.append(index)
+    if len({index.header["parts"] for index in indices}) > 1:
+        raise DataError(f"{folder}: shards with different numbers of parts; pack the dataset again")
+    part_names(indices[0].header["parts"])  # refuses a number that is not defined
+    return indices
