@@ -3,6 +3,9 @@
 L = alpha L_global + (1 - alpha) mean over parts of L_part + attention L_attention, where for each branch
 L_x = identity * cross entropy + triplet * batch-hard triplet + centre * centre loss.
 
+Another loss is a function, a line in `Criterion.branch_terms` (of each branch) or `batch_terms` (of the whole batch),
+and a weight of the same name in `LossConfig`; it is then minimised, logged and searched like the others.
+
 All of them see the GLOBAL batch: `gather` brings the features of all ranks together with their gradients, so that R
 ranks of b clips compute what one rank of R*b clips would.
 """
@@ -10,13 +13,14 @@ ranks of b clips compute what one rank of R*b clips would.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from keyreid.config import LossConfig
+from keyreid.distributed.collectives import gather
 from keyreid.errors import DataError
 from keyreid.model.keyreid import Features
 from keyreid.model.precision import full
@@ -37,37 +41,11 @@ def check_labels(labels: torch.Tensor, num_identities: int, keys: Sequence[str])
         )
 
 
-def gather(tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    """The tensors of all ranks, joined along `dim` in rank order, differentiable; the same object on one rank.
-
-    Every rank must hold the same shape and compute the same loss from the result. Then the gradient for a rank's own
-    part needs no communication: it is its slice of the gradient, times the number of ranks because data-parallel
-    training averages the weights' gradients over the ranks.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return tensor
-    return _Gather.apply(tensor, dim)
-
-
 def gather_features(features: Features) -> Features:
     """The features of all ranks' clips, in rank order, differentiable."""
     return Features(
         gather(features.global_feature), gather(features.part_features, dim=1), gather(features.temporal_scores)
     )
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        ctx.dim, ctx.length = dim, tensor.shape[dim]
-        pieces = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
-        dist.all_gather(pieces, tensor.contiguous())
-        return torch.cat(pieces, dim)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        own = gradient.narrow(ctx.dim, dist.get_rank() * ctx.length, ctx.length)
-        return own * dist.get_world_size(), None
 
 
 def identity_loss(
@@ -135,6 +113,25 @@ def _mean(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     return (values * weights).sum(-1) / weights.sum(-1).clamp(min=1e-6)
 
 
+@dataclass(frozen=True)
+class Branch:
+    """What the losses of a branch are computed from; the parts' branch has P in front of each shape.
+
+    Attributes:
+        features: [B, D], before the BatchNorm.
+        logits: [B, C].
+        centres: [C, D].
+        labels: int64 [B].
+        weights: [B], 0 for clips that take no part; None: all take part alike.
+    """
+
+    features: torch.Tensor
+    logits: torch.Tensor
+    centres: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor | None
+
+
 class Criterion(nn.Module):
     """All losses with their weights, and the centre tables (buffers; `update_centres` moves them).
 
@@ -174,30 +171,34 @@ class Criterion(nn.Module):
         Returns:
             The total, with gradient, and its terms before weighting, detached; `accuracy` is the global classifier's.
         """
-        config = self.loss
+        alpha = self.loss.alpha
         seen = None if visibility is None else (visibility > 0).float().T  # [P, B]
-        identity_global = identity_loss(logits[0], labels, config.label_smoothing)
-        identity_parts = identity_loss(logits[1:], labels, config.label_smoothing, seen).mean()
-        triplet_global = triplet_loss(features.global_feature, labels, config.triplet_margin)
-        triplet_parts = triplet_loss(features.part_features, labels, config.triplet_margin, seen).mean()
-        centre_global = centre_loss(features.global_feature, labels, self.global_centres)
-        centre_parts = centre_loss(features.part_features, labels, self.part_centres, seen).mean()
-        attention = attention_loss(features.temporal_scores, erased)
-
-        whole = config.identity * identity_global + config.triplet * triplet_global + config.centre * centre_global
-        parts = config.identity * identity_parts + config.triplet * triplet_parts + config.centre * centre_parts
-        total = config.alpha * whole + (1 - config.alpha) * parts + config.attention * attention
+        whole = self.branch_terms(Branch(features.global_feature, logits[0], self.global_centres, labels, None))
+        parts = self.branch_terms(Branch(features.part_features, logits[1:], self.part_centres, labels, seen))
+        parts = {name: term.mean() for name, term in parts.items()}
+        batch = self.batch_terms(features, erased)
+        total = alpha * self._weighted(whole) + (1 - alpha) * self._weighted(parts) + self._weighted(batch)
         terms = {
-            "identity_global": identity_global,
-            "identity_parts": identity_parts,
-            "triplet_global": triplet_global,
-            "triplet_parts": triplet_parts,
-            "centre_global": centre_global,
-            "centre_parts": centre_parts,
-            "attention": attention,
-            "accuracy": (logits[0].argmax(-1) == labels).float().mean(),
+            f"{name}_{part}": term for name in whole for part, term in (("global", whole[name]), ("parts", parts[name]))
         }
+        terms |= batch | {"accuracy": (logits[0].argmax(-1) == labels).float().mean()}
         return total, {name: term.detach() for name, term in terms.items()}
+
+    def branch_terms(self, branch: Branch) -> dict[str, torch.Tensor]:
+        """The losses of a branch, each [] (global) or [P], under the names of their weights in LossConfig."""
+        config, labels, weights = self.loss, branch.labels, branch.weights
+        return {
+            "identity": identity_loss(branch.logits, labels, config.label_smoothing, weights),
+            "triplet": triplet_loss(branch.features, labels, config.triplet_margin, weights),
+            "centre": centre_loss(branch.features, labels, branch.centres, weights),
+        }
+
+    def batch_terms(self, features: Features, erased: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The losses that belong to no branch, each a scalar, under the names of their weights in LossConfig."""
+        return {"attention": attention_loss(features.temporal_scores, erased)}
+
+    def _weighted(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
+        return sum(getattr(self.loss, name) * term for name, term in terms.items())
 
     @torch.no_grad()
     def update_centres(self, features: Features, labels: torch.Tensor, visibility: torch.Tensor | None = None) -> None:
