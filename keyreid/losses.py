@@ -13,7 +13,6 @@ ranks of b clips compute what one rank of R*b clips would.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -113,25 +112,6 @@ def _mean(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     return (values * weights).sum(-1) / weights.sum(-1).clamp(min=1e-6)
 
 
-@dataclass(frozen=True)
-class Branch:
-    """What the losses of a branch are computed from; the parts' branch has P in front of each shape.
-
-    Attributes:
-        features: [B, D], before the BatchNorm.
-        logits: [B, C].
-        centres: [C, D].
-        labels: int64 [B].
-        weights: [B], 0 for clips that take no part; None: all take part alike.
-    """
-
-    features: torch.Tensor
-    logits: torch.Tensor
-    centres: torch.Tensor
-    labels: torch.Tensor
-    weights: torch.Tensor | None
-
-
 class Criterion(nn.Module):
     """All losses with their weights, and the centre tables (buffers; `update_centres` moves them).
 
@@ -173,8 +153,8 @@ class Criterion(nn.Module):
         """
         alpha = self.loss.alpha
         seen = None if visibility is None else (visibility > 0).float().T  # [P, B]
-        whole = self.branch_terms(Branch(features.global_feature, logits[0], self.global_centres, labels, None))
-        parts = self.branch_terms(Branch(features.part_features, logits[1:], self.part_centres, labels, seen))
+        whole = self.branch_terms(features.global_feature, logits[0], labels, self.global_centres)
+        parts = self.branch_terms(features.part_features, logits[1:], labels, self.part_centres, seen)
         parts = {name: term.mean() for name, term in parts.items()}
         batch = self.batch_terms(features, erased)
         total = alpha * self._weighted(whole) + (1 - alpha) * self._weighted(parts) + self._weighted(batch)
@@ -184,13 +164,23 @@ class Criterion(nn.Module):
         terms |= batch | {"accuracy": (logits[0].argmax(-1) == labels).float().mean()}
         return total, {name: term.detach() for name, term in terms.items()}
 
-    def branch_terms(self, branch: Branch) -> dict[str, torch.Tensor]:
-        """The losses of a branch, each [] (global) or [P], under the names of their weights in LossConfig."""
-        config, labels, weights = self.loss, branch.labels, branch.weights
+    def branch_terms(
+        self,
+        features: torch.Tensor,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        centres: torch.Tensor,
+        weights: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The losses of the global branch, or of the parts' with P in front of each shape: [] or [P] each.
+
+        Their names are those of their weights in LossConfig. Shapes as in the functions above.
+        """
+        config = self.loss
         return {
-            "identity": identity_loss(branch.logits, labels, config.label_smoothing, weights),
-            "triplet": triplet_loss(branch.features, labels, config.triplet_margin, weights),
-            "centre": centre_loss(branch.features, labels, branch.centres, weights),
+            "identity": identity_loss(logits, labels, config.label_smoothing, weights),
+            "triplet": triplet_loss(features, labels, config.triplet_margin, weights),
+            "centre": centre_loss(features, labels, centres, weights),
         }
 
     def batch_terms(self, features: Features, erased: torch.Tensor) -> dict[str, torch.Tensor]:

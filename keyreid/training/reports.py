@@ -43,11 +43,8 @@ class Meter:
     def add(self, loss: float, terms: Mapping[str, torch.Tensor], gradient_norm: float | None) -> None:
         """Count a step that was applied."""
         self.steps += 1
-        self._loss += loss
-        for name, value in terms.items():
-            self._terms[name] = self._terms.get(name, 0.0) + value
-        if gradient_norm is not None:
-            self._norm += gradient_norm
+        for name, value in {"loss": loss, **terms, "gradient_norm": gradient_norm or 0.0}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
 
     def report(self, step: int, lr: float, waited_seconds: float) -> dict[str, float]:
         """Numbers of the interval that ends after `step` steps, and start the next.
@@ -57,11 +54,9 @@ class Meter:
         """
         seconds = time.monotonic() - self._since
         steps = max(self.steps, 1)
-        values = {"loss": self._loss / steps}
-        values |= {name: float(value) / steps for name, value in self._terms.items()}
+        values = {name: float(value) / steps for name, value in self._sums.items()}
         values |= {
             "lr": lr,
-            "gradient_norm": self._norm / steps,
             "clips_per_second": self.steps * self.clips / seconds,
             "data_wait_share": (waited_seconds - self._waited) / seconds,
             "memory_gigabytes": memory_gigabytes(),
@@ -76,9 +71,7 @@ class Meter:
         self._since = time.monotonic()
         self._waited = waited_seconds
         self.steps = 0
-        self._loss = 0.0
-        self._norm = 0.0
-        self._terms: dict[str, torch.Tensor | float] = {}
+        self._sums: dict[str, torch.Tensor | float] = {}
 
 
 def line(values: Mapping[str, float], epoch: int, epochs: int, step: int, total_steps: int) -> str:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("keyreid")
 
 RESULT, INTERRUPTED, COMPLETED, RESOLVED = "result.json", "interrupted", "completed", "config.yaml"
-LOGGED_VERSIONS = (
+LOGGED_VERSIONS = [
     "keyreid",
     "torch",
     "deepspeed",
@@ -36,7 +36,7 @@ LOGGED_VERSIONS = (
     "ray",
     "mlflow",
     "numpy",
-)
+]
 
 
 def train(
@@ -69,9 +69,10 @@ def train(
         _start_logging(config.run_dir, ranks)
         if ranks.first:
             _prepare_folder(config)
+            start = record_start(config.run_dir, command or sys.argv, ranks.world_size)
         tracker = Tracker(config.tracking, Path(config.output), config.run_dir, config.name, tags, ranks.first)
         if ranks.first:
-            tracker.provenance(record_start(config.run_dir, command or sys.argv, ranks.world_size))
+            tracker.provenance(start)
         with contextlib.nullcontext(stop) if stop else StopRequest() as stop:
             return _tracked(config, ranks, tracker, stop, resume, on_evaluation)
     finally:
@@ -86,7 +87,7 @@ def _tracked(
     resume: bool,
     on_evaluation: OnEvaluation | None,
 ) -> dict | None:
-    from keyreid.training.loop import Interrupted, Trainer  # imports DeepSpeed, which takes seconds
+    from keyreid.training.loop import Interrupted, Trainer  # imports timm, which takes seconds
 
     tracker.params(_flatten(config.model_dump(mode="json")) | _environment())
     tracker.artifact(config.run_dir / RESOLVED)
