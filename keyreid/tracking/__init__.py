@@ -50,15 +50,14 @@ class Tracker:
         enabled: bool = True,
     ) -> None:
         self._folder = run_dir / TRACKING
+        self._open = enabled
+        self._warned = False
         self._senders: list[Sender] = []
-        self._log: EventLog | None = None
         if enabled:
             self._log = EventLog(self._folder)
             self._append({"status": "RUNNING"})
-            for sink in config.sinks:
-                self._senders.append(
-                    Sender(sink, SINKS[sink](config, output, self._folder, name, tags or {}), self._log)
-                )
+            sinks = {sink: SINKS[sink](config, output, self._folder, name, tags or {}) for sink in config.sinks}
+            self._senders = [Sender(sink, target, self._log) for sink, target in sinks.items()]
 
     @property
     def run_id(self) -> str | None:
@@ -73,22 +72,14 @@ class Tracker:
 
     def params(self, values: Mapping[str, object]) -> None:
         """Log parameters; those of an earlier start of the run stay as they are."""
-        if self._log is None:
-            return
-        new = {key: str(value)[:6000] for key, value in values.items() if key not in self._log.params}
-        self._log.params.update(new)
-        if new:
-            self._append({"params": new})
+        known = self._log.params if self._open else values
+        self._append({"params": {key: str(value)[:6000] for key, value in values.items() if key not in known}})
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log numbers of a step."""
-        if self._log is None:
-            return
-        last = self._log.last_step
+        last = self._log.last_step if self._open else {}
         new = {key: float(value) for key, value in values.items() if step > last.get(key, -1)}
-        last.update(dict.fromkeys(new, step))
-        if new:
-            self._append({"metrics": new, "step": step, "time": int(time.time() * 1000)})
+        self._append({"metrics": new, "step": step, "time": int(time.time() * 1000)})
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Log a file or a whole folder."""
@@ -112,19 +103,21 @@ class Tracker:
 
     def close(self, status: str) -> None:
         """End the run with FINISHED, FAILED or KILLED (which may continue), and send what is left for a while."""
-        if self._log is None:
-            return
         self._append({"status": status})
-        self._log = None
-        for sender in self._senders:
-            sender.close()
+        if self._open:
+            self._open = False
+            for sender in self._senders:
+                sender.close()
 
     def _append(self, event: Event) -> None:
-        if self._log is None:
+        """Log an event, unless there is nothing in it."""
+        if not self._open or not next(iter(event.values())):
             return
         try:
             self._log.append(event)
         except OSError as error:  # a full disk stops the checkpoints, which say so; not this
-            print(f"warning: cannot write {self._log.path}: {error}", file=sys.stderr, flush=True)
+            if not self._warned:
+                print(f"warning: cannot write {self._log.path}: {error}", file=sys.stderr, flush=True)
+            self._warned = True
         for sender in self._senders:
             sender.wake()

@@ -45,11 +45,8 @@ class EventLog:
                 self._recall(json.loads(line))
 
     def append(self, event: Mapping[str, object]) -> None:
-        """Write one event.
-
-        Raises:
-            OSError: the disk is full, or the folder is gone.
-        """
+        """Write one event; OSError where the disk is full or the folder is gone."""
+        self._recall(event)
         with self.path.open("a") as file:
             file.write(json.dumps(event) + "\n")
 

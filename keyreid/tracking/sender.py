@@ -74,23 +74,25 @@ class Sender:
         while True:
             self._new.clear()
             stopping = self._stop.is_set()
-            try:
-                self._send_new()
-                self._warned = False
-            except Exception as error:  # whatever a server, a driver or a network does must not end a training
-                first_line = next(iter(str(error).splitlines()), "")[:200]
-                self._warn(f"{self._sink}: {type(error).__name__}: {first_line}; trying again")
-                if not stopping:
-                    self._stop.wait(RETRY_SECONDS)
-                    continue
-                tries_left -= 1
-                if tries_left:
-                    time.sleep(LAST_WAIT_SECONDS)
-                    continue
-            if stopping:
-                self._sink.close()
-                return
-            self._new.wait()
+            sent = self._try_to_send()
+            if not stopping:
+                self._new.wait() if sent else self._stop.wait(RETRY_SECONDS)
+                continue
+            tries_left -= 1
+            if sent or not tries_left:
+                break
+            time.sleep(LAST_WAIT_SECONDS)
+        self._sink.close()
+
+    def _try_to_send(self) -> bool:
+        try:
+            self._send_new()
+            self._warned = False
+        except Exception as error:  # whatever a server, a driver or a network does must not end a training
+            first_line = next(iter(str(error).splitlines()), "")[:200]
+            self._warn(f"{self._sink}: {type(error).__name__}: {first_line}; trying again")
+            return False
+        return True
 
     def _send_new(self) -> None:
         while True:

@@ -26,17 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("keyreid")
 
 RESULT, INTERRUPTED, COMPLETED, RESOLVED = "result.json", "interrupted", "completed", "config.yaml"
-LOGGED_VERSIONS = [
-    "keyreid",
-    "torch",
-    "deepspeed",
-    "timm",
-    "webdataset",
-    "nvidia-dali-cuda130",
-    "ray",
-    "mlflow",
-    "numpy",
-]
+PACKAGES = ("keyreid", "torch", "deepspeed", "timm", "webdataset", "nvidia-dali-cuda130", "ray", "mlflow", "numpy")
 
 
 def train(
@@ -160,7 +150,7 @@ def _flatten(values: dict, prefix: str = "") -> dict[str, object]:
 
 def _environment() -> dict[str, object]:
     values: dict[str, object] = {"python": platform.python_version(), "host": platform.node()}
-    for package in LOGGED_VERSIONS:
+    for package in PACKAGES:
         try:
             values[f"version.{package}"] = version(package)
         except PackageNotFoundError:
