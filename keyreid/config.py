@@ -201,9 +201,10 @@ class EvaluationConfig(Section):
 
 
 class TrackingConfig(Section):
-    """MLflow."""
+    """Who is told of a run; see keyreid/tracking."""
 
-    uri: str | None = Field(None, description="tracking server or store; default SQLite in the output folder")
+    sinks: tuple[Literal["mlflow"], ...] = Field(("mlflow",), description="empty: the event log in the run's folder")
+    uri: str | None = Field(None, description="MLflow server or store; default SQLite in the output folder")
     experiment: str = "keyreid"
     system_metrics: bool = True
 

@@ -3,6 +3,9 @@
 L = alpha L_global + (1 - alpha) mean over parts of L_part + attention L_attention, where for each branch
 L_x = identity * cross entropy + triplet * batch-hard triplet + centre * centre loss.
 
+Another loss is a function, a line in `Criterion.branch_terms` (of each branch) or `batch_terms` (of the whole batch),
+and a weight of the same name in `LossConfig`; it is then minimised, logged and searched like the others.
+
 All of them see the GLOBAL batch: `gather` brings the features of all ranks together with their gradients, so that R
 ranks of b clips compute what one rank of R*b clips would.
 """
@@ -12,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from keyreid.config import LossConfig
+from keyreid.distributed.collectives import gather
 from keyreid.errors import DataError
 from keyreid.model.keyreid import Features
 from keyreid.model.precision import full
@@ -37,37 +40,11 @@ def check_labels(labels: torch.Tensor, num_identities: int, keys: Sequence[str])
         )
 
 
-def gather(tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    """The tensors of all ranks, joined along `dim` in rank order, differentiable; the same object on one rank.
-
-    Every rank must hold the same shape and compute the same loss from the result. Then the gradient for a rank's own
-    part needs no communication: it is its slice of the gradient, times the number of ranks because data-parallel
-    training averages the weights' gradients over the ranks.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return tensor
-    return _Gather.apply(tensor, dim)
-
-
 def gather_features(features: Features) -> Features:
     """The features of all ranks' clips, in rank order, differentiable."""
     return Features(
         gather(features.global_feature), gather(features.part_features, dim=1), gather(features.temporal_scores)
     )
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        ctx.dim, ctx.length = dim, tensor.shape[dim]
-        pieces = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
-        dist.all_gather(pieces, tensor.contiguous())
-        return torch.cat(pieces, dim)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        own = gradient.narrow(ctx.dim, dist.get_rank() * ctx.length, ctx.length)
-        return own * dist.get_world_size(), None
 
 
 def identity_loss(
@@ -174,30 +151,44 @@ class Criterion(nn.Module):
         Returns:
             The total, with gradient, and its terms before weighting, detached; `accuracy` is the global classifier's.
         """
-        config = self.loss
+        alpha = self.loss.alpha
         seen = None if visibility is None else (visibility > 0).float().T  # [P, B]
-        identity_global = identity_loss(logits[0], labels, config.label_smoothing)
-        identity_parts = identity_loss(logits[1:], labels, config.label_smoothing, seen).mean()
-        triplet_global = triplet_loss(features.global_feature, labels, config.triplet_margin)
-        triplet_parts = triplet_loss(features.part_features, labels, config.triplet_margin, seen).mean()
-        centre_global = centre_loss(features.global_feature, labels, self.global_centres)
-        centre_parts = centre_loss(features.part_features, labels, self.part_centres, seen).mean()
-        attention = attention_loss(features.temporal_scores, erased)
-
-        whole = config.identity * identity_global + config.triplet * triplet_global + config.centre * centre_global
-        parts = config.identity * identity_parts + config.triplet * triplet_parts + config.centre * centre_parts
-        total = config.alpha * whole + (1 - config.alpha) * parts + config.attention * attention
+        whole = self.branch_terms(features.global_feature, logits[0], labels, self.global_centres)
+        parts = self.branch_terms(features.part_features, logits[1:], labels, self.part_centres, seen)
+        parts = {name: term.mean() for name, term in parts.items()}
+        batch = self.batch_terms(features, erased)
+        total = alpha * self._weighted(whole) + (1 - alpha) * self._weighted(parts) + self._weighted(batch)
         terms = {
-            "identity_global": identity_global,
-            "identity_parts": identity_parts,
-            "triplet_global": triplet_global,
-            "triplet_parts": triplet_parts,
-            "centre_global": centre_global,
-            "centre_parts": centre_parts,
-            "attention": attention,
-            "accuracy": (logits[0].argmax(-1) == labels).float().mean(),
+            f"{name}_{part}": term for name in whole for part, term in (("global", whole[name]), ("parts", parts[name]))
         }
+        terms |= batch | {"accuracy": (logits[0].argmax(-1) == labels).float().mean()}
         return total, {name: term.detach() for name, term in terms.items()}
+
+    def branch_terms(
+        self,
+        features: torch.Tensor,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        centres: torch.Tensor,
+        weights: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The losses of the global branch, or of the parts' with P in front of each shape: [] or [P] each.
+
+        Their names are those of their weights in LossConfig. Shapes as in the functions above.
+        """
+        config = self.loss
+        return {
+            "identity": identity_loss(logits, labels, config.label_smoothing, weights),
+            "triplet": triplet_loss(features, labels, config.triplet_margin, weights),
+            "centre": centre_loss(features, labels, centres, weights),
+        }
+
+    def batch_terms(self, features: Features, erased: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The losses that belong to no branch, each a scalar, under the names of their weights in LossConfig."""
+        return {"attention": attention_loss(features.temporal_scores, erased)}
+
+    def _weighted(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
+        return sum(getattr(self.loss, name) * term for name, term in terms.items())
 
     @torch.no_grad()
     def update_centres(self, features: Features, labels: torch.Tensor, visibility: torch.Tensor | None = None) -> None:

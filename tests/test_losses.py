@@ -6,13 +6,13 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from keyreid.config import ClipConfig, LossConfig, ModelConfig
+from keyreid.distributed.collectives import gather
 from keyreid.errors import DataError
 from keyreid.losses import (
     Criterion,
     attention_loss,
     centre_loss,
     check_labels,
-    gather,
     gather_features,
     identity_loss,
     triplet_loss,

@@ -8,7 +8,7 @@ import torch
 
 from keyreid.config import load_config
 from keyreid.errors import ConfigError
-from keyreid.training.engine import check_precision, deepspeed_config
+from keyreid.training.engine_config import check_precision, deepspeed_config
 
 FILES = Path(__file__).parents[1] / "configs" / "deepspeed"
 

@@ -25,7 +25,6 @@ def record(config, folder):
     from keyreid.distributed.ranks import join, leave
     from keyreid.shards.dali import DaliReader
     from keyreid.tracking import Tracker
-    from keyreid.training import state
     from keyreid.training.loop import Trainer
 
     ranks = join()
@@ -40,12 +39,12 @@ def record(config, folder):
         seen["norms"].append(outcome.gradient_norm)
         seen["keys"].append(batch.keys)
         seen["pictures"].append(hashlib.sha256(batch.images.numpy().tobytes()).hexdigest())
-    weights = torch.cat([weight.flatten() for _, weight in state.full_weights(trainer.engine)])
+    weights = torch.cat([weight.flatten() for _, weight in trainer.engine.weights()])
     buffers = torch.cat([buffer.double().flatten() for _, buffer in trainer.engine.module.named_buffers()])
     seen["weights"] = hashlib.sha256(weights.numpy().tobytes()).hexdigest()
     seen["sample"] = weights[:: max(1, len(weights) // 2000)].tolist()
     seen["buffers"] = buffers[:: max(1, len(buffers) // 2000)].tolist()
-    seen["engine"] = isinstance(trainer.engine, deepspeed.DeepSpeedEngine)
+    seen["engine"] = isinstance(trainer.engine._deepspeed, deepspeed.DeepSpeedEngine)
     seen["dali"] = isinstance(trainer.reader, DaliReader)
     trainer.reader.close()
     (folder / f"{ranks.rank}.json").write_text(json.dumps(seen))

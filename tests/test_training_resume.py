@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or moved to other ranks goes on as if nothing had happened."""
+"""A run that is killed, stopped or moved to other ranks resumes as if nothing had happened."""
 
 import contextlib
 import random
@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(shards, undist
     run(train, config, 1)
     text = printed(config)
     assert f"{newest / checkpoints.TRAINING}: SHA-256 does not fit" in text
-    assert "goes on from" in text and checkpoints.folder_name(9) in text.split("goes on from")[-1].splitlines()[0]
+    assert "resuming from" in text and checkpoints.folder_name(9) in text.split("resuming from")[-1].splitlines()[0]
 
 
 def test_another_architecture_is_refused(shards, undisturbed):

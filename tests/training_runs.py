@@ -18,7 +18,9 @@ from keyreid.checkpoints import folder as checkpoints
 from keyreid.config import Config, check_config
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["keyreid.training.loop", "keyreid.training.run", "mlflow", "keyreid.shards.dali"])
+SERVER.set_forkserver_preload(
+    ["keyreid.training.loop", "keyreid.training.run", "mlflow", "deepspeed", "keyreid.shards.dali"]
+)
 TIMEOUT = 300
 
 

@@ -83,7 +83,7 @@ def embed(
                 *(["--", *overrides] if overrides else []),
             ),
         ]
-        status = run_ranks(arguments, ranks, out.with_name(f"{out.name}.logs"))
+        status = run_ranks(ranks, out.with_name(f"{out.name}.logs"), arguments)
         if status:
             sys.exit(status)
     else:

@@ -83,10 +83,7 @@ def evaluate(
 
     ranks = ranks or default_ranks()
     if ranks > 1 and not is_launched():
-        given = {"--json": json, "--config": config, "--shards": shards, "--out": out, "--split-number": split_number}
-        arguments = ["evaluate", *(f"{name}={value}" for name, value in given.items() if value is not None)]
-        arguments += [f"--protocol={name}" for name in protocols] + ["--all-splits"] * all_splits
-        sys.exit(run_ranks([*arguments, "--", str(weights), *(overrides or [])], ranks, _logs(out)))
+        sys.exit(run_ranks(ranks, _logs(out)))
     _evaluate(weights, overrides or [], protocols, json, config, shards, vectors, out, split_number, all_splits)
 
 

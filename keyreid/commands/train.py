@@ -26,7 +26,7 @@ def train(
         ),
     ] = None,
     resume: Annotated[
-        str, typer.Option(help="auto: go on from the run's newest whole checkpoint. never: start anew.")
+        str, typer.Option(help="auto: from the run's newest whole checkpoint. never: start anew.")
     ] = "auto",
     dataset_name: Annotated[
         str | None, typer.Option(help="MARS, iLIDS-VID or PRID2011: use its configuration from configs/.")
@@ -38,13 +38,17 @@ def train(
         bool, typer.Option(help="Check configuration and shards, print the plan, train nothing.")
     ] = False,
 ) -> None:
-    """Train a model. Run again with the same configuration, it goes on where it stopped.
+    """Train a model. Run again with the same configuration, it resumes where it stopped.
 
     Several machines: --ray, or start it with torchrun, deepspeed or slurm/train.sbatch, whose variables name the ranks.
     """
     from keyreid.config import load_config
     from keyreid.distributed.launch import default_ranks, is_launched, run_ranks
+    from keyreid.distributed.ranks import position
     from keyreid.errors import ConfigError
+    from keyreid.training.dry_run import check_data, describe_plan
+    from keyreid.training.run import completed_result
+    from keyreid.training.run import train as train_here
 
     overrides = list(overrides or [])
     if dataset_name is not None:
@@ -59,80 +63,37 @@ def train(
         raise ConfigError(f"--resume {resume}: auto or never")
     settings = load_config(config, overrides)
     if dry_run:
-        _print_plan(settings)
+        print(describe_plan(settings))
         return
-    if ray is not None:
-        _train_on_ray(settings, ray, ranks, resume == "auto")
-        return
-    if not is_launched():
+    if ray is None and not is_launched():
         ranks = ranks or default_ranks()
         settings.check_ranks(ranks)
         if ranks > 1:
-            _check_data(settings)  # once and soon, not by every rank after it has imported everything
-            arguments = ["train", str(config), f"--resume={resume}", "--", *overrides]
-            sys.exit(run_ranks(arguments, ranks, settings.run_dir / "logs"))
-    _train(settings, resume == "auto")
-
-
-def _train(settings, resume: bool) -> None:
-    from keyreid.training.run import completed_result, train
-
-    result = completed_result(settings) if resume else None
-    if result is None:
-        result = train(settings, resume)
-    if _is_first_rank():
-        _print_result(result, settings)
-
-
-def _train_on_ray(settings, address: str, ranks: int | None, resume: bool) -> None:
-    import importlib.util
-
-    from keyreid.errors import ConfigError
-    from keyreid.training.run import completed_result
-
-    if importlib.util.find_spec("ray") is None:
-        raise ConfigError("--ray needs Ray: pip install 'keyreid[tune]'")
-    from keyreid.distributed.ray_launch import run_on_ray
-
-    result = completed_result(settings) if resume else None
-    if result is None:
-        _check_data(settings)
-        result = run_on_ray(settings, address, ranks, resume)
-    _print_result(result, settings)
-
-
-def _print_result(result: dict | None, settings) -> None:
-    if result is not None:
+            check_data(settings)  # once and soon, not by every rank after it has imported everything
+            sys.exit(run_ranks(ranks, settings.run_dir / "logs"))
+    result = completed_result(settings) if resume == "auto" else None
+    if result is None and ray is not None:
+        result = _train_on_ray(settings, ray, ranks, resume == "auto")
+    elif result is None:
+        result = train_here(settings, resume == "auto")
+    if result is not None and position()[0] == 0:
         print(f"\n{result.get('summary', result)}\nrun folder: {settings.run_dir}")
 
 
-def _is_first_rank() -> bool:
-    from keyreid.distributed.ranks import position
+def _train_on_ray(settings, address: str, ranks: int | None, resume: bool) -> dict | None:
+    import importlib.util
+    from functools import partial
 
-    return position()[0] == 0
+    from keyreid.errors import ConfigError
+    from keyreid.training.dry_run import check_data
+    from keyreid.training.run import train
 
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("--ray needs Ray: run launch/quickstart, or `pip install -e .[tune]` in the clone")
+    from keyreid.distributed.ray_launch import run_on_ray
 
-def _check_data(settings):
-    from keyreid.shards.plan import TrainingPlan
-    from keyreid.shards.shard_set import ShardSet
-
-    shards = ShardSet.from_config(settings.data)
-    return shards, TrainingPlan(shards, settings.data, settings.clip, settings.seed)
-
-
-def _print_plan(settings) -> None:
-    import yaml
-
-    from keyreid.checkpoints.start import start_network
-
-    shards, plan = _check_data(settings)
-    network = start_network(settings.model, settings.clip, plan.num_identities, len(shards.camera_index))
-    print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
-    steps = settings.schedule.steps_per_epoch or plan.steps_per_epoch
-    print(
-        f"{plan.num_identities} training identities, {steps} steps an epoch, {steps * settings.schedule.epochs} in all"
-    )
-    print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters")
+    check_data(settings)
+    return run_on_ray(partial(train, settings, resume, command=sys.argv), address, ranks, settings.check_ranks)
 
 
 def _dataset_configuration(name: str) -> Path:

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 from typing import Any
 
 # Before Ray is imported: nothing is sent to Ray's makers.
@@ -103,6 +104,7 @@ class RayProcess:
     def __init__(self, rank: int, world_size: int, threads: int, directory: str) -> None:
         # Relative paths in the configuration are meant from where the run was started.
         os.chdir(directory)
+        del sys.argv[1:]  # Ray's own words, secrets among them, which a run's provenance must not show
         # Ray shows each actor its own GPU alone, so it is the first of its kind on any node.
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", OMP_NUM_THREADS=str(threads))
 

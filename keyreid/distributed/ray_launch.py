@@ -1,12 +1,12 @@
-"""Train on ranks that a Ray cluster places: `keyreid train CONFIG --ray HOST:PORT --ranks N`."""
+"""Ranks that a Ray cluster places: `keyreid train CONFIG --ray HOST:PORT --ranks N`."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from keyreid.config import Config
 from keyreid.distributed.preemption import StopRequest
 from keyreid.distributed.ray_cluster import RayProcess, ray, start, start_processes
 from keyreid.errors import ConfigError, KeyreidError
@@ -15,41 +15,42 @@ POLL_SECONDS = 0.2
 GRACE_SECONDS = 10.0  # for ranks that are left after one failed
 PLACE_SECONDS = 600.0  # a busy cluster's patience; then the run is refused
 LOCAL = "local"
+Work = Callable[..., Any]  # picklable; called on each rank with `stop=`, a StopRequest to ask
 
 
-class Rank(RayProcess):
-    """A rank with threads: `train` runs in one while another hears of stop signals."""
+class WorkingRank(RayProcess):
+    """A rank with threads: the work runs in one while another hears of stop signals."""
 
     def __init__(self, rank: int, world_size: int, threads: int, directory: str) -> None:
         super().__init__(rank, world_size, threads, directory)
         self._stop = StopRequest()
 
-    def train(self, config: Config, resume: bool, meeting_point: tuple[str, int]) -> dict | None:
-        """See keyreid.training.run.train."""
+    def run(self, work: Work, meeting_point: tuple[str, int]) -> Any:
+        """Do the work; gives what it gives."""
         self._meet_at(meeting_point)
-        from keyreid.training.run import train
-
-        return train(config, resume, stop=self._stop)
+        return work(stop=self._stop)
 
     def stop(self, number: int) -> None:
         """Save and end after the current step."""
         self._stop.ask(number)
 
 
-def run_on_ray(config: Config, address: str, ranks: int | None, resume: bool) -> dict | None:
-    """Train on `ranks` processes of the cluster; default one for each of its GPUs, one where there is none.
+def run_on_ray(work: Work, address: str, ranks: int | None, check_ranks: Callable[[int], None]) -> Any:
+    """Do `work` on `ranks` processes of the cluster; default one for each of its GPUs, one where there is none.
 
     Ray places them as close together as it can, one GPU each where there are GPUs. Stop signals are passed on, a rank
     that fails ends all. Every node sees the same files under the same paths.
 
     Args:
+        work: for example `functools.partial(keyreid.training.run.train, config)`; it joins the ranks itself.
         address: HOST:PORT of the cluster, "auto" for the one that this machine belongs to, "local" to start Ray here.
+        check_ranks: raises where the work cannot be done on that many.
 
     Returns:
-        the last evaluation, or None after a stop signal.
+        what the work gives on the first rank.
 
     Raises:
-        ConfigError: no cluster there, or too small a one; the ranks do not divide the batch.
+        ConfigError: no cluster there, or too small a one.
         KeyreidError: a rank failed; the message says which and why.
     """
     start(None if address == LOCAL else address, log_to_driver=True)
@@ -57,17 +58,17 @@ def run_on_ray(config: Config, address: str, ranks: int | None, resume: bool) ->
         there = ray.cluster_resources()
         gpus = int(there.get("GPU", 0))
         ranks = ranks or max(1, gpus)
-        config.check_ranks(ranks)
+        check_ranks(ranks)
         share = {"GPU": 1.0, "CPU": 1.0} if gpus else {"CPU": 1.0}
         group = _place(share, ranks, there)
         actors, meeting_point = start_processes(
-            *(Rank, ranks, group, share["CPU"], share.get("GPU", 0)),
+            *(WorkingRank, ranks, group, share["CPU"], share.get("GPU", 0)),
             threads=max(1, int(there["CPU"]) // ranks),
             calls=2,
             directory=str(Path.cwd()),
         )
         with StopRequest() as stop:
-            return _run(actors, meeting_point, config, resume, stop)
+            return _run(actors, meeting_point, work, stop)
     finally:
         ray.shutdown()
 
@@ -84,10 +85,8 @@ def _place(share: dict[str, float], ranks: int, there: dict[str, float]) -> Any:
     return group
 
 
-def _run(
-    actors: list[Any], meeting_point: tuple[str, int], config: Config, resume: bool, stop: StopRequest
-) -> dict | None:
-    runs = [actor.train.remote(config, resume, meeting_point) for actor in actors]
+def _run(actors: list[Any], meeting_point: tuple[str, int], work: Work, stop: StopRequest) -> Any:
+    runs = [actor.run.remote(work, meeting_point) for actor in actors]
     pending, told = list(runs), False
     while pending:
         done, pending = ray.wait(pending, timeout=POLL_SECONDS)

@@ -1,140 +1,268 @@
-"""The DeepSpeed engine: its configuration, made from ours and the user's, and the engine itself."""
+"""The engine that trains: DeepSpeed behind the few words that training needs. Nothing else touches DeepSpeed.
+
+The whole float32 state is gathered to one process or put back, whatever shards it. DeepSpeed's own checkpoint files
+hold the shards of one world size and one ZeRO stage. Here every weight and every optimizer state is gathered by name
+through DeepSpeed's public accessors (deepspeed.utils.safe_get_full_*), so that what is saved fits any number of ranks
+and any stage. Weights are put back before the engine is built, which then shards them as it likes; optimizer states go
+back through the accessors.
+"""
 
 from __future__ import annotations
 
-import json
+import importlib.abc
 import logging
-from pathlib import Path
-from typing import Any
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from keyreid.config import Config, TrainingConfig
-from keyreid.errors import ConfigError
+from keyreid.config import Config
+from keyreid.training.engine_config import check_precision, deepspeed_config
 
-# Sections of a DeepSpeed configuration that would do again, otherwise, what ours says, and where ours says it
-SAID_ELSEWHERE = {
-    "optimizer": "optimizer",
-    "scheduler": "schedule",
-    "train_batch_size": "data.identities x data.tracklets",
-    "train_micro_batch_size_per_gpu": "data.identities x data.tracklets and training.accumulation",
-    "gradient_accumulation_steps": "training.accumulation",
+LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's dynamic scaler
+OPTIMIZER_STATES = {
+    torch.optim.SGD: ("momentum_buffer",),
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
 }
+T = TypeVar("T")
 
 
-def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, device: torch.device):
-    """Wrap `module` in a DeepSpeed engine.
+class Engine:
+    """Runs a module and optimizes it: shards, casts and scales as the configuration says.
 
     Args:
-        module: the network with its losses; parameters in float32 on the CPU or on `device`.
-        optimizer: over the module's parameters; the engine shards its state by `training.zero_stage`.
+        module: its `forward(stage, **inputs)` is `stage(**inputs)`; parameters in float32 on the CPU or on `device`.
+        optimizer: over the module's parameters; its state is sharded by `training.zero_stage`.
+        steps: optimizer steps taken before, where the states are put back afterwards.
 
     Raises:
         ConfigError: precision or stage that this device or DeepSpeed cannot do, or a contradiction between
             `training` and the DeepSpeed configuration.
     """
-    import deepspeed  # imports for seconds: only where training really starts
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # On CPUs DeepSpeed would compile a shared-memory all-reduce at first use, behind a lock file that a killed process
-    # leaves for ever. gloo does without it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    check_precision(config.training, device)
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=deepspeed_config(config), dist_init_required=False
-    )
-    return engine
-
-
-def check_precision(training: TrainingConfig, device: torch.device) -> None:
-    """Refuse what the device cannot compute or the engine cannot checkpoint."""
-    if training.precision == "fp16" and device.type == "cpu":
-        raise ConfigError("training.precision=fp16 needs a GPU: on a CPU use bf16 or fp32")
-    if training.casting == "engine" and training.precision != "fp32" and training.zero_stage == 0:
-        raise ConfigError(
-            "training.casting=engine with zero_stage=0 keeps no float32 weights to save: "
-            "use zero_stage=1 or casting=autocast"
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, device: torch.device, steps: int = 0
+    ) -> None:
+        check_precision(config.training, device)
+        deepspeed = import_deepspeed()
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # On CPUs DeepSpeed would compile a shared-memory all-reduce at first use, behind a lock file that a killed
+        # process leaves for ever. gloo does without it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.module = module
+        self.device = device
+        self._optimizer = optimizer
+        self._stage = config.training.zero_stage
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=deepspeed_config(config), dist_init_required=False
         )
-    if training.precision == "fp16" and training.casting == "autocast" and training.zero_stage > 0:
-        raise ConfigError(
-            "training.precision=fp16 with casting=autocast and ZeRO never lowers its loss scale after an overflow "
-            "(DeepSpeed 0.19.8): use casting=engine, zero_stage=0, or precision=bf16"
-        )
-    if training.ema_decay is not None and training.casting == "engine" and training.precision != "fp32":
-        raise ConfigError("training.ema_decay averages float32 weights: use training.casting=autocast")
+        self.about = f"DeepSpeed {deepspeed.__version__} ({type(self._deepspeed).__name__}), ZeRO {self._stage}"
+        self._clipped_norm: float | None = None
+        if self._stage == 0:  # ZeRO clips and reports the norm itself
+            self._limit = config.training.clip_gradient_norm or float("inf")
+            optimizer.register_step_pre_hook(self._clip_gradients)
+        self._create_optimizer_states(steps)
+
+    def train(self, mode: bool = True) -> None:
+        """Training or evaluation mode of the module."""
+        self._deepspeed.train(mode)
+
+    def run(self, stage: Callable[..., T], **inputs: object) -> T:
+        """`stage(**inputs)`, a method of the module, where weights are cast and gathered."""
+        return self._deepspeed(stage, **inputs)
+
+    def begin_passes(self) -> None:
+        """Before the first of several backward passes of one step.
+
+        At ZeRO 3, DeepSpeed 0.19.8 copies a step's first gradients over those of the step before and adds the rest; a
+        parameter that has none in the first pass would add to what is left from the step before.
+        """
+        if self._stage == 3:
+            self._deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a scalar to the step's."""
+        self._deepspeed.backward(loss)
+
+    def step(self) -> bool:
+        """Average the gradients over the ranks, clip and apply them; False where the fp16 gradients overflowed."""
+        self._deepspeed.step()
+        return self._deepspeed.was_step_applied()
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """2-norm of the last step's global gradient before clipping."""
+        norm = self._deepspeed.get_global_grad_norm() if self._stage else self._clipped_norm
+        return None if norm is None else float(norm)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the weights."""
+        return self._optimizer.param_groups[0]["lr"]
+
+    @property
+    def loss_scale(self) -> float:
+        """What a loss is multiplied with before its backward pass (fp16; else 1)."""
+        if self._deepspeed.torch_autocast_z0_gradscaler is not None:
+            return self._deepspeed.torch_autocast_z0_gradscaler.get_scale()
+        return float(getattr(self._deepspeed.optimizer, "loss_scale", 1.0))
+
+    def _clip_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._clipped_norm = torch.nn.utils.clip_grad_norm_(parameters, self._limit).item()
+
+    def _create_optimizer_states(self, steps: int) -> None:
+        """Give the optimizer the zero states that it would make at its first step, as if `steps` had been taken.
+
+        Needed before states can be put back, and always with several parameter groups: ZeRO 1 and 2 map states to
+        parameters after the first group's first step, when the other groups have none (DeepSpeed 0.19.8).
+        """
+        optimizer = self._optimizer
+        # ZeRO 3 hands the optimizer one flat sub-group at a time, and only while it steps.
+        shards = getattr(self._deepspeed.optimizer, "fp32_partitioned_groups_flat", None)
+        for parameter in shards or [parameter for group in optimizer.param_groups for parameter in group["params"]]:
+            state = optimizer.state[parameter]
+            for key in OPTIMIZER_STATES[type(optimizer)]:
+                state[key] = torch.zeros_like(parameter)
+            if isinstance(optimizer, torch.optim.AdamW):
+                state["step"] = torch.tensor(float(steps))
+        link = getattr(self._deepspeed.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each parameter, float32 and whole; a collective for each, so all ranks must iterate to the end."""
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self.module.named_parameters():
+            whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            if whole is None:  # no float32 state beside it: not trained, or the engine shards nothing
+                with GatheredParameters([parameter]):
+                    whole = parameter.detach().clone()
+            yield name, whole.detach()
+
+    def restore_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put `weights` into the float32 copies of an engine that computes in lower precision."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        for name, parameter in self._trained():
+            value = weights[name].to(self.device)
+            if hasattr(parameter, "ds_id"):
+                safe_set_local_fp32_param(parameter, own_part_of(parameter, value))
+            else:
+                safe_set_full_fp32_param(parameter, value)
+
+    def optimizer_states(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """`NAME/STATE` and its tensor for each parameter; a collective for each, so all ranks iterate to the end."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        for name, parameter in self._trained():
+            for key in OPTIMIZER_STATES[type(self._optimizer)]:
+                if _is_sharded(parameter):
+                    whole = safe_get_full_optimizer_state(parameter, key)
+                else:
+                    whole = self._optimizer.state[parameter][key]
+                yield f"{name}/{key}", whole.detach()
+
+    def restore_optimizer_states(self, states: Mapping[str, torch.Tensor]) -> None:
+        """Put `optimizer_states` back."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        for name, parameter in self._trained():
+            for key in OPTIMIZER_STATES[type(self._optimizer)]:
+                value = states[f"{name}/{key}"].to(self.device)
+                if hasattr(parameter, "ds_id"):
+                    safe_set_local_optimizer_state(parameter, own_part_of(parameter, value), key)
+                elif _is_sharded(parameter):
+                    safe_set_full_optimizer_state(parameter, value, key)
+                else:
+                    self._optimizer.state[parameter][key].copy_(value)
+
+    def loss_scale_state(self) -> dict[str, float]:
+        """State of the fp16 loss scaler, wherever DeepSpeed keeps it; empty without one."""
+        scaler = self._grad_scaler()
+        if scaler is not None:
+            return {key: float(value) for key, value in scaler.state_dict().items()}
+        scaler = getattr(self._deepspeed.optimizer, "loss_scaler", None)
+        return {key: float(getattr(scaler, key)) for key in LOSS_SCALER_FIELDS if hasattr(scaler, key)}
+
+    def restore_loss_scale(self, values: Mapping[str, float]) -> None:
+        """Put `loss_scale_state` back."""
+        if not values:
+            return
+        scaler = self._grad_scaler()
+        if scaler is not None:
+            whole = {key: int(values[key]) for key in ("growth_interval", "_growth_tracker")}
+            scaler.load_state_dict({**values, **whole})
+            return
+        for key, value in values.items():
+            setattr(self._deepspeed.optimizer.loss_scaler, key, value if key == "cur_scale" else int(value))
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+
+    def _grad_scaler(self) -> torch.amp.GradScaler | None:
+        """torch's scaler: under autocast the engine has one without ZeRO, and ZeRO's optimizer has one with it."""
+        own = self._deepspeed.torch_autocast_z0_gradscaler
+        return own or getattr(self._deepspeed.optimizer, "torch_autocast_gradscaler", None)
 
 
-def deepspeed_config(config: Config) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run: the user's, and what our configuration says.
-
-    Raises:
-        ConfigError: the user's DeepSpeed configuration is missing, is not JSON, or says otherwise than ours.
-    """
-    ours = _from_our_configuration(config)
-    merged = _read_user_configuration(config.training.deepspeed)
-    for key, ours_of_it in SAID_ELSEWHERE.items():
-        if merged.pop(key, "auto") != "auto":
-            raise ConfigError(f"training.deepspeed sets {key}, which {ours_of_it} says: leave it out there")
-    _merge(merged, ours, "")
-    return merged
+def own_part(parameter: nn.Parameter) -> torch.Tensor:
+    """What this rank holds of a parameter: all of it, or its ZeRO 3 shard."""
+    return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
 
 
-def _from_our_configuration(config: Config) -> dict[str, Any]:
-    training = config.training
-    values: dict[str, Any] = {
-        # The reader gives each rank its clips; DeepSpeed uses these numbers only for its own counters.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        # We call step() when the batch is complete, after as many backward passes as accumulation needs.
-        "managed_gradient_accumulation": False,
-        # Without ZeRO, DeepSpeed clips and forgets the norm: step.py clips there, and reports it.
-        "gradient_clipping": training.clip_gradient_norm if training.zero_stage else 0.0,
-        "zero_optimization": {"stage": training.zero_stage},
-        "zero_allow_untested_optimizer": True,  # SGD with momentum is element-wise, so sharding it is exact
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": None,
-        "bf16": {"enabled": False},
-        "fp16": {"enabled": False},
-    }
-    if training.zero_stage == 3:
-        values["zero_optimization"]["overlap_comm"] = False
-    if training.precision != "fp32":
-        if training.casting == "autocast":
-            dtype = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}[training.precision]
-            values["torch_autocast"] = {"enabled": True, "dtype": dtype}
-        else:
-            values[training.precision] = {"enabled": True}
-    return values
+def own_part_of(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a value as large as the parameter; a shard is padded at its end."""
+    if not hasattr(parameter, "ds_tensor"):
+        return whole
+    size = parameter.ds_tensor.numel()  # padding is ours to do: DeepSpeed's own setter forgets it
+    flat = torch.nn.functional.pad(whole.flatten(), (0, size * dist.get_world_size() - whole.numel()))
+    return flat.narrow(0, size * dist.get_rank(), size)
 
 
-def _read_user_configuration(source: str | dict[str, Any] | None) -> dict[str, Any]:
-    if source is None:
-        return {}
-    if isinstance(source, dict):
-        return json.loads(json.dumps(source))
-    path = Path(source).expanduser()
+def joined(parameter: nn.Parameter, part: torch.Tensor) -> torch.Tensor:
+    """The whole value of which each rank holds its `part`; a collective under ZeRO 3."""
+    if not hasattr(parameter, "ds_tensor"):
+        return part
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, part)
+    return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Numbers in a module's parameters, whatever this rank holds of them."""
+    return sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in module.parameters())
+
+
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO 3 (ds_id) or ZeRO 1 and 2 (_hp_mapping) hold the parameter's float32 state."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+class _NoMlflow(importlib.abc.MetaPathFinder):
+    """Refuses MLflow to this thread: DeepSpeed's autotuner takes it where it finds it, for 1.5 s and 100 MB a rank."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()  # the first rank's tracker may be importing it in another
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        """Nothing is found here; one name is not to be found anywhere."""
+        if name == "mlflow" and threading.get_ident() == self._thread:
+            raise ModuleNotFoundError("not needed here", name=name)
+
+
+def import_deepspeed():
+    """The module, imported as where MLflow is not installed; DeepSpeed is made for that."""
+    finder = _NoMlflow()
+    sys.meta_path.insert(0, finder)
     try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"training.deepspeed: {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"training.deepspeed: {path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"training.deepspeed: {path}: expected an object of settings")
-    return values
-
-
-def _merge(theirs: dict[str, Any], ours: dict[str, Any], place: str) -> None:
-    """Put our values into theirs in place; a value that they set differently is a contradiction."""
-    for key, value in ours.items():
-        name = f"{place}{key}"
-        if isinstance(value, dict) and isinstance(theirs.get(key), dict):
-            _merge(theirs[key], value, f"{name}.")
-        elif key in theirs and theirs[key] not in (value, "auto"):
-            raise ConfigError(
-                f"training.deepspeed says {name} = {theirs[key]!r}, the rest of the configuration says {value!r}: "
-                'leave it out of the DeepSpeed configuration (or say "auto") and set it in `training`'
-            )
-        else:
-            theirs[key] = value
+        import deepspeed
+    finally:
+        sys.meta_path.remove(finder)
+    return deepspeed

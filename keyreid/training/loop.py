@@ -26,19 +26,21 @@ from keyreid.losses import Criterion
 from keyreid.model import KeyReID, build_model
 from keyreid.progress import track
 from keyreid.shards import open_reader
+from keyreid.shards.batch import ClipBatch
 from keyreid.shards.plan import TrainingPlan
 from keyreid.shards.shard_set import ShardSet
 from keyreid.tracking import Tracker
-from keyreid.training import report, snapshot, state, stochastic_depth
+from keyreid.training import snapshot, stochastic_depth
 from keyreid.training.ema import WeightAverage
-from keyreid.training.engine import build_engine, check_precision
+from keyreid.training.engine import Engine, count_parameters
+from keyreid.training.engine_config import check_precision
+from keyreid.training.reports import Meter, line, mfu_factor, profiled
 from keyreid.training.schedule import build_optimizer, build_schedule
-from keyreid.training.step import Stepper, TrainedModule
+from keyreid.training.step import Stepper, StepResult, TrainedModule
 
 log = logging.getLogger(__name__)
-PROFILE_AFTER_STEPS = 10
 # Called on the first rank with the epochs done, their evaluation and last training numbers, and the checkpoint that
-# holds them; whether the run goes on.
+# holds them; whether the run continues.
 OnEvaluation = Callable[[int, Mapping[str, float], Path], bool]
 
 
@@ -52,9 +54,9 @@ class Trainer:
     Args:
         config: of the run.
         ranks: this process among the run's.
-        tracker: MLflow; silent on all ranks but the first.
+        tracker: who is told; silent on all ranks but the first.
         stop: asked after every step.
-        resume: go on from the newest whole checkpoint of the run's folder, if there is one.
+        resume: from the newest whole checkpoint of the run's folder, if there is one.
         on_evaluation: who hears of each evaluation, once its checkpoint is on disk, and may end the run there.
     """
 
@@ -73,6 +75,7 @@ class Trainer:
         self.stop = stop
         self.on_evaluation = on_evaluation
         self._numbers: dict[str, float] = {}
+        self._bad_in_a_row = 0
         self.root = config.run_dir / "checkpoints"
         check_precision(config.training, ranks.device)
 
@@ -103,7 +106,7 @@ class Trainer:
             raise found
         if found is None:
             return None
-        log.info("goes on from %s", found)
+        log.info("resuming from %s", found)
         return snapshot.read(found, self.config, self.header)
 
     def _build(self, restored: snapshot.Restored | None) -> None:
@@ -124,12 +127,11 @@ class Trainer:
 
         module = TrainedModule(network, criterion).to(ranks.device)
         optimizer = build_optimizer(module.named_parameters(), config.optimizer)
-        self.engine = build_engine(module, optimizer, config, ranks.device)
+        self.state = restored.state if restored else TrainingState()
+        self.engine = Engine(module, optimizer, config, ranks.device, self.state.step)
         self.network: KeyReID = module.network
         self.schedule = build_schedule(optimizer, config.schedule, config.optimizer.lr, self.steps_per_epoch)
         self.average = WeightAverage(self.network, config.training.ema_decay) if config.training.ema_decay else None
-        self.state = restored.state if restored else TrainingState()
-        state.create_optimizer_states(self.engine, self.state.step)
         if restored:
             self._check_resumable()
             snapshot.restore_after(restored, self.engine, self.average)
@@ -166,57 +168,42 @@ class Trainer:
 
     def _introduce(self) -> None:
         """The log's first lines: what really runs."""
-        import deepspeed
-
-        config, ranks = self.config, self.ranks
-        training, backend = config.training, torch.distributed.get_backend()
+        config, training, ranks = self.config, self.config.training, self.ranks
+        parameters, backend = count_parameters(self.network), torch.distributed.get_backend()
         log.info(
-            "engine: DeepSpeed %s (%s), ZeRO %d, %s by %s, %d rank(s) over %s on %s",
-            deepspeed.__version__, type(self.engine).__name__, training.zero_stage, training.precision,
-            training.casting, ranks.world_size, backend, ranks.device,
-        )  # fmt: skip
-        log.info("reader: %s (%s)", config.data.reader, type(self.reader).__name__)
-        trained = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in self.network.parameters())
-        log.info(
-            "data: %s, %d training identities, batch %d x %d tracklets x %d frames, %d steps an epoch",
-            self.shards.card["name"], self.plan.num_identities, config.data.identities, config.data.tracklets,
-            config.clip.frames, self.steps_per_epoch,
-        )  # fmt: skip
-        log.info(
-            "network: %s, guidance %s, %.1f M parameters", config.model.backbone, config.model.guidance, trained / 1e6
+            f"engine: {self.engine.about}, {training.precision} by {training.casting}, {ranks.world_size} rank(s) over "
+            f"{backend} on {ranks.device}"
         )
+        log.info(f"reader: {config.data.reader} ({type(self.reader).__name__})")
+        log.info(
+            f"data: {self.shards.card['name']}, {self.plan.num_identities} training identities, batch "
+            f"{config.data.identities} x {config.data.tracklets} tracklets x {config.clip.frames} frames, "
+            f"{self.steps_per_epoch} steps an epoch"
+        )
+        model = config.model
+        log.info(f"network: {model.backbone}, guidance {model.guidance}, {parameters / 1e6:.1f} M parameters")
         self.tracker.params(
-            {"ranks": ranks.world_size, "parameters": trained, "num_identities": self.plan.num_identities}
+            {"ranks": ranks.world_size, "parameters": parameters, "num_identities": self.plan.num_identities}
         )
 
     def _steps(self) -> dict | None:
         """All steps that are left; gives the last evaluation among them."""
-        config, training = self.config, self.config.training
-        factor = report.mfu_factor(self.network, config, self.ranks.world_size) if self._can_measure_mfu() else None
-        meter = report.Meter(self.plan.batch_size, self.total_steps)
-        bad_in_a_row, result = 0, None
+        training, result = self.config.training, None
+        meter = Meter(self.plan.batch_size, self.total_steps, self._mfu_factor())
         numbers = range(self.state.step, self.total_steps)
         bar = sys.stderr.isatty() and self.ranks.first
         self.engine.train()
-        with self._profiler() as profiler:
-            for step in track(numbers, len(numbers), config.name, "steps", quiet=not bar):
+        with profiled(self.config, self.ranks, self.tracker, self.state.step) as profiler:
+            for step in track(numbers, len(numbers), self.config.name, "steps", quiet=not bar):
                 batch = next(self.reader)
                 self.schedule.step_update(step)
                 outcome = self.stepper.step(batch, step)
                 profiler.step()
                 self.state = replace(self.state, step=step + 1, steps_per_epoch=self.steps_per_epoch)
-                if outcome.applied:
-                    bad_in_a_row = 0
-                    meter.add(outcome.loss, outcome.terms, outcome.gradient_norm)
-                    if self.average:
-                        self.average.update()
-                else:
-                    bad_in_a_row += 1
-                    self._report_bad_step(batch, outcome.loss, bad_in_a_row)
-
+                self._count(outcome, batch, meter)
                 epoch, left = divmod(step + 1, self.steps_per_epoch)
                 if (step + 1) % training.log_every_steps == 0 or step + 1 == self.total_steps:
-                    self._log(meter, epoch - (left == 0), step + 1, factor)
+                    self._log(meter, epoch - (left == 0))
                 stopping, failed = self.ranks.agree(self.stop.signal is not None, self.writer.error is not None)
                 if failed:
                     raise self.writer.error or CheckpointError("the first rank could not write a checkpoint")
@@ -224,55 +211,51 @@ class Trainer:
                     result = self._evaluate()
                 if stopping or self._saves_after(step + 1, epoch if left == 0 else None):
                     self._save(epoch if left == 0 else None)
-                if not stopping and self.on_evaluation and self.state.evaluated_step == step + 1:
-                    self._tell_of_evaluation(epoch, result)
                 if stopping:
                     self.writer.wait()
                     raise Interrupted(f"{self.stop.signal.name if self.stop.signal else 'a signal on another rank'}")
+                if self.on_evaluation and self.state.evaluated_step == step + 1:
+                    self._tell_of_evaluation(epoch, result)
         return result
 
-    def _can_measure_mfu(self) -> bool:
-        return self.ranks.device.type == "cuda" and self.config.training.zero_stage < 3
+    def _mfu_factor(self) -> float | None:
+        measurable = self.ranks.device.type == "cuda" and self.config.training.zero_stage < 3
+        return mfu_factor(self.network, self.config, self.ranks.world_size) if measurable else None
 
-    def _profiler(self) -> contextlib.AbstractContextManager:
-        """torch.profiler over `profile_steps` steps of the first rank; the trace is logged as an artifact."""
-        steps = self.config.training.profile_steps
-        if not steps or not self.ranks.first:
-            return contextlib.nullcontext(_NoProfiler())
-        folder = self.config.run_dir / "profile"
-        folder.mkdir(parents=True, exist_ok=True)
+    def _count(self, outcome: StepResult, batch: ClipBatch, meter: Meter) -> None:
+        """What follows from a step that was applied, or not.
 
-        def keep(profile: torch.profiler.profile) -> None:
-            path = folder / f"steps-{self.state.step + 1 - steps}-{self.state.step + 1}.json"
-            profile.export_chrome_trace(str(path))
-            self.tracker.artifact(path, "profile")
-            log.info("profile: %s (open it in Perfetto or chrome://tracing)", path)
-
-        schedule = torch.profiler.schedule(wait=PROFILE_AFTER_STEPS - 1, warmup=1, active=steps, repeat=1)
-        return torch.profiler.profile(schedule=schedule, on_trace_ready=keep)
-
-    def _report_bad_step(self, batch, loss: float, in_a_row: int) -> None:
+        Raises:
+            KeyreidError: too many were not, one after the other.
+        """
+        if outcome.applied:
+            self._bad_in_a_row = 0
+            meter.add(outcome.loss, outcome.terms, outcome.gradient_norm)
+            if self.average:
+                self.average.update()
+            return
+        self._bad_in_a_row += 1
         self.state = replace(self.state, bad_steps=self.state.bad_steps + 1)
-        log.warning("step %d was not applied: loss %s (%d in a row)", self.state.step, loss, in_a_row)
+        log.warning("step %d was not applied: loss %s (%d in a row)", self.state.step, outcome.loss, self._bad_in_a_row)
         self.tracker.metrics({"bad_steps": self.state.bad_steps}, self.state.step)
-        if in_a_row < self.config.training.max_bad_steps:
+        if self._bad_in_a_row < self.config.training.max_bad_steps:
             return
         ranks = self.stepper.bad_ranks(batch)
         keys = [key for keys in self.ranks.from_all(list(batch.keys)) for key in keys]
         self.writer.wait()
         raise KeyreidError(
-            f"{in_a_row} steps in a row were not applied, the last with loss {loss}. Ranks whose features are not "
-            f"finite: {ranks or 'none'}; batch: {', '.join(keys)}; "
+            f"{self._bad_in_a_row} steps in a row were not applied, the last with loss {outcome.loss}. Ranks whose "
+            f"features are not finite: {ranks or 'none'}; batch: {', '.join(keys)}; "
             f"last checkpoint: {checkpoints.named(self.root, 'latest')}. Lower optimizer.lr, "
             "set training.clip_gradient_norm, or look at these tracklets"
         )
 
-    def _log(self, meter: report.Meter, epoch: int, step: int, factor: float | None) -> None:
+    def _log(self, meter: Meter, epoch: int) -> None:
         if not meter.steps:  # none was applied: the warnings have said so
             return
-        lr = self.engine.basic_optimizer.param_groups[0]["lr"]
-        values = meter.report(step, lr, self.reader.wait_seconds, factor)
-        log.info("%s", report.line(values, epoch, self.config.schedule.epochs, step, self.total_steps))
+        step = self.state.step
+        values = meter.report(step, self.engine.learning_rate, self.reader.wait_seconds)
+        log.info("%s", line(values, epoch, self.config.schedule.epochs, step, self.total_steps))
         self._numbers = {f"train/{name}": value for name, value in values.items()}
         self.tracker.metrics(self._numbers, step)
 
@@ -315,8 +298,7 @@ class Trainer:
             return
         weights = dict(self.average.full() if self.average else {})
         if not weights:
-            names = (item for item in state.full_weights(self.engine))
-            weights = {name.removeprefix(snapshot.NETWORK): value for name, value in names}
+            weights = {name.removeprefix(snapshot.NETWORK): value for name, value in self.engine.weights()}
         buffers = {name: value for name, value in self.network.state_dict().items() if name not in weights}
         model = self.config.model.model_copy(update={"weights": None})
         copy = build_model(model, self.config.clip, self.plan.num_identities, len(self.shards.camera_index))
@@ -330,18 +312,13 @@ class Trainer:
         return by_steps or by_epochs or step in (self.total_steps, self.state.best_step)
 
     def _save(self, epoch: int | None) -> None:
-        """Gather the state (training waits) and write it (training goes on)."""
+        """Gather the state (training waits) and write it (training does not)."""
         start = time.monotonic()
         every = self.config.training.keep_every_epochs
-        current = replace(
-            self.state,
-            loss_scale=state.loss_scale_state(self.engine),
-            keep=bool(every and epoch and epoch % every == 0),
-        )
-        header = replace(
-            self.header, about={**self.header.about, "step": current.step, "best_score": current.best_score}
-        )
-        taken = snapshot.take(self.engine, self.average, current, header, self.ranks.first)
+        keep = bool(every and epoch and epoch % every == 0)
+        current = replace(self.state, loss_scale=self.engine.loss_scale_state(), keep=keep)
+        about = {**self.header.about, "step": current.step, "best_score": current.best_score}
+        taken = snapshot.take(self.engine, self.average, current, replace(self.header, about=about), self.ranks.first)
         if taken is not None:
             self.writer.write(taken, best=current.best_step == current.step)
         self.tracker.metrics({"checkpoint/stall_seconds": time.monotonic() - start}, current.step)
@@ -352,8 +329,3 @@ class Trainer:
         numbers = {**self._numbers, **result["metrics"]}
         if not self.ranks.from_first(self.ranks.first and self.on_evaluation(epoch, numbers, folder)):
             raise Interrupted("ended after an evaluation")
-
-
-class _NoProfiler:
-    def step(self) -> None:
-        """Nothing."""

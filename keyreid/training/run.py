@@ -8,7 +8,7 @@ import logging
 import platform
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from keyreid.distributed.preemption import StopRequest
 from keyreid.distributed.ranks import Ranks, join, leave
 from keyreid.files import replace_text
 from keyreid.tracking import Tracker
+from keyreid.training.provenance import record_start
 
 if TYPE_CHECKING:
     from keyreid.training.loop import OnEvaluation
@@ -25,17 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("keyreid")
 
 RESULT, INTERRUPTED, COMPLETED, RESOLVED = "result.json", "interrupted", "completed", "config.yaml"
-LOGGED_VERSIONS = (
-    "keyreid",
-    "torch",
-    "deepspeed",
-    "timm",
-    "webdataset",
-    "nvidia-dali-cuda130",
-    "ray",
-    "mlflow",
-    "numpy",
-)
+PACKAGES = ("keyreid", "torch", "deepspeed", "timm", "webdataset", "nvidia-dali-cuda130", "ray", "mlflow", "numpy")
 
 
 def train(
@@ -44,16 +35,18 @@ def train(
     tags: Mapping[str, str] | None = None,
     stop: StopRequest | None = None,
     on_evaluation: OnEvaluation | None = None,
+    command: Sequence[str] | None = None,
 ) -> dict | None:
     """Train on this process's rank; every rank of the run calls it.
 
-    The run's folder then holds the resolved configuration, checkpoints, evaluations, logs, and either `completed` and
-    `result.json`, or `interrupted` after a stop signal.
+    The run's folder then holds the resolved configuration, provenance, checkpoints, evaluations, logs, and either
+    `completed` and `result.json`, or `interrupted` after a stop signal.
 
     Args:
         tags: of the MLflow run, when it is new.
         stop: asked after every step; default one that listens to stop signals, which only a main thread can.
         on_evaluation: see training/loop.py.
+        command: that started the run; default this process's.
 
     Returns:
         the last evaluation, or None after a stop signal.
@@ -66,7 +59,10 @@ def train(
         _start_logging(config.run_dir, ranks)
         if ranks.first:
             _prepare_folder(config)
+            start = record_start(config.run_dir, command or sys.argv, ranks.world_size)
         tracker = Tracker(config.tracking, Path(config.output), config.run_dir, config.name, tags, ranks.first)
+        if ranks.first:
+            tracker.provenance(start)
         with contextlib.nullcontext(stop) if stop else StopRequest() as stop:
             return _tracked(config, ranks, tracker, stop, resume, on_evaluation)
     finally:
@@ -81,7 +77,7 @@ def _tracked(
     resume: bool,
     on_evaluation: OnEvaluation | None,
 ) -> dict | None:
-    from keyreid.training.loop import Interrupted, Trainer  # imports DeepSpeed, which takes seconds
+    from keyreid.training.loop import Interrupted, Trainer  # imports timm, which takes seconds
 
     tracker.params(_flatten(config.model_dump(mode="json")) | _environment())
     tracker.artifact(config.run_dir / RESOLVED)
@@ -91,7 +87,7 @@ def _tracked(
         status = "FINISHED"
     except Interrupted as interruption:
         status = "KILLED"
-        log.info("stopped (%s); the same command goes on from here", interruption)
+        log.info("stopped (%s); the same command resumes here", interruption)
         if ranks.first:
             replace_text(config.run_dir / INTERRUPTED, str(interruption))
         return None
@@ -108,7 +104,7 @@ def _tracked(
 
 
 def completed_result(config: Config) -> dict | None:
-    """What an earlier run with this configuration ended with, or None."""
+    """What an earlier run of this configuration ended with, or None."""
     folder = config.run_dir
     if not (folder / COMPLETED).is_file() or not (folder / RESULT).is_file():
         return None
@@ -154,7 +150,7 @@ def _flatten(values: dict, prefix: str = "") -> dict[str, object]:
 
 def _environment() -> dict[str, object]:
     values: dict[str, object] = {"python": platform.python_version(), "host": platform.node()}
-    for package in LOGGED_VERSIONS:
+    for package in PACKAGES:
         try:
             values[f"version.{package}"] = version(package)
         except PackageNotFoundError:

@@ -15,18 +15,18 @@ from keyreid.config import Config
 from keyreid.errors import CheckpointError
 from keyreid.losses import Criterion
 from keyreid.model import KeyReID
-from keyreid.training import state
 from keyreid.training.ema import WeightAverage
+from keyreid.training.engine import Engine
 
 NETWORK, CRITERION = "network.", "criterion."
 
 
 def take(
-    engine, average: WeightAverage | None, training_state: TrainingState, header: WeightsHeader, first: bool
+    engine: Engine, average: WeightAverage | None, training_state: TrainingState, header: WeightsHeader, first: bool
 ) -> Snapshot | None:
     """Copy all of a run to the CPU of the first rank; a collective. None on the other ranks."""
-    weights = _collect(state.full_weights(engine), first)
-    states = _collect(state.full_optimizer_states(engine), first)
+    weights = _collect(engine.weights(), first)
+    states = _collect(engine.optimizer_states(), first)
     averages = _collect(average.full().items(), first) if average else {}
     if not first:
         return None
@@ -101,14 +101,14 @@ def restore_before(restored: Restored, network: KeyReID, criterion: Criterion) -
     criterion.load_state_dict(tables)
 
 
-def restore_after(restored: Restored, engine, average: WeightAverage | None) -> None:
+def restore_after(restored: Restored, engine: Engine, average: WeightAverage | None) -> None:
     """Optimizer states, float32 copies of lower-precision weights, the average, and the fp16 loss scale."""
-    state.restore_optimizer_states(engine, restored.training)
+    engine.restore_optimizer_states(restored.training)
     if next(engine.module.network.parameters()).dtype != torch.float32:
-        state.restore_master_weights(engine, {NETWORK + n: t for n, t in restored.weights.items()})
+        engine.restore_weights({NETWORK + n: t for n, t in restored.weights.items()})
     if average is not None:
         average.restore(restored.ema)
-    state.restore_loss_scale(engine, restored.state.loss_scale)
+    engine.restore_loss_scale(restored.state.loss_scale)
 
 
 def _collect(tensors, first: bool) -> dict[str, torch.Tensor]:

@@ -1,62 +1,88 @@
 """One optimizer step: clips in, losses out, the same whatever the number of ranks and micro-batches.
 
 The triplet and centre losses and the BatchNorm necks compare clips of the whole global batch, so gradients cannot
-simply be summed over micro-batches. With accumulation, a step first computes the features of every micro-batch
-without gradients, then necks, classifiers and losses once on all of them, and last runs each micro-batch again with
-the gradient that its features got (gradient caching). A single micro-batch needs no second pass.
+simply be summed over micro-batches. A step of one micro-batch needs one pass (`_step_at_once`). With accumulation, a
+step first computes the features of every micro-batch without gradients, then necks, classifiers and losses once on all
+of them, and last runs each micro-batch again with the gradient that its features got (`_step_in_pieces`, known as
+gradient caching).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from keyreid.config import Config
+from keyreid.distributed.collectives import gather
 from keyreid.distributed.ranks import Ranks
-from keyreid.losses import Criterion, check_labels, gather, gather_features
+from keyreid.losses import Criterion, check_labels, gather_features
 from keyreid.model import Features, KeyReID
 from keyreid.model.inputs import prepare
 from keyreid.shards.batch import ClipBatch
 from keyreid.training import stochastic_depth
+from keyreid.training.engine import Engine
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The network's inputs for some clips of this rank, on its device."""
+
+    images: torch.Tensor
+    guidance: torch.Tensor
+    cameras: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the losses know of the global batch beside its features: labels [B], erased [B, T], visibility [B, P]."""
+
+    labels: torch.Tensor
+    erased: torch.Tensor
+    visibility: torch.Tensor | None
+
+
+class Losses(NamedTuple):
+    """The total of the global batch, its terms, and the features of all ranks' clips that they were computed from."""
+
+    total: torch.Tensor
+    terms: dict[str, torch.Tensor]
+    features: Features
 
 
 class TrainedModule(nn.Module):
-    """The network and its losses as the one module that DeepSpeed wraps.
-
-    Both stages go through `forward`, because the engine's hooks (casting, gathering sharded weights) live there.
-    """
+    """The network and its losses as the one module that the engine wraps; its methods are the stages of a step."""
 
     def __init__(self, network: KeyReID, criterion: Criterion) -> None:
         super().__init__()
         self.network = network
         self.criterion = criterion
 
-    def forward(self, clips: Clips, features: Features | None = None, losses: bool = True):
-        """Features of `clips` unless given; with `losses`, (total, terms, features) of the global batch."""
-        if features is None:
-            dtype = next(self.network.parameters()).dtype  # lower than float32 where the engine casts the weights
-            features = self.network.features(clips.images.to(dtype), clips.guidance.to(dtype), clips.cameras)
-            if not losses:
-                return features
+    def forward(self, stage: Callable[..., T], **inputs: object) -> T:
+        """Run a stage where the engine's hooks (casting, gathering sharded weights) see it."""
+        return stage(**inputs)
+
+    def features(self, clips: Clips) -> Features:
+        """The features of this rank's clips."""
+        dtype = next(self.network.parameters()).dtype  # lower than float32 where the engine casts the weights
+        return self.network.features(clips.images.to(dtype), clips.guidance.to(dtype), clips.cameras)
+
+    def losses(self, features: Features, targets: Targets) -> Losses:
+        """The losses of the global batch, from this rank's features of it."""
         everywhere = gather_features(features)
-        labels, erased = gather(clips.labels), gather(clips.erased)
-        visibility = None if clips.visibility is None else gather(clips.visibility)
-        total, terms = self.criterion(everywhere, self.network.heads(everywhere), labels, erased, visibility)
-        return total, terms, everywhere
+        logits = self.network.heads(everywhere)
+        total, terms = self.criterion(everywhere, logits, targets.labels, targets.erased, targets.visibility)
+        return Losses(total, terms, everywhere)
 
-
-@dataclass
-class Clips:
-    """The network's inputs and the losses' labels for some clips of this rank, on its device."""
-
-    images: torch.Tensor
-    guidance: torch.Tensor
-    cameras: torch.Tensor
-    labels: torch.Tensor
-    erased: torch.Tensor
-    visibility: torch.Tensor | None
+    def features_and_losses(self, clips: Clips, targets: Targets) -> Losses:
+        """Both in one pass."""
+        return self.losses(self.features(clips), targets)
 
 
 @dataclass(frozen=True)
@@ -77,17 +103,15 @@ class StepResult:
 
 
 class Stepper:
-    """Runs optimizer steps on a DeepSpeed engine whose module is a TrainedModule."""
+    """Runs optimizer steps on an engine whose module is a TrainedModule."""
 
-    def __init__(self, engine, config: Config, ranks: Ranks, paths: list[stochastic_depth.ClipDropPath]) -> None:
+    def __init__(self, engine: Engine, config: Config, ranks: Ranks, paths: list[stochastic_depth.ClipDropPath]):
         self.engine = engine
         self.module: TrainedModule = engine.module
         self.config = config
         self.ranks = ranks
         self.paths = paths
-        self._gradient_norm: float | None = None
-        if config.training.zero_stage == 0:  # ZeRO clips and reports the norm itself
-            engine.basic_optimizer.register_step_pre_hook(self._clip_gradients)
+        self._draws: list[torch.Tensor] = []
 
     def step(self, batch: ClipBatch, step: int) -> StepResult:
         """Train on this rank's clips of step `step`; a collective.
@@ -96,86 +120,77 @@ class Stepper:
             DataError: a label that the classifiers do not have.
         """
         check_labels(batch.labels, self.module.network.num_identities, batch.keys)
-        micro = len(batch) // self.config.training.accumulation
-        first = self.ranks.rank * len(batch)
         copies = max(self.config.clip.frames, self.config.model.parts)
-        draws = stochastic_depth.draw(self.paths, self.config.seed, step, len(batch) * self.ranks.world_size, copies)
-
-        def use_draws(start: int, stop: int) -> None:
-            stochastic_depth.use(self.paths, draws, slice(first + start, first + stop), self.ranks.device)
-
-        saved = [buffer.clone() for buffer in self.module.network.buffers()]
+        clips_everywhere = len(batch) * self.ranks.world_size
+        self._draws = stochastic_depth.draw(self.paths, self.config.seed, step, clips_everywhere, copies)
+        before = [buffer.clone() for buffer in self.module.network.buffers()]
         batch = batch.to(self.ranks.device)
-        if micro == len(batch):
-            use_draws(0, micro)
-            clips = self._clips(batch)
-            total, terms, features = self.engine(clips)
-            loss = total.item()
-            if finite := torch.isfinite(total).item():
-                self.engine.backward(total)
-        else:
-            if self.config.training.zero_stage == 3:
-                # DeepSpeed 0.19.8 copies a step's first gradients over those of the step before and adds the rest; the
-                # backbone gets none in our first backward pass, and would add to what is left from the step before.
-                self.engine.optimizer.grad_partitions_flat_buffer.zero_()
-            pieces = [(start, start + micro) for start in range(0, len(batch), micro)]
-            cached = []
-            for start, stop in pieces:
-                use_draws(start, stop)
-                with torch.no_grad():
-                    cached.append(self.engine(self._clips(batch[start:stop]), losses=False))
-            leaves = Features(*(value.requires_grad_() for value in Features.concatenate(cached)))
-            clips = self._clips(batch)
-            total, terms, features = self.engine(clips, features=leaves)
-            loss = total.item()
-            if finite := torch.isfinite(total).item():
-                self.engine.backward(total)
-                scale = loss_scale(self.engine)  # the leaves' gradients carry it, and the next passes add it again
-                gradients = Features(*(leaf.grad / scale for leaf in leaves))
-                for start, stop in pieces:
-                    use_draws(start, stop)
-                    again = self.engine(self._clips(batch[start:stop]), losses=False)
-                    self.engine.backward(_inner_product(again, gradients, start, stop))
-        if not finite:
+        targets = self._targets(batch)
+        passes = self._step_at_once if self.config.training.accumulation == 1 else self._step_in_pieces
+        loss, losses = passes(batch, targets)
+        if not math.isfinite(loss):
             with torch.no_grad():  # the necks' running statistics met the bad features
-                for buffer, before in zip(self.module.network.buffers(), saved, strict=True):
-                    buffer.copy_(before)
-            return StepResult(loss, terms, applied=False, gradient_norm=None)
-        self.engine.step()
-        applied = self.engine.was_step_applied()
+                for buffer, value in zip(self.module.network.buffers(), before, strict=True):
+                    buffer.copy_(value)
+            return StepResult(loss, losses.terms, applied=False, gradient_norm=None)
+        applied = self.engine.step()
         if applied:
-            labels = gather(clips.labels)
-            visibility = None if clips.visibility is None else gather(clips.visibility)
-            self.module.criterion.update_centres(features, labels, visibility)
-        norm = self.engine.get_global_grad_norm() if self.config.training.zero_stage else self._gradient_norm
-        return StepResult(loss, terms, applied, float(norm) if applied and norm is not None else None)
+            self.module.criterion.update_centres(losses.features, targets.labels, targets.visibility)
+        return StepResult(loss, losses.terms, applied, self.engine.gradient_norm if applied else None)
+
+    def _step_at_once(self, batch: ClipBatch, targets: Targets) -> tuple[float, Losses]:
+        """Features, losses and gradients of all of this rank's clips; no gradients where the loss is not finite."""
+        self._use_draws(0, len(batch))
+        losses = self.engine.run(self.module.features_and_losses, clips=self._clips(batch), targets=targets)
+        loss = losses.total.item()
+        if math.isfinite(loss):
+            self.engine.backward(losses.total)
+        return loss, losses
+
+    def _step_in_pieces(self, batch: ClipBatch, targets: Targets) -> tuple[float, Losses]:
+        """Features of each micro-batch, losses of all, then the gradients of each micro-batch."""
+        self.engine.begin_passes()
+        micro = len(batch) // self.config.training.accumulation
+        pieces = [(start, start + micro) for start in range(0, len(batch), micro)]
+        cached = []
+        for piece in pieces:
+            with torch.no_grad():
+                cached.append(self._features(batch, *piece))
+        leaves = Features(*(value.requires_grad_() for value in Features.concatenate(cached)))
+        losses = self.engine.run(self.module.losses, features=leaves, targets=targets)
+        loss = losses.total.item()
+        if math.isfinite(loss):
+            self.engine.backward(losses.total)
+            scale = self.engine.loss_scale  # the leaves' gradients carry it, and the next passes add it again
+            gradients = Features(*(leaf.grad / scale for leaf in leaves))
+            for piece in pieces:
+                self.engine.backward(_inner_product(self._features(batch, *piece), gradients, *piece))
+        return loss, losses
 
     def bad_ranks(self, batch: ClipBatch) -> list[int]:
         """Ranks whose own features of a batch are not finite; a collective, to explain a bad step."""
-        self.engine.eval()
+        self.engine.train(False)
         with torch.no_grad():
-            features = self.engine(self._clips(batch.to(self.ranks.device)), losses=False)
+            features = self.engine.run(self.module.features, clips=self._clips(batch.to(self.ranks.device)))
         self.engine.train()
         finite = all(torch.isfinite(value).all().item() for value in features)
         return [rank for rank, fine in enumerate(self.ranks.from_all(finite)) if not fine]
 
+    def _features(self, batch: ClipBatch, start: int, stop: int) -> Features:
+        self._use_draws(start, stop)
+        return self.engine.run(self.module.features, clips=self._clips(batch[start:stop]))
+
+    def _use_draws(self, start: int, stop: int) -> None:
+        first = self._draws[0].shape[0] // self.ranks.world_size * self.ranks.rank if self._draws else 0
+        stochastic_depth.use(self.paths, self._draws, slice(first + start, first + stop), self.ranks.device)
+
     def _clips(self, batch: ClipBatch) -> Clips:
-        mode = self.config.model.guidance
-        images, guidance = prepare(batch, mode)
-        visibility = batch.visibility if mode == "aligned" else None  # the published losses know no visibility
-        return Clips(images, guidance, batch.cameras, batch.labels, batch.erased, visibility)
+        return Clips(*prepare(batch, self.config.model.guidance), batch.cameras)
 
-    def _clip_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        limit = self.config.training.clip_gradient_norm or float("inf")
-        self._gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
-
-
-def loss_scale(engine) -> float:
-    """What the engine multiplies a loss with before its backward pass (fp16; else 1)."""
-    if engine.torch_autocast_z0_gradscaler is not None:
-        return engine.torch_autocast_z0_gradscaler.get_scale()
-    return float(getattr(engine.optimizer, "loss_scale", 1.0))
+    def _targets(self, batch: ClipBatch) -> Targets:
+        visible = self.config.model.guidance == "aligned"  # the published losses know no visibility
+        visibility = gather(batch.visibility) if visible and batch.visibility is not None else None
+        return Targets(gather(batch.labels), gather(batch.erased), visibility)
 
 
 def _inner_product(features: Features, gradients: Features, start: int, stop: int) -> torch.Tensor:

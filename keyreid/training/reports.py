@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from keyreid.config import Config
+from keyreid.distributed.ranks import Ranks
 from keyreid.model import KeyReID, patch_grid
+from keyreid.tracking import Tracker
 
+log = logging.getLogger(__name__)
+PROFILE_AFTER_STEPS = 10
 MATRIX_SIDE = 8192  # of the product that stands for what the GPU can do
 
 
@@ -21,46 +28,42 @@ class Meter:
     Args:
         clips: a step's, over all ranks.
         total_steps: of the whole run, for the time left.
+        mfu_factor: FLOP a clip and GPU, over what the GPU can do in a second; None where it is not measured.
 
     Attributes:
         steps: applied since the last report.
     """
 
-    def __init__(self, clips: int, total_steps: int) -> None:
+    def __init__(self, clips: int, total_steps: int, mfu_factor: float | None = None) -> None:
         self.clips = clips
         self.total_steps = total_steps
+        self.mfu_factor = mfu_factor
         self._reset(0.0)
 
     def add(self, loss: float, terms: Mapping[str, torch.Tensor], gradient_norm: float | None) -> None:
         """Count a step that was applied."""
         self.steps += 1
-        self._loss += loss
-        for name, value in terms.items():
-            self._terms[name] = self._terms.get(name, 0.0) + value
-        if gradient_norm is not None:
-            self._norm += gradient_norm
+        for name, value in {"loss": loss, **terms, "gradient_norm": gradient_norm or 0.0}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
 
-    def report(self, step: int, lr: float, waited_seconds: float, mfu_factor: float | None) -> dict[str, float]:
+    def report(self, step: int, lr: float, waited_seconds: float) -> dict[str, float]:
         """Numbers of the interval that ends after `step` steps, and start the next.
 
         Args:
             waited_seconds: time that this rank has waited for data since the run began.
-            mfu_factor: FLOP a clip and GPU, over what the GPU can do in a second.
         """
         seconds = time.monotonic() - self._since
         steps = max(self.steps, 1)
-        values = {"loss": self._loss / steps}
-        values |= {name: float(value) / steps for name, value in self._terms.items()}
+        values = {name: float(value) / steps for name, value in self._sums.items()}
         values |= {
             "lr": lr,
-            "gradient_norm": self._norm / steps,
             "clips_per_second": self.steps * self.clips / seconds,
             "data_wait_share": (waited_seconds - self._waited) / seconds,
             "memory_gigabytes": memory_gigabytes(),
             "seconds_left": (self.total_steps - step) * seconds / steps,
         }
-        if mfu_factor is not None:
-            values["mfu"] = values["clips_per_second"] * mfu_factor
+        if self.mfu_factor is not None:
+            values["mfu"] = values["clips_per_second"] * self.mfu_factor
         self._reset(waited_seconds)
         return values
 
@@ -68,26 +71,26 @@ class Meter:
         self._since = time.monotonic()
         self._waited = waited_seconds
         self.steps = 0
-        self._loss = 0.0
-        self._norm = 0.0
-        self._terms: dict[str, torch.Tensor | float] = {}
+        self._sums: dict[str, torch.Tensor | float] = {}
 
 
 def line(values: Mapping[str, float], epoch: int, epochs: int, step: int, total_steps: int) -> str:
     """All of a report in one line."""
     left = int(values["seconds_left"])
     mfu = f"  mfu {values['mfu']:.0%}" if "mfu" in values else ""
-    pairs = "  ".join(
-        f"{name} {values[f'{name}_global']:.3f}/{values[f'{name}_parts']:.3f}" for name in ("identity", "triplet")
-    )
-    centres = f"centre {values['centre_global']:.0f}/{values['centre_parts']:.0f}"
+    branches = [name.removesuffix("_global") for name in values if name.endswith("_global")]
+    pairs = "  ".join(f"{n} {_short(values[f'{n}_global'])}/{_short(values[f'{n}_parts'])}" for n in branches)
     return (
-        f"epoch {epoch + 1}/{epochs}  step {step}/{total_steps}  loss {values['loss']:.4f}  {pairs}  {centres}  "
+        f"epoch {epoch + 1}/{epochs}  step {step}/{total_steps}  loss {values['loss']:.4f}  {pairs}  "
         f"attention {values['attention']:.3f}  accuracy {values['accuracy']:.1%}  lr {values['lr']:.2e}  "
         f"grad {values['gradient_norm']:.2f}  {values['clips_per_second']:.1f} clips/s  "
         f"data wait {values['data_wait_share']:.1%}  {values['memory_gigabytes']:.1f} GB{mfu}  "
         f"left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
     )
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3f}"
 
 
 def memory_gigabytes() -> float:
@@ -126,3 +129,28 @@ def _matrix_flops_a_second(device: torch.device, precision: str) -> float:
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return 2 * MATRIX_SIDE**3 / sorted(times)[len(times) // 2]
+
+
+@contextlib.contextmanager
+def profiled(config: Config, ranks: Ranks, tracker: Tracker, step: int) -> Iterator[torch.profiler.profile]:
+    """torch.profiler over `profile_steps` steps of the first rank, counted by `.step()`; the trace is an artifact.
+
+    Args:
+        step: at which counting begins.
+    """
+    steps = config.training.profile_steps
+    if not steps or not ranks.first:
+        yield SimpleNamespace(step=lambda: None)
+        return
+    first = step + PROFILE_AFTER_STEPS
+    path = config.run_dir / "profile" / f"steps-{first}-{first + steps}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep(profile: torch.profiler.profile) -> None:
+        profile.export_chrome_trace(str(path))
+        tracker.artifact(path, "profile")
+        log.info("profile: %s (open it in Perfetto or chrome://tracing)", path)
+
+    schedule = torch.profiler.schedule(wait=PROFILE_AFTER_STEPS - 1, warmup=1, active=steps, repeat=1)
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=keep) as profiler:
+        yield profiler

@@ -1,0 +1,114 @@
+"""The configuration of DeepSpeed, made from ours and the user's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keyreid.config import Config, TrainingConfig
+from keyreid.errors import ConfigError
+
+# Sections of a DeepSpeed configuration that would do again, otherwise, what ours says, and where ours says it
+SAID_ELSEWHERE = {
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "train_batch_size": "data.identities x data.tracklets",
+    "train_micro_batch_size_per_gpu": "data.identities x data.tracklets and training.accumulation",
+    "gradient_accumulation_steps": "training.accumulation",
+}
+
+
+def check_precision(training: TrainingConfig, device: torch.device) -> None:
+    """Refuse what the device cannot compute or the engine cannot checkpoint."""
+    if training.precision == "fp16" and device.type == "cpu":
+        raise ConfigError("training.precision=fp16 needs a GPU: on a CPU use bf16 or fp32")
+    if training.casting == "engine" and training.precision != "fp32" and training.zero_stage == 0:
+        raise ConfigError(
+            "training.casting=engine with zero_stage=0 keeps no float32 weights to save: "
+            "use zero_stage=1 or casting=autocast"
+        )
+    if training.precision == "fp16" and training.casting == "autocast" and training.zero_stage > 0:
+        raise ConfigError(
+            "training.precision=fp16 with casting=autocast and ZeRO never lowers its loss scale after an overflow "
+            "(DeepSpeed 0.19.8): use casting=engine, zero_stage=0, or precision=bf16"
+        )
+    if training.ema_decay is not None and training.casting == "engine" and training.precision != "fp32":
+        raise ConfigError("training.ema_decay averages float32 weights: use training.casting=autocast")
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: the user's, and what our configuration says.
+
+    Raises:
+        ConfigError: the user's DeepSpeed configuration is missing, is not JSON, or says otherwise than ours.
+    """
+    ours = _from_our_configuration(config)
+    merged = _read_user_configuration(config.training.deepspeed)
+    for key, ours_of_it in SAID_ELSEWHERE.items():
+        if merged.pop(key, "auto") != "auto":
+            raise ConfigError(f"training.deepspeed sets {key}, which {ours_of_it} says: leave it out there")
+    _merge(merged, ours, "")
+    return merged
+
+
+def _from_our_configuration(config: Config) -> dict[str, Any]:
+    training = config.training
+    values: dict[str, Any] = {
+        # The reader gives each rank its clips; DeepSpeed uses these numbers only for its own counters.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # We call step() when the batch is complete, after as many backward passes as accumulation needs.
+        "managed_gradient_accumulation": False,
+        # Without ZeRO, DeepSpeed clips and forgets the norm: our engine clips there, and reports it.
+        "gradient_clipping": training.clip_gradient_norm if training.zero_stage else 0.0,
+        "zero_optimization": {"stage": training.zero_stage},
+        "zero_allow_untested_optimizer": True,  # SGD with momentum is element-wise, so sharding it is exact
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "bf16": {"enabled": False},
+        "fp16": {"enabled": False},
+    }
+    if training.zero_stage == 3:
+        values["zero_optimization"]["overlap_comm"] = False
+    if training.precision != "fp32":
+        if training.casting == "autocast":
+            dtype = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}[training.precision]
+            values["torch_autocast"] = {"enabled": True, "dtype": dtype}
+        else:
+            values[training.precision] = {"enabled": True}
+    return values
+
+
+def _read_user_configuration(source: str | dict[str, Any] | None) -> dict[str, Any]:
+    if source is None:
+        return {}
+    if isinstance(source, dict):
+        return json.loads(json.dumps(source))
+    path = Path(source).expanduser()
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"training.deepspeed: {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"training.deepspeed: {path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"training.deepspeed: {path}: expected an object of settings")
+    return values
+
+
+def _merge(theirs: dict[str, Any], ours: dict[str, Any], place: str) -> None:
+    """Put our values into theirs in place; a value that they set differently is a contradiction."""
+    for key, value in ours.items():
+        name = f"{place}{key}"
+        if isinstance(value, dict) and isinstance(theirs.get(key), dict):
+            _merge(theirs[key], value, f"{name}.")
+        elif key in theirs and theirs[key] not in (value, "auto"):
+            raise ConfigError(
+                f"training.deepspeed says {name} = {theirs[key]!r}, the rest of the configuration says {value!r}: "
+                'leave it out of the DeepSpeed configuration (or say "auto") and set it in `training`'
+            )
+        else:
+            theirs[key] = value
