@@ -1,6 +1,7 @@
 """What a search may say, and the points that each algorithm draws from it."""
 
 import math
+import pickle
 import random
 from collections import Counter
 
@@ -11,9 +12,9 @@ from packed import make_config
 from keyreid.config import load_config, save_config
 from keyreid.errors import ConfigError
 from keyreid.tuning.outcome import best_configuration
-from keyreid.tuning.records import Report, TrialRecord, best_trial
 from keyreid.tuning.search import Search, load_search, trial_config, with_point
 from keyreid.tuning.space import Parameter, grid_points, mutated, random_points
+from keyreid.tuning.study import TrialRecord, best_trial
 
 SPACE = {
     "model.tcss.shift": Parameter(choice=[0, 2, 4], when={"model.tcss.enabled": True}),
@@ -163,7 +164,8 @@ def test_a_mapping_sets_several_keys():
 
 
 def trial(name, status, *scores):
-    reports = {epoch: Report(epoch, score, {}, {"loss.alpha": 0.5}, None, 1.0) for epoch, score in enumerate(scores, 1)}
+    known = {"numbers": {}, "point": {"loss.alpha": 0.5}, "donor": None, "seconds": 1.0}
+    reports = {epoch: {"score": score, **known} for epoch, score in enumerate(scores, 1)}
     return TrialRecord(name, {"loss.alpha": 0.5}, status, reports)
 
 
@@ -194,15 +196,15 @@ def test_a_search_that_goes_on_remembers_what_ray_tune_forgets():
     from types import SimpleNamespace
 
     from keyreid.tuning import algorithms
-    from keyreid.tuning.progress import LogBook
+    from keyreid.tuning.log_book import LogBook
 
     search = Search(base="b", space=SPACE, scheduler="asha", trials=9, asha={"grace_epochs": 1, "reduction": 3})
     before = LogBook(search, 9, None, None)
     for number in range(6):
         before.trials[f"id{number}"] = trial(f"trial-{number}", "stopped", number / 10)
     scheduler = algorithms.scheduler(search, 9)
-    after = LogBook(search, 9, scheduler, None, goes_on=True)
-    after.set_state(before.get_state())
+    after = LogBook(search, 9, scheduler, None, resumes=True)
+    after.set_state(pickle.loads(pickle.dumps(before.get_state())))
     assert after.trials == before.trials
     old = [SimpleNamespace(trial_id=f"id{number}", config={}) for number in range(6)]
     new = [SimpleNamespace(trial_id=name, config={"point": {}}) for name in ("bad", "good")]

@@ -1,9 +1,8 @@
 """The ranks of a trial: Ray actors that run `keyreid.training.run.train` in the trial's placement group.
 
 Ray places and ends the processes, on one node or several. Ray Train is left out on purpose: its trainers bring a
-controller process for each trial and a checkpoint store of their own, and all that a rank needs of it is the six
-environment variables set below. Every start has new processes, because DeepSpeed keeps its process groups in module
-globals and cannot join another run.
+controller process for each trial and a checkpoint store of their own. Every start has new processes, because DeepSpeed
+keeps its process groups in module globals and cannot join another run.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup
 
+from keyreid.config import Config
 from keyreid.distributed.ray_cluster import RayProcess, start_processes
 
 END_SECONDS = 60.0  # for a run that was told to end: writing its log, sending what MLflow lacks
@@ -29,18 +28,15 @@ class Rank(RayProcess):
         self._reports: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
-    def train(self, values: dict[str, Any], tags: Mapping[str, str], meeting_point: tuple[str, int]) -> None:
+    def train(self, config: Config, tags: Mapping[str, str], meeting_point: tuple[str, int]) -> None:
         """Run the trial's training until its end, or until an answer ends it.
 
         Raises:
             KeyreidError: see keyreid.training.run.train.
         """
         self._meet_at(meeting_point)
-        from keyreid.config import check_config
         from keyreid.distributed.preemption import StopRequest
         from keyreid.training.run import train
-
-        config = check_config(values, values["name"])
 
         def report(epoch: int, numbers: Mapping[str, float], checkpoint: Path) -> bool:
             for vectors in (config.run_dir / "evaluation").glob("*/vectors.npz"):
@@ -58,56 +54,46 @@ class Rank(RayProcess):
         """The next evaluation's epoch, numbers and checkpoint, once there is one; None when the run has ended."""
         return self._reports.get()
 
-    def answer(self, goes_on: bool) -> None:
-        """Let the run go on after a report, or end."""
-        self._answers.put(goes_on)
+    def answer(self, continues: bool) -> None:
+        """Let the run continue after a report, or end."""
+        self._answers.put(continues)
 
 
 class RankGroup:
-    """All ranks of one run, seen from the trial.
+    """All ranks of one run, seen from the trial, in whose placement group each has a bundle.
 
     Args:
-        values: the run's configuration.
-        group: the trial's placement group; its bundles are the ranks'.
-        gpus: of each rank.
+        cpus, gpus: of each rank.
         directory: where relative paths of the configuration begin.
         tags: of the MLflow run.
     """
 
     def __init__(
-        self,
-        values: dict[str, Any],
-        ranks: int,
-        cpus: int,
-        gpus: float,
-        group: PlacementGroup,
-        directory: str,
-        tags: Mapping[str, str],
+        self, config: Config, ranks: int, cpus: int, gpus: float, directory: Path, tags: Mapping[str, str]
     ) -> None:
+        group = ray.util.get_current_placement_group()
         self._waiting = False
         self._actors, meeting_point = start_processes(
-            Rank, ranks, group, cpus, gpus, threads=cpus, calls=3, directory=directory
+            Rank, ranks, group, cpus, gpus, threads=cpus, calls=3, directory=str(directory)
         )
-        self._runs = [actor.train.remote(values, tags, meeting_point) for actor in self._actors]
+        self._runs = [actor.train.remote(config, tags, meeting_point) for actor in self._actors]
 
     def next_report(self) -> dict[str, Any] | None:
-        """Let the ranks go on to their next evaluation and give its report, None if they ended without one.
+        """Let the ranks continue to their next evaluation and give its report, None if they ended without one.
 
         Raises:
             KeyreidError: the training failed in a way that it would again.
             ray.exceptions.RayError: a rank's process died, or its training failed otherwise.
         """
-        first = self._actors[0]
+        first, pending = self._actors[0], list(self._runs)
         if self._waiting:
-            self._waiting = False
             first.answer.remote(True)
-        report, pending = first.next_report.remote(), list(self._runs)
+        self._waiting, report = False, first.next_report.remote()
         while True:
-            done, _ = ray.wait([*pending, report])  # a failure before the report that will never come
-            for finished in done:
-                if finished is not report:
-                    ray.get(finished)
-                    pending.remove(finished)
+            done, _ = ray.wait([*pending, report])  # a failure comes before the report that never will
+            for run in set(done) - {report}:
+                ray.get(run)
+                pending.remove(run)
             if report in done:
                 found = ray.get(report)
                 if found is None:

@@ -9,26 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 
 from keyreid.config import Config
 from keyreid.errors import KeyreidError
 from keyreid.tuning.ranks import RankGroup
-from keyreid.tuning.search import trial_config
+from keyreid.tuning.search import Search, metric_key, trial_config
 
 SCORE, EPOCH = "score", "epoch"
 ORIGIN = "trial.json"
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrialSetting:
     """What all trials of a search share.
 
     Attributes:
-        search: its name.
         base: the configuration that a point changes.
-        metric: the score among a report's numbers.
         gpus: of each rank.
         folder: holds the trials' run folders; every node sees it.
         directory: where relative paths of the configuration begin.
@@ -36,11 +33,8 @@ class Plan:
         parent: MLflow's run of the search; None while its server could not be reached.
     """
 
-    search: str
+    search: Search
     base: Config
-    metric: str
-    ranks: int
-    cpus: int
     gpus: float
     folder: Path
     directory: Path
@@ -55,18 +49,18 @@ class KeyreidTrial(tune.Trainable):
     another one or ends the trial, so what is stopped, paused or copied is always what was reported.
     """
 
-    plan: Plan  # set on a subclass for each search: see run.py
+    setting: TrialSetting  # set on a subclass for each search: see driver.py
 
     def setup(self, config: dict[str, Any]) -> None:
         """Nothing runs before the first step: Ray Tune may load a checkpoint first."""
-        self._point = config["point"]
-        plan = self.plan
-        self._config = trial_config(plan.base, self._point, self.trial_name, plan.folder, plan.tracking_uri)
+        self._point, self._takes = config["point"], config.get("donor")  # the path of another trial's checkpoint
+        shared = self.setting
+        self._config = trial_config(shared.base, self._point, self.trial_name, shared.folder, shared.tracking_uri)
         self._ranks: RankGroup | None = None
         self._checkpoint: Path | None = None
         self._epoch = 0
         self._donor: str | None = None
-        shutil.rmtree(self._config.run_dir / "checkpoints", ignore_errors=True)  # of a start that is not gone on from
+        shutil.rmtree(self._config.run_dir / "checkpoints", ignore_errors=True)  # of a start that is not resumed
 
     def step(self) -> dict[str, Any]:
         """Train up to the next evaluation."""
@@ -77,14 +71,13 @@ class KeyreidTrial(tune.Trainable):
             return self._failed(str(getattr(error, "cause", error)))  # without Ray's traceback
         if report is None:  # the checkpoint was the last one
             return {tune.result.RESULT_DUPLICATE: True}
-        self._checkpoint = Path(report["checkpoint"])
-        self._epoch = report["epoch"]
-        numbers = report["numbers"]
-        if self.plan.metric not in numbers:
-            return self._failed(f"no {self.plan.metric} among the trial's numbers: {', '.join(sorted(numbers))}")
+        self._checkpoint, self._epoch, numbers = Path(report["checkpoint"]), report["epoch"], report["numbers"]
+        metric = metric_key(self.setting.search, self.setting.base)
+        if metric not in numbers:
+            return self._failed(f"no {metric} among the trial's numbers: {', '.join(sorted(numbers))}")
         return {
             EPOCH: self._epoch,
-            SCORE: numbers[self.plan.metric],
+            SCORE: numbers[metric],
             "numbers": numbers,
             "done": self._epoch >= self._config.schedule.epochs,
             "point": self._point,
@@ -99,13 +92,17 @@ class KeyreidTrial(tune.Trainable):
         folder.mkdir()
         for file in self._checkpoint.iterdir():
             (folder / file.name).symlink_to(file)
-        Path(checkpoint_dir, ORIGIN).write_text(json.dumps({"trial": self.trial_name, EPOCH: self._epoch}))
+        origin = {"trial": self.trial_name, EPOCH: self._epoch, "took": self._takes}
+        Path(checkpoint_dir, ORIGIN).write_text(json.dumps(origin))
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
-        """Make a trial's checkpoint, its own or a better one's, the only one of this run, which goes on from it."""
+        """Make a trial's checkpoint, its own or a better one's, the only one of this run, which resumes from it."""
         origin = json.loads(Path(checkpoint_dir, ORIGIN).read_text())
+        if origin["took"] != self._takes:  # Ray Tune's is from before the trial was told to take over another's
+            checkpoint_dir = self._takes
+            origin = json.loads(Path(checkpoint_dir, ORIGIN).read_text())
+            self._donor = origin["trial"]
         self._epoch = origin[EPOCH]
-        self._donor = origin["trial"] if origin["trial"] != self.trial_name else None
         for folder in Path(checkpoint_dir).glob("step-*"):
             shutil.copytree(folder, self._config.run_dir / "checkpoints" / folder.name, copy_function=_link)
 
@@ -115,19 +112,11 @@ class KeyreidTrial(tune.Trainable):
             self._ranks.end(self._epoch >= self._config.schedule.epochs)
 
     def _start(self) -> RankGroup:
-        plan = self.plan
-        tags = {"keyreid.search": plan.search, "keyreid.trial": self.trial_name}
-        if plan.parent:
-            tags["mlflow.parentRunId"] = plan.parent
-        return RankGroup(
-            self._config.model_dump(mode="json"),
-            plan.ranks,
-            plan.cpus,
-            plan.gpus,
-            ray.util.get_current_placement_group(),
-            str(plan.directory),
-            tags,
-        )
+        shared = self.setting
+        ranks, cpus = shared.search.resources.ranks, shared.search.resources.cpus
+        tags = {"keyreid.search": shared.search.name, "keyreid.trial": self.trial_name}
+        tags |= {"mlflow.parentRunId": shared.parent} if shared.parent else {}
+        return RankGroup(self._config, ranks, cpus, shared.gpus, shared.directory, tags)
 
     def _failed(self, fault: str) -> dict[str, Any]:
         """A last report for what would fail again and is not retried; schedulers and samplers leave such scores out."""
