@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("ray.tune")
+pytest.importorskip("optuna")
 
 from ray.tune.experiment import Trial
 

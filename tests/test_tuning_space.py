@@ -9,6 +9,9 @@ import pytest
 import yaml
 from packed import make_config
 
+pytest.importorskip("optuna")
+pytest.importorskip("ray.tune")
+
 from keyreid.config import load_config, save_config
 from keyreid.errors import ConfigError
 from keyreid.tuning.outcome import best_configuration
@@ -77,8 +80,6 @@ def test_mutation_stays_inside_and_moves_a_little():
 
 
 def test_optuna_suggests_by_condition_and_learns():
-    pytest.importorskip("optuna")
-    pytest.importorskip("ray.tune")
     from keyreid.tuning import algorithms
 
     search = Search(base="b", space=SPACE, algorithm="tpe", trials=60, seed=3)
@@ -96,8 +97,6 @@ def test_optuna_suggests_by_condition_and_learns():
 
 
 def test_a_saved_optuna_search_goes_on_as_it_would_have(tmp_path):
-    pytest.importorskip("optuna")
-    pytest.importorskip("ray.tune")
     from keyreid.tuning import algorithms
 
     search = Search(base="b", space=SPACE, algorithm="tpe", trials=20, seed=3)
@@ -192,7 +191,6 @@ def test_the_best_configuration_is_one_that_train_takes(search_file, tmp_path):
 
 def test_a_search_that_goes_on_remembers_what_ray_tune_forgets():
     """Its schedulers are not saved: a restored ASHA must still compare with the trials before."""
-    pytest.importorskip("ray.tune")
     from types import SimpleNamespace
 
     from keyreid.tuning import algorithms

@@ -1,6 +1,5 @@
 """`keyreid tune`: search hyperparameters."""
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated
 
@@ -28,12 +27,9 @@ def tune(
 
     Writes best.yaml, which `keyreid train` takes, a table and pictures to OUTPUT/NAME, and everything to MLflow.
     """
-    from keyreid.errors import ConfigError
     from keyreid.tuning.search import load_search
 
     wanted, base = load_search(search, list(overrides or []))
-    if not all(importlib.util.find_spec(name) for name in ("ray", "optuna")):
-        raise ConfigError("keyreid tune needs Ray and Optuna: in the clone, run `pip install -e '.[tune]'`")
     if dry_run:
         _print_points(wanted, base)
         return

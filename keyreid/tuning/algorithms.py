@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import random
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import optuna
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
@@ -14,16 +15,14 @@ from ray.tune.schedulers import (
     MedianStoppingRule,
     TrialScheduler,
 )
-from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
 
 from keyreid.config import Config
 from keyreid.tuning import space
+from keyreid.tuning.rank import EPOCH
 from keyreid.tuning.search import Search, with_point
 from keyreid.tuning.space import Point, Space
-from keyreid.tuning.trial import EPOCH, SCORE
-
-if TYPE_CHECKING:
-    import optuna
+from keyreid.tuning.trial import SCORE
 
 
 def points(search: Search, base: Config) -> list[Point] | None:
@@ -41,13 +40,11 @@ def points(search: Search, base: Config) -> list[Point] | None:
     return drawn
 
 
-def searcher(search: Search) -> Searcher | None:
+def searcher(search: Search) -> OptunaSearch | None:
     """Optuna's tree-structured Parzen estimator; None where the points are known."""
     if search.algorithm != "tpe":
         return None
-    from ray.tune.search.optuna import OptunaSearch
-
-    sampler = space.quiet_optuna().samplers.TPESampler(seed=search.seed)
+    sampler = optuna.samplers.TPESampler(seed=search.seed)
     return OptunaSearch(partial(_suggested, search.space), metric=SCORE, mode=search.mode, sampler=sampler)
 
 
@@ -81,7 +78,7 @@ def scheduler(search: Search, epochs: int) -> TrialScheduler:
 
 
 class Population(FIFOScheduler):
-    """Population based training (Jaderberg et al. 2017): a trial that reports is compared with the others' last reports.
+    """Population based training (Jaderberg et al. 2017): who reports is compared with the others' last reports.
 
     Ray Tune's own keeps a trial's checkpoint only if it was among the best when it reported, so nobody could take over
     the first one of an interval, and offers no public way to change that. Here each report has its checkpoint already:

@@ -16,9 +16,10 @@ from keyreid.distributed.preemption import StopRequest
 from keyreid.errors import KeyreidError
 from keyreid.tracking import Tracker
 from keyreid.tuning.algorithms import Population
+from keyreid.tuning.rank import EPOCH
 from keyreid.tuning.search import Search
 from keyreid.tuning.study import TrialRecord, best_trial, describe, trial_table
-from keyreid.tuning.trial import EPOCH, SCORE
+from keyreid.tuning.trial import SCORE
 
 SAVING_SECONDS = 30.0  # that a search which is to end waits for the checkpoints of what was reported
 
@@ -49,16 +50,16 @@ class LogBook(tune.Callback):
     ) -> None:
         self.trials: dict[str, TrialRecord] = {}
         self.out_of_time = False
-        self._search, self._epochs, self._tracker = search, epochs, tracker
-        self._scheduler, self._stop = scheduler, stop or StopRequest()
-        self._earlier_seconds, self._start = 0.0, time.monotonic()
+        self._search, self._epochs = search, epochs
+        self._scheduler, self._tracker, self._stop = scheduler, tracker, stop or StopRequest()
+        self._start = time.monotonic()  # as if the search had run without a break
         self._awaits_state = self._reminds = resumes
         self._ends_by: float | None = None
 
     @property
     def seconds(self) -> float:
         """Of the search so far, over all its starts."""
-        return self._earlier_seconds + time.monotonic() - self._start
+        return time.monotonic() - self._start
 
     def get_state(self) -> dict[str, Any]:
         """What Ray Tune saves with the state of the trials."""
@@ -66,7 +67,8 @@ class LogBook(tune.Callback):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Resume from there."""
-        self.trials, self._earlier_seconds, self._awaits_state = state["trials"], state["seconds"], False
+        self.trials, self._awaits_state = state["trials"], False
+        self._start = time.monotonic() - state["seconds"]
         self.end()
 
     def end(self) -> list[TrialRecord]:
@@ -122,11 +124,11 @@ class LogBook(tune.Callback):
 
     def on_trial_recover(self, trial: Trial, **_: Any) -> None:
         """Say that a trial is tried again."""
-        self._died(trial, "waiting", "died: retry {failures} of " + str(self._search.retries))
+        self._died(trial, "waiting", f"retry {self.trials[trial.trial_id].failures + 1} of {self._search.retries}")
 
     def on_trial_error(self, trial: Trial, **_: Any) -> None:
         """Say that a trial is given up."""
-        self._died(trial, "failed", "died once more and is given up")
+        self._died(trial, "failed", "given up")
 
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
         """End the search when it is told to, or its time is used up."""
@@ -155,10 +157,10 @@ class LogBook(tune.Callback):
             table.add_row(*row, style="bold green" if trial is best else None)
         return table
 
-    def _died(self, trial: Trial, status: str, text: str) -> None:
+    def _died(self, trial: Trial, status: str, what_now: str) -> None:
         record = self.trials[trial.trial_id]
         record.failures, record.status = record.failures + 1, status
-        print(f"{record.name} {text.format(failures=record.failures)}; {Path(trial.path, 'error.txt')}", flush=True)
+        print(f"{record.name} died: {what_now}; {Path(trial.path, 'error.txt')}", flush=True)
 
     def _remind_scheduler(self, trials: list[Trial]) -> None:
         scheduler = self._scheduler

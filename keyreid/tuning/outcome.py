@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import dataclasses
 import json
@@ -66,7 +67,7 @@ def write(
     sections = [
         Section(text=summary),
         Section("Trials", table=trial_table(search, trials), highlight=trials.index(best) + 1),
-        Section("Pictures", pictures=[(f"{PLOTS}/{path.name}", title) for title, path in pictures.items()]),
+        Section("Pictures", pictures=[(_inline(path), title) for title, path in pictures.items()]),
         Section(BEST, preformatted=(folder / BEST).read_text()),
     ]
     write_page(folder / PAGE, f"Search {search.name}", sections)
@@ -75,6 +76,11 @@ def write(
     tracker.artifact(folder / PLOTS, PLOTS)
     tracker.tag("keyreid.best", best.name)
     return best
+
+
+def _inline(picture: Path) -> str:
+    """A PNG as a URL that holds it, so that the page is whole in MLflow too."""
+    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
 
 
 def best_configuration(search: Search, base: Config, best: TrialRecord, folder: Path) -> str:

@@ -8,29 +8,19 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from graphlib import CycleError, TopologicalSorter
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from pydantic import Field, model_validator
 
 from keyreid.config import Section
 from keyreid.errors import ConfigError
 
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-    from optuna.trial import Trial
-
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 Point = dict[str, Any]  # value by configuration key, in the order of the space
 MUTATION_FACTORS = (0.8, 1.2)  # of population based training (Jaderberg et al. 2017)
 DIGITS = 6  # significant ones of a drawn number, so that people can read and repeat it
-
-
-def quiet_optuna() -> ModuleType:
-    """Optuna, imported only where points are drawn or a study is written, and without its log lines."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
 
 
 class Parameter(Section):
@@ -81,19 +71,17 @@ class Parameter(Section):
         least, most = self.bounds
         return [least, least + (most - least) / math.pi, most]
 
-    def distribution(self) -> BaseDistribution:
+    def distribution(self) -> FloatDistribution | CategoricalDistribution:
         """The parameter in Optuna's terms."""
-        from optuna.distributions import CategoricalDistribution, FloatDistribution
-
         if self.bounds:
             return FloatDistribution(*self.bounds, log=self.loguniform is not None)
         return CategoricalDistribution([label(value) for value in self.values])
 
-    def suggest(self, trial: Trial, name: str) -> Any:
+    def suggest(self, trial: optuna.Trial, name: str) -> Any:
         """A value that Optuna suggests."""
         if self.bounds:
             return self._tidy(trial.suggest_float(name, *self.bounds, log=self.loguniform is not None))
-        labels = [label(value) for value in self.values]
+        labels = self.distribution().choices
         return self.values[labels.index(trial.suggest_categorical(name, labels))]
 
     def applies(self, point: Mapping[str, Any]) -> bool:
@@ -149,10 +137,10 @@ def walk(space: Space, draw: Callable[[str, Parameter], Any]) -> Point:
 
 def random_points(space: Space, samples: int, seed: int) -> list[Point]:
     """`samples` random points for each combination of the grid parameters."""
-    ask = _random_trials(seed)
+    study = _random_study(seed)
     grids = {key: parameter.grid for key, parameter in space.items() if parameter.grid}
     combinations = [dict(zip(grids, values, strict=True)) for values in itertools.product(*grids.values())]
-    return [_drawn(space, fixed, ask()) for _ in range(samples) for fixed in combinations]
+    return [_drawn(space, fixed, study.ask()) for _ in range(samples) for fixed in combinations]
 
 
 def grid_points(space: Space) -> list[Point]:
@@ -164,14 +152,12 @@ def grid_points(space: Space) -> list[Point]:
 def mutated(space: Space, point: Point, resample: float, rng: random.Random) -> Point:
     """A point near another one: each value drawn anew with probability `resample`, else changed a little."""
     kept = {key: space[key].mutate(value, rng) for key, value in point.items() if rng.random() >= resample}
-    return _drawn(space, kept, _random_trials(rng.getrandbits(32))())
+    return _drawn(space, kept, _random_study(rng.getrandbits(32)).ask())
 
 
-def _random_trials(seed: int) -> Callable[[], Trial]:
-    """Gives a new Optuna trial at each call, whose suggestions are random."""
-    optuna = quiet_optuna()
-    return optuna.create_study(sampler=optuna.samplers.RandomSampler(seed)).ask
+def _random_study(seed: int) -> optuna.Study:
+    return optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
 
 
-def _drawn(space: Space, fixed: Point, trial: Trial) -> Point:
+def _drawn(space: Space, fixed: Point, trial: optuna.Trial) -> Point:
     return walk(space, lambda key, parameter: fixed[key] if key in fixed else parameter.suggest(trial, key))

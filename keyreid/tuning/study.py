@@ -12,15 +12,15 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import optuna
 
 from keyreid.tuning.search import Search
-from keyreid.tuning.space import Point, label, quiet_optuna
-
-if TYPE_CHECKING:
-    import optuna
+from keyreid.tuning.space import Point, label
 
 STUDY = "study.db"
+IMPORTANCE_TRIALS = 4  # with fewer, all parameters matter equally
 OPTUNA_STATES = {"finished": "COMPLETE", "stopped": "PRUNED", "failed": "FAIL"}
 
 
@@ -89,17 +89,15 @@ def trial_table(search: Search, trials: Sequence[TrialRecord]) -> list[list[str]
 
 def save_study(search: Search, trials: Sequence[TrialRecord], path: Path) -> None:
     """Write all trials as an Optuna study in SQLite, which optuna-dashboard opens; an earlier one is replaced."""
-    optuna = quiet_optuna()
     storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
     with contextlib.suppress(KeyError):
         optuna.delete_study(study_name=search.name, storage=storage)
     study = optuna.create_study(study_name=search.name, storage=storage, direction=f"{search.mode}imize")
-    study.add_trials([optuna_trial(search, trial, OPTUNA_STATES.get(trial.status, "RUNNING")) for trial in trials])
+    study.add_trials([_optuna_trial(search, trial, OPTUNA_STATES.get(trial.status, "RUNNING")) for trial in trials])
 
 
-def optuna_trial(search: Search, trial: TrialRecord, state: str) -> optuna.trial.FrozenTrial:
-    """A trial in Optuna's form."""
-    optuna = quiet_optuna()
+def _optuna_trial(search: Search, trial: TrialRecord, state: str) -> optuna.trial.FrozenTrial:
+    state = "FAIL" if state in ("COMPLETE", "PRUNED") and math.isnan(trial.score) else state
     return optuna.trial.create_trial(
         state=optuna.trial.TrialState[state],
         value=trial.score if state in ("COMPLETE", "PRUNED") else None,
@@ -112,8 +110,6 @@ def optuna_trial(search: Search, trial: TrialRecord, state: str) -> optuna.trial
 
 def draw_study(search: Search, trials: Sequence[TrialRecord], folder: Path) -> dict[str, Path]:
     """Write Optuna's pictures of the trials that have a score, each with its last one; gives them by title."""
-    optuna = quiet_optuna()
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     import matplotlib
 
     matplotlib.use("agg")
@@ -121,20 +117,22 @@ def draw_study(search: Search, trials: Sequence[TrialRecord], folder: Path) -> d
     from optuna.visualization import matplotlib as drawn
 
     study = optuna.create_study(direction=f"{search.mode}imize")
-    study.add_trials([optuna_trial(search, trial, "COMPLETE") for trial in trials if not math.isnan(trial.score)])
+    study.add_trials([_optuna_trial(search, trial, "COMPLETE") for trial in trials if not math.isnan(trial.score)])
+    target = {"target_name": search.metric}
+    pictures = {
+        f"Best {search.metric} so far": ("history", drawn.plot_optimization_history, target),
+        f"{search.metric} against each parameter, one dot per trial": ("parameters", drawn.plot_slice, target),
+        "All parameters of each trial": ("parallel", drawn.plot_parallel_coordinate, target),
+        "Learning curves": ("curves", drawn.plot_intermediate_values, {}),
+    }
+    if len(study.trials) >= IMPORTANCE_TRIALS:
+        title = f"How much each parameter matters for {search.metric}"
+        pictures[title] = ("importances", drawn.plot_param_importances, target)
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = {}
-    for name, title, draw in (
-        ("history", f"Best {search.metric} so far", drawn.plot_optimization_history),
-        ("importances", f"How much each parameter matters for {search.metric}", drawn.plot_param_importances),
-        ("parameters", f"{search.metric} against each parameter, one dot per trial", drawn.plot_slice),
-        ("parallel", "All parameters of each trial", drawn.plot_parallel_coordinate),
-        ("curves", "Learning curves", drawn.plot_intermediate_values),
-    ):
-        named = {} if name == "curves" else {"target_name": search.metric}
-        with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError):  # too few trials for importances
-            draw(study, **named)
-            pictures[title] = folder / f"{name}.png"
-            pyplot.savefig(pictures[title], dpi=110, bbox_inches="tight")
-        pyplot.close("all")
-    return pictures
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # these functions count as experimental
+        for name, draw, options in pictures.values():
+            draw(study, **options)
+            pyplot.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
+            pyplot.close("all")
+    return {title: folder / f"{name}.png" for title, (name, _, _) in pictures.items()}

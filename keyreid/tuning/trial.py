@@ -1,4 +1,8 @@
-"""One trial as Ray Tune sees it: steps from evaluation to evaluation, and checkpoints that start any trial again."""
+"""One trial as Ray Tune sees it: steps from evaluation to evaluation, and checkpoints that start any trial again.
+
+Ray Train is left out on purpose: its trainers bring a controller process for each trial and a checkpoint store of their
+own. Every start has new ranks, because DeepSpeed keeps its process groups in module globals and cannot join another.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 
 from keyreid.config import Config
+from keyreid.distributed.ray_cluster import start_processes
 from keyreid.errors import KeyreidError
-from keyreid.tuning.ranks import RankGroup
+from keyreid.tuning.rank import EPOCH, Rank
 from keyreid.tuning.search import Search, metric_key, trial_config
 
-SCORE, EPOCH = "score", "epoch"
+SCORE = "score"
 ORIGIN = "trial.json"
+END_SECONDS = 60.0  # for a run that was told to end: writing its log, sending what MLflow lacks
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,11 @@ class KeyreidTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Nothing runs before the first step: Ray Tune may load a checkpoint first."""
-        self._point, self._takes = config["point"], config.get("donor")  # the path of another trial's checkpoint
         shared = self.setting
+        self._point, self._takes = config["point"], config.get("donor")  # the path of another trial's checkpoint
         self._config = trial_config(shared.base, self._point, self.trial_name, shared.folder, shared.tracking_uri)
-        self._ranks: RankGroup | None = None
+        self._actors, self._runs = [], []
+        self._waiting = False  # whether the ranks wait for an answer to their last report
         self._checkpoint: Path | None = None
         self._epoch = 0
         self._donor: str | None = None
@@ -65,24 +73,17 @@ class KeyreidTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Train up to the next evaluation."""
         try:
-            self._ranks = self._ranks or self._start()
-            report = self._ranks.next_report()
+            report = self._next_report()
         except KeyreidError as error:
             return self._failed(str(getattr(error, "cause", error)))  # without Ray's traceback
         if report is None:  # the checkpoint was the last one
             return {tune.result.RESULT_DUPLICATE: True}
-        self._checkpoint, self._epoch, numbers = Path(report["checkpoint"]), report["epoch"], report["numbers"]
+        self._checkpoint, self._epoch, numbers = Path(report["checkpoint"]), report[EPOCH], report["numbers"]
         metric = metric_key(self.setting.search, self.setting.base)
         if metric not in numbers:
             return self._failed(f"no {metric} among the trial's numbers: {', '.join(sorted(numbers))}")
-        return {
-            EPOCH: self._epoch,
-            SCORE: numbers[metric],
-            "numbers": numbers,
-            "done": self._epoch >= self._config.schedule.epochs,
-            "point": self._point,
-            "donor": self._donor,
-        }
+        about = {"numbers": numbers, "point": self._point, "donor": self._donor}
+        return about | {EPOCH: self._epoch, SCORE: numbers[metric], "done": self._whole}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Put the files of the newest checkpoint there; Ray Tune copies what the links name."""
@@ -107,16 +108,53 @@ class KeyreidTrial(tune.Trainable):
             shutil.copytree(folder, self._config.run_dir / "checkpoints" / folder.name, copy_function=_link)
 
     def cleanup(self) -> None:
-        """End the ranks; the run's tracking is closed in order."""
-        if self._ranks is not None:
-            self._ranks.end(self._epoch >= self._config.schedule.epochs)
+        """End the ranks: in order, their tracking closed, where they wait."""
+        if self._waiting:
+            self._actors[0].answer.remote(self._whole)
+            ray.wait(self._runs, num_returns=len(self._runs), timeout=END_SECONDS)
+        for actor in self._actors:
+            ray.kill(actor)
 
-    def _start(self) -> RankGroup:
-        shared = self.setting
-        ranks, cpus = shared.search.resources.ranks, shared.search.resources.cpus
+    @property
+    def _whole(self) -> bool:
+        return self._epoch >= self._config.schedule.epochs
+
+    def _start(self) -> None:
+        shared, resources = self.setting, self.setting.search.resources
         tags = {"keyreid.search": shared.search.name, "keyreid.trial": self.trial_name}
         tags |= {"mlflow.parentRunId": shared.parent} if shared.parent else {}
-        return RankGroup(self._config, ranks, cpus, shared.gpus, shared.directory, tags)
+        self._actors, meeting_point = start_processes(
+            *(Rank, resources.ranks, ray.util.get_current_placement_group(), resources.cpus, shared.gpus),
+            threads=resources.cpus,
+            calls=3,
+            directory=str(shared.directory),
+        )
+        self._runs = [actor.train.remote(self._config, tags, meeting_point) for actor in self._actors]
+
+    def _next_report(self) -> dict[str, Any] | None:
+        """Let the ranks train to their next evaluation; None if they ended without one.
+
+        Raises:
+            KeyreidError: the training failed in a way that it would again.
+            ray.exceptions.RayError: a rank's process died, or its training failed otherwise.
+        """
+        if not self._actors:
+            self._start()
+        if self._waiting:
+            self._actors[0].answer.remote(True)
+        self._waiting = False
+        pending, report = list(self._runs), self._actors[0].next_report.remote()
+        while True:
+            done, _ = ray.wait([*pending, report])  # a failure comes before the report that never will
+            for run in set(done) - {report}:
+                ray.get(run)
+                pending.remove(run)
+            if report in done:
+                found = ray.get(report)
+                if found is None:
+                    ray.get(self._runs)
+                self._waiting = found is not None
+                return found
 
     def _failed(self, fault: str) -> dict[str, Any]:
         """A last report for what would fail again and is not retried; schedulers and samplers leave such scores out."""
