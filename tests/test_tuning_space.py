@@ -213,3 +213,46 @@ def test_a_search_that_goes_on_remembers_what_ray_tune_forgets():
         scheduler.on_trial_result(None, each, {"epoch": 1, "score": s}) for each, s in zip(new, (0.3, 0.6), strict=True)
     ]
     assert decide == ["STOP", "CONTINUE"]
+
+
+def test_only_the_same_search_of_the_same_version_is_resumed(search_file, tmp_path):
+    from keyreid.tuning.driver import SEARCH, STATE, _prepare_folder
+
+    search, base = load_search(search_file())
+    folder = tmp_path / "runs"
+    assert not _prepare_folder(folder, search, base, resume=True)
+    (folder / STATE).mkdir()
+    (folder / STATE / "experiment_state-2026.json").touch()
+    with pytest.raises(ConfigError, match="holds a search already: resume it by --resume"):
+        _prepare_folder(folder, search, base, resume=False)
+    assert _prepare_folder(folder, *load_search(search_file(), ["budget.seconds=60"]), resume=True)
+    with pytest.raises(ConfigError, match=r"another base\.loss\.alpha, search\.seed, search\.settings\.loss\.alpha:"):
+        _prepare_folder(folder, *load_search(search_file(), ["seed=1", "settings.loss.alpha=0.9"]), resume=True)
+    earlier = yaml.safe_load((folder / SEARCH).read_text())
+    (folder / SEARCH).write_text(yaml.safe_dump({name: earlier[name] for name in ("search", "base")}))
+    with pytest.raises(ConfigError, match="of another version of keyreid: resume it with that one"):
+        _prepare_folder(folder, search, base, resume=True)
+
+
+def test_a_study_has_all_trials_as_optuna_knows_them(tmp_path):
+    import optuna
+
+    from keyreid.tuning.study import save_study
+
+    search = Search(base="b", name="s", space=SPACE, trials=5)
+    trials = [
+        trial("trial-000", "finished", 0.2, 0.5),
+        trial("trial-001", "stopped", 0.1),
+        trial("trial-002", "failed", 0.3),
+        trial("trial-003", "finished", 0.3, math.nan),
+        trial("trial-004", "waiting"),
+    ]
+    trials[2].fault = "loss nan"
+    for _ in range(2):  # a second time it replaces the first
+        save_study(search, trials, tmp_path / "study.db")
+    study = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert [each.state.name for each in study.trials] == ["COMPLETE", "PRUNED", "FAIL", "FAIL", "RUNNING"]
+    assert study.best_trial.user_attrs["name"] == "trial-000"
+    assert study.best_trial.params == {"loss.alpha": 0.5}
+    assert study.best_trial.intermediate_values == {1: 0.2, 2: 0.5}
+    assert study.trials[2].user_attrs["fault"] == "loss nan"

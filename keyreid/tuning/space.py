@@ -107,8 +107,8 @@ Space = dict[str, Parameter]
 
 
 def label(value: Any) -> bool | int | float | str | None:
-    """A value as Optuna can store it among a distribution's choices: lists and mappings as JSON."""
-    return json.dumps(value) if isinstance(value, (list, dict)) else value
+    """A value as Optuna can store it among a distribution's choices: lists and mappings as text."""
+    return json.dumps(value).replace('"', "") if isinstance(value, (list, dict)) else value
 
 
 def in_order(space: Space) -> list[str]:

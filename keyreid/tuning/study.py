@@ -117,7 +117,7 @@ def draw_study(search: Search, trials: Sequence[TrialRecord], folder: Path) -> d
     from optuna.visualization import matplotlib as drawn
 
     study = optuna.create_study(direction=f"{search.mode}imize")
-    study.add_trials([_optuna_trial(search, trial, "COMPLETE") for trial in trials if not math.isnan(trial.score)])
+    study.add_trials([_optuna_trial(search, trial, "COMPLETE") for trial in trials])
     target = {"target_name": search.metric}
     pictures = {
         f"Best {search.metric} so far": ("history", drawn.plot_optimization_history, target),
@@ -125,7 +125,7 @@ def draw_study(search: Search, trials: Sequence[TrialRecord], folder: Path) -> d
         "All parameters of each trial": ("parallel", drawn.plot_parallel_coordinate, target),
         "Learning curves": ("curves", drawn.plot_intermediate_values, {}),
     }
-    if len(study.trials) >= IMPORTANCE_TRIALS:
+    if sum(trial.value is not None for trial in study.trials) >= IMPORTANCE_TRIALS:
         title = f"How much each parameter matters for {search.metric}"
         pictures[title] = ("importances", drawn.plot_param_importances, target)
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,6 +133,8 @@ def draw_study(search: Search, trials: Sequence[TrialRecord], folder: Path) -> d
         warnings.simplefilter("ignore")  # these functions count as experimental
         for name, draw, options in pictures.values():
             draw(study, **options)
+            if name == "parallel":
+                pyplot.gcf().set_size_inches(4 + 2 * len(search.space), 5)  # or labels cover each other
             pyplot.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
             pyplot.close("all")
     return {title: folder / f"{name}.png" for title, (name, _, _) in pictures.items()}
