@@ -25,6 +25,7 @@ import yaml
 from packed import make_dataset, pack_dataset
 
 pytest.importorskip("ray.tune")
+pytest.importorskip("optuna")
 
 from safetensors.torch import load_file
 
@@ -146,7 +147,7 @@ def test_a_search_outlives_its_ranks_and_its_driver(started, tmp_path):
     ranks[victim].kill()
     lines += read_until(driver, lambda lines: lines[-1].startswith(f"{victim} epoch 2/8"))
     assert sum(line.startswith(f"{victim} died: retry 1 of 2") for line in lines) == 1
-    assert f"{victim} goes on from its checkpoint" in lines
+    assert f"{victim} resumes from its checkpoint" in lines
 
     time.sleep(1.2)  # the state is saved every second
     everything = psutil.Process(driver.pid).children(recursive=True)
@@ -156,7 +157,7 @@ def test_a_search_outlives_its_ranks_and_its_driver(started, tmp_path):
     driver = started("--resume")
     output, _ = driver.communicate(timeout=SECONDS)
     assert driver.returncode == 0, output
-    assert f"{victim} goes on from its checkpoint" in output
+    assert f"{victim} resumes from its checkpoint" in output
     print("\n".join(lines), output, sep="\n")
     assert not psutil.wait_procs(everything, timeout=60)[1], "ranks and Ray's processes end with a killed driver"
 
@@ -184,7 +185,17 @@ def test_a_search_outlives_its_ranks_and_its_driver(started, tmp_path):
             assert len(steps) - int(trials[trial]["epoch"]) in (range(8) if metric != "search/score" else [0])
     logged = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert {"best.yaml", "trials.csv", "report.html", "plots"} <= logged
-    assert {path.name for path in (folder / "plots").iterdir()} == {"parameters.png", "parallel.png", "curves.png"}
+    pictures = {"history.png", "importances.png", "parameters.png", "parallel.png", "curves.png"}
+    assert {path.name for path in (folder / "plots").iterdir()} == pictures
+    assert (folder / "report.html").read_text().count('src="data:image/png;base64,') == len(pictures)
+    import optuna
+
+    study = optuna.load_study(study_name="s", storage=f"sqlite:///{folder / 'study.db'}")
+    assert [trial.user_attrs["name"] for trial in study.trials] == list(trials)
+    assert [trial.state.name for trial in study.trials] == [
+        {"finished": "COMPLETE", "stopped": "PRUNED"}[row["status"]] for row in trials.values()
+    ]
+    assert [max(trial.intermediate_values) for trial in study.trials] == [int(row["epoch"]) for row in trials.values()]
 
     best = max((row for row in trials.values() if row["status"] == "finished"), key=lambda row: float(row["mAP"]))
     command = [sys.executable, "-m", "keyreid.cli", "train", str(folder / "best.yaml"), "--ranks", "1"]
@@ -206,19 +217,19 @@ def test_ctrl_c_saves_a_search_by_tpe_and_says_how_to_go_on(started, tmp_path):
     output, _ = driver.communicate(timeout=SECONDS)
     assert driver.returncode == 130, output
     command = f"keyreid tune {tmp_path / 'search.yaml'} --resume"
-    assert f"interrupted; all reports are saved, go on with: {command}" in output
+    assert f"interrupted; all reports are saved, resume with: {command}" in output
     before = {(row["trial"], row["epoch"]): row["mAP"] for row in rows(tmp_path / "runs" / "s") if row["epoch"]}
     assert before
 
     refused = started()
     output, _ = refused.communicate(timeout=SECONDS)
     assert refused.returncode == 1
-    assert "holds a search already: go on with it by --resume" in output
+    assert "holds a search already: resume it by --resume" in output
 
     driver = started("--resume")
     output, _ = driver.communicate(timeout=SECONDS)
     assert driver.returncode == 0, output
-    assert all(f"{trial} goes on from its checkpoint" in output for trial, _ in before)
+    assert all(f"{trial} resumes from its checkpoint" in output for trial, _ in before)
     reports = rows(tmp_path / "runs" / "s")
     assert before.items() <= {(row["trial"], row["epoch"]): row["mAP"] for row in reports}.items()
     assert Counter(row["trial"] for row in reports) == {"trial-000": 5, "trial-001": 5}

@@ -1,6 +1,7 @@
 """What a search may say, and the points that each algorithm draws from it."""
 
 import math
+import pickle
 import random
 from collections import Counter
 
@@ -8,12 +9,15 @@ import pytest
 import yaml
 from packed import make_config
 
+pytest.importorskip("optuna")
+pytest.importorskip("ray.tune")
+
 from keyreid.config import load_config, save_config
 from keyreid.errors import ConfigError
 from keyreid.tuning.outcome import best_configuration
-from keyreid.tuning.records import Report, TrialRecord, best_trial
 from keyreid.tuning.search import Search, load_search, trial_config, with_point
 from keyreid.tuning.space import Parameter, grid_points, mutated, random_points
+from keyreid.tuning.study import TrialRecord, best_trial
 
 SPACE = {
     "model.tcss.shift": Parameter(choice=[0, 2, 4], when={"model.tcss.enabled": True}),
@@ -76,8 +80,6 @@ def test_mutation_stays_inside_and_moves_a_little():
 
 
 def test_optuna_suggests_by_condition_and_learns():
-    pytest.importorskip("optuna")
-    pytest.importorskip("ray.tune")
     from keyreid.tuning import algorithms
 
     search = Search(base="b", space=SPACE, algorithm="tpe", trials=60, seed=3)
@@ -95,8 +97,6 @@ def test_optuna_suggests_by_condition_and_learns():
 
 
 def test_a_saved_optuna_search_goes_on_as_it_would_have(tmp_path):
-    pytest.importorskip("optuna")
-    pytest.importorskip("ray.tune")
     from keyreid.tuning import algorithms
 
     search = Search(base="b", space=SPACE, algorithm="tpe", trials=20, seed=3)
@@ -163,7 +163,8 @@ def test_a_mapping_sets_several_keys():
 
 
 def trial(name, status, *scores):
-    reports = {epoch: Report(epoch, score, {}, {"loss.alpha": 0.5}, None, 1.0) for epoch, score in enumerate(scores, 1)}
+    known = {"numbers": {}, "point": {"loss.alpha": 0.5}, "donor": None, "seconds": 1.0}
+    reports = {epoch: {"score": score, **known} for epoch, score in enumerate(scores, 1)}
     return TrialRecord(name, {"loss.alpha": 0.5}, status, reports)
 
 
@@ -190,19 +191,18 @@ def test_the_best_configuration_is_one_that_train_takes(search_file, tmp_path):
 
 def test_a_search_that_goes_on_remembers_what_ray_tune_forgets():
     """Its schedulers are not saved: a restored ASHA must still compare with the trials before."""
-    pytest.importorskip("ray.tune")
     from types import SimpleNamespace
 
     from keyreid.tuning import algorithms
-    from keyreid.tuning.progress import LogBook
+    from keyreid.tuning.log_book import LogBook
 
     search = Search(base="b", space=SPACE, scheduler="asha", trials=9, asha={"grace_epochs": 1, "reduction": 3})
     before = LogBook(search, 9, None, None)
     for number in range(6):
         before.trials[f"id{number}"] = trial(f"trial-{number}", "stopped", number / 10)
     scheduler = algorithms.scheduler(search, 9)
-    after = LogBook(search, 9, scheduler, None, goes_on=True)
-    after.set_state(before.get_state())
+    after = LogBook(search, 9, scheduler, None, resumes=True)
+    after.set_state(pickle.loads(pickle.dumps(before.get_state())))
     assert after.trials == before.trials
     old = [SimpleNamespace(trial_id=f"id{number}", config={}) for number in range(6)]
     new = [SimpleNamespace(trial_id=name, config={"point": {}}) for name in ("bad", "good")]
@@ -213,3 +213,46 @@ def test_a_search_that_goes_on_remembers_what_ray_tune_forgets():
         scheduler.on_trial_result(None, each, {"epoch": 1, "score": s}) for each, s in zip(new, (0.3, 0.6), strict=True)
     ]
     assert decide == ["STOP", "CONTINUE"]
+
+
+def test_only_the_same_search_of_the_same_version_is_resumed(search_file, tmp_path):
+    from keyreid.tuning.driver import SEARCH, STATE, _prepare_folder
+
+    search, base = load_search(search_file())
+    folder = tmp_path / "runs"
+    assert not _prepare_folder(folder, search, base, resume=True)
+    (folder / STATE).mkdir()
+    (folder / STATE / "experiment_state-2026.json").touch()
+    with pytest.raises(ConfigError, match="holds a search already: resume it by --resume"):
+        _prepare_folder(folder, search, base, resume=False)
+    assert _prepare_folder(folder, *load_search(search_file(), ["budget.seconds=60"]), resume=True)
+    with pytest.raises(ConfigError, match=r"another base\.loss\.alpha, search\.seed, search\.settings\.loss\.alpha:"):
+        _prepare_folder(folder, *load_search(search_file(), ["seed=1", "settings.loss.alpha=0.9"]), resume=True)
+    earlier = yaml.safe_load((folder / SEARCH).read_text())
+    (folder / SEARCH).write_text(yaml.safe_dump({name: earlier[name] for name in ("search", "base")}))
+    with pytest.raises(ConfigError, match="of another version of keyreid: resume it with that one"):
+        _prepare_folder(folder, search, base, resume=True)
+
+
+def test_a_study_has_all_trials_as_optuna_knows_them(tmp_path):
+    import optuna
+
+    from keyreid.tuning.study import save_study
+
+    search = Search(base="b", name="s", space=SPACE, trials=5)
+    trials = [
+        trial("trial-000", "finished", 0.2, 0.5),
+        trial("trial-001", "stopped", 0.1),
+        trial("trial-002", "failed", 0.3),
+        trial("trial-003", "finished", 0.3, math.nan),
+        trial("trial-004", "waiting"),
+    ]
+    trials[2].fault = "loss nan"
+    for _ in range(2):  # a second time it replaces the first
+        save_study(search, trials, tmp_path / "study.db")
+    study = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert [each.state.name for each in study.trials] == ["COMPLETE", "PRUNED", "FAIL", "FAIL", "RUNNING"]
+    assert study.best_trial.user_attrs["name"] == "trial-000"
+    assert study.best_trial.params == {"loss.alpha": 0.5}
+    assert study.best_trial.intermediate_values == {1: 0.2, 2: 0.5}
+    assert study.trials[2].user_attrs["fault"] == "loss nan"

@@ -1,6 +1,5 @@
 """`keyreid tune`: search hyperparameters."""
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +15,7 @@ def tune(
         typer.Argument(help="Changes to it: trials=8 budget.epochs=6 settings.data.shards=DIR ...", show_default=False),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the search that its folder holds; start it if there is none.")
+        bool, typer.Option("--resume", help="Resume the search that its folder holds; start it if there is none.")
     ] = False,
     address: Annotated[
         str | None,
@@ -28,33 +27,29 @@ def tune(
 
     Writes best.yaml, which `keyreid train` takes, a table and pictures to OUTPUT/NAME, and everything to MLflow.
     """
-    from keyreid.errors import ConfigError
     from keyreid.tuning.search import load_search
 
     wanted, base = load_search(search, list(overrides or []))
-    if importlib.util.find_spec("ray") is None:
-        raise ConfigError("keyreid tune needs Ray: pip install 'keyreid[tune]'")
     if dry_run:
         _print_points(wanted, base)
         return
-    from keyreid.tuning.run import run_search
+    from keyreid.tuning.driver import run_search
+    from keyreid.tuning.outcome import BEST, PAGE
 
     result = run_search(wanted, base, resume, address)
-    if result.outcome is not None:
-        best = result.outcome.best
+    if best := result.best:
         print(f"\nbest: {best.name}, {wanted.metric} {best.score:.4f} after epoch {best.epoch}")
-        print(
-            f"configuration: {result.outcome.config} (keyreid train takes it as it is)\nreport: {result.outcome.page}"
-        )
+        print(f"configuration: {result.folder / BEST} (keyreid train takes it as it is)")
+        print(f"report: {result.folder / PAGE}")
     else:
         print(f"\nno trial has a score; see {result.folder}")
     if result.interrupted:
-        more = " ".join(["", *(overrides or [])])
-        print(f"interrupted; all reports are saved, go on with: keyreid tune {search} --resume{more and f' --{more}'}")
+        more = " ".join(["", "--", *overrides] if overrides else [])
+        print(f"interrupted; all reports are saved, resume with: keyreid tune {search} --resume{more}")
         raise typer.Exit(130)
     if result.out_of_time:
-        print("out of time: `--resume` with a larger budget.seconds goes on")
-    if result.outcome is None:
+        print("out of time: continue with `--resume` and a larger budget.seconds")
+    if best is None:
         raise typer.Exit(1)
 
 
@@ -62,7 +57,7 @@ def _print_points(search, base) -> None:
     import yaml
 
     from keyreid.tuning import algorithms
-    from keyreid.tuning.records import describe
+    from keyreid.tuning.study import describe
 
     print(yaml.safe_dump(search.model_dump(mode="json", exclude_none=True), sort_keys=False))
     points = algorithms.points(search, base)

@@ -1,1 +1,8 @@
-"""Hyperparameter search with Ray Tune: what a search is, its trials, and what comes out."""
+"""Hyperparameter search with Ray Tune and Optuna: what a search is, its trials, and what comes out."""
+
+from importlib.util import find_spec
+
+from keyreid.errors import ConfigError
+
+if not (find_spec("ray") and find_spec("optuna")):
+    raise ConfigError("a search needs Ray and Optuna: run `pip install -e '.[tune]'` in the clone")

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import random
+from functools import partial
 from typing import Any
 
-from ray import tune
+import optuna
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
     MedianStoppingRule,
-    PopulationBasedTraining,
     TrialScheduler,
 )
-from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
 
 from keyreid.config import Config
 from keyreid.tuning import space
+from keyreid.tuning.rank import EPOCH
 from keyreid.tuning.search import Search, with_point
 from keyreid.tuning.space import Point, Space
-from keyreid.tuning.trial import EPOCH, SCORE
+from keyreid.tuning.trial import SCORE
 
 
 def points(search: Search, base: Config) -> list[Point] | None:
@@ -40,32 +40,18 @@ def points(search: Search, base: Config) -> list[Point] | None:
     return drawn
 
 
-def parameters(drawn: list[Point] | None) -> dict[str, Any]:
-    """Ray Tune's search space: the points one by one, or nothing where the searcher brings them."""
-    return {"point": tune.grid_search(drawn)} if drawn is not None else {}
-
-
-def searcher(search: Search) -> Searcher | None:
+def searcher(search: Search) -> OptunaSearch | None:
     """Optuna's tree-structured Parzen estimator; None where the points are known."""
     if search.algorithm != "tpe":
         return None
-    import optuna
-    from ray.tune.search.optuna import OptunaSearch
-
-    logging.getLogger("optuna").setLevel(logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=search.seed)
-    return OptunaSearch(_Suggestion(search.space), metric=SCORE, mode=search.mode, sampler=sampler)
+    return OptunaSearch(partial(_suggested, search.space), metric=SCORE, mode=search.mode, sampler=sampler)
 
 
-class _Suggestion:
-    """A point in Optuna's define-by-run style, so that conditions hold; saved with the searcher."""
-
-    def __init__(self, space: Space) -> None:
-        self._space = space
-
-    def __call__(self, trial: Any) -> dict[str, Any]:
-        point = space.walk(self._space, lambda key, parameter: parameter.suggest(trial, f"point/{key}"))
-        return {f"point/{key}": value for key, value in point.items()}  # Ray Tune makes {"point": {...}} of it
+def _suggested(parameters: Space, trial: optuna.Trial) -> Point:
+    """A point in Optuna's define-by-run style, so that conditions hold; Ray Tune makes {"point": {...}} of it."""
+    point = space.walk(parameters, lambda key, parameter: parameter.suggest(trial, f"point/{key}"))
+    return {f"point/{key}": value for key, value in point.items()}
 
 
 def scheduler(search: Search, epochs: int) -> TrialScheduler:
@@ -74,25 +60,13 @@ def scheduler(search: Search, epochs: int) -> TrialScheduler:
     Args:
         epochs: of a whole trial.
     """
-    common = {"time_attr": EPOCH, "metric": SCORE, "mode": search.mode}
     if search.algorithm == "pbt":
-        rng = random.Random(search.seed)
-
-        def explore(config: dict[str, Any]) -> dict[str, Any]:
-            return {**config, "point": space.mutated(search.space, config["point"], search.pbt.resample, rng)}
-
-        return _Population(
-            **common,
-            perturbation_interval=search.pbt.interval_epochs,
-            quantile_fraction=search.pbt.quantile,
-            custom_explore_fn=explore,
-            log_config=False,
-        )
+        return Population(search)
+    common = {"time_attr": EPOCH, "metric": SCORE, "mode": search.mode}
     if search.scheduler == "asha":
         grace = min(search.asha.grace_epochs, epochs)
-        return AsyncHyperBandScheduler(
-            **common, max_t=epochs, grace_period=grace, reduction_factor=search.asha.reduction
-        )
+        reduction = search.asha.reduction
+        return AsyncHyperBandScheduler(**common, max_t=epochs, grace_period=grace, reduction_factor=reduction)
     if search.scheduler == "median":
         return MedianStoppingRule(
             **common,
@@ -103,15 +77,41 @@ def scheduler(search: Search, epochs: int) -> TrialScheduler:
     return FIFOScheduler()
 
 
-class _Population(PopulationBasedTraining):
-    """Ray Tune's, which keeps a trial's checkpoint only if it was compared when it reported: so nobody could take over
-    the first ones of an interval that all reach. Here each report has its checkpoint already.
+class Population(FIFOScheduler):
+    """Population based training (Jaderberg et al. 2017): who reports is compared with the others' last reports.
+
+    Ray Tune's own keeps a trial's checkpoint only if it was among the best when it reported, so nobody could take over
+    the first one of an interval, and offers no public way to change that. Here each report has its checkpoint already:
+    a bad trial is paused with a better one's in its configuration, from which it then starts (see KeyreidTrial).
     """
 
-    def _checkpoint_or_exploit(
-        self, trial: Trial, tune_controller: Any, upper_quantile: list[Trial], lower_quantile: list[Trial]
-    ) -> None:
-        for good in upper_quantile:
-            state = self._trial_state[good]
-            state.last_checkpoint = state.last_checkpoint or good.checkpoint
-        super()._checkpoint_or_exploit(trial, tune_controller, upper_quantile, lower_quantile)
+    def __init__(self, search: Search) -> None:
+        super().__init__()
+        self._search = search
+        self._sign = 1 if search.mode == "max" else -1
+        self._donors, self._changes = random.Random(search.seed), random.Random(search.seed)
+        self._compared: dict[Trial, tuple[int, float]] = {}  # epoch and score
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Let a trial continue, or pause it: for others that wait, or to take over one of the best."""
+        pbt, (last, _) = self._search.pbt, self._compared.get(trial, (0, 0))
+        if result[EPOCH] - last < pbt.interval_epochs or math.isnan(result[SCORE]):
+            return self.CONTINUE
+        self._compared[trial] = result[EPOCH], self._sign * result[SCORE]
+        ranked = sorted(
+            (each for each in self._compared if not each.is_finished()), key=lambda each: self._compared[each][1]
+        )
+        count = min(math.ceil(len(ranked) * pbt.quantile), len(ranked) // 2)
+        donor = self._donors.choice(ranked[-count:]) if trial in ranked[:count] else None
+        if donor and donor.checkpoint:
+            point = space.mutated(self._search.space, donor.config["point"], pbt.resample, self._changes)
+            trial.set_config({"point": point, "donor": donor.checkpoint.path})
+            self._compared[trial] = self._compared[donor][0], self._compared[trial][1]
+            return self.PAUSE
+        waiting = any(each.status in (Trial.PENDING, Trial.PAUSED) for each in tune_controller.get_trials())
+        return self.PAUSE if waiting else self.CONTINUE
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """The trial that is furthest behind, so that all take turns."""
+        waiting = [each for each in tune_controller.get_trials() if each.status in (Trial.PENDING, Trial.PAUSED)]
+        return min(waiting, key=lambda each: self._compared.get(each, (0, 0))[0], default=None)

@@ -1,18 +1,23 @@
-"""What a search varies: parameters by the configuration key they set, and how each algorithm draws a point of them."""
+"""What a search varies: YAML's words for Optuna's distributions, points drawn from them, and mutations of a point."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
+import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from pydantic import Field, model_validator
 
 from keyreid.config import Section
 from keyreid.errors import ConfigError
 
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 Point = dict[str, Any]  # value by configuration key, in the order of the space
 MUTATION_FACTORS = (0.8, 1.2)  # of population based training (Jaderberg et al. 2017)
 DIGITS = 6  # significant ones of a drawn number, so that people can read and repeat it
@@ -23,14 +28,9 @@ class Parameter(Section):
 
     uniform: tuple[float, float] | None = Field(None, description="least and most")
     loguniform: tuple[float, float] | None = Field(None, description="least and most; each factor equally often")
-    choice: list[Any] | None = Field(
-        None, min_length=1, description="values; a mapping sets several keys below this one"
-    )
+    choice: list[Any] | None = Field(None, min_length=1, description="values; a mapping sets several keys below this")
     grid: list[Any] | None = Field(None, min_length=1, description="values that are all tried")
-    when: dict[str, Any] = Field(
-        default_factory=dict,
-        description="the parameter exists only where these others have this value, or one of these",
-    )
+    when: dict[str, Any] = Field({}, description="only where these parameters have this value, or one of these")
 
     @model_validator(mode="before")
     @classmethod
@@ -71,26 +71,25 @@ class Parameter(Section):
         least, most = self.bounds
         return [least, least + (most - least) / math.pi, most]
 
+    def distribution(self) -> FloatDistribution | CategoricalDistribution:
+        """The parameter in Optuna's terms."""
+        if self.bounds:
+            return FloatDistribution(*self.bounds, log=self.loguniform is not None)
+        return CategoricalDistribution([label(value) for value in self.values])
+
+    def suggest(self, trial: optuna.Trial, name: str) -> Any:
+        """A value that Optuna suggests."""
+        if self.bounds:
+            return self._tidy(trial.suggest_float(name, *self.bounds, log=self.loguniform is not None))
+        labels = self.distribution().choices
+        return self.values[labels.index(trial.suggest_categorical(name, labels))]
+
     def applies(self, point: Mapping[str, Any]) -> bool:
         """Whether the parameter exists beside those that were drawn before it."""
         return all(
             key in point and point[key] in (wanted if isinstance(wanted, list) else [wanted])
             for key, wanted in self.when.items()
         )
-
-    def sample(self, rng: random.Random) -> Any:
-        """A random value."""
-        if self.uniform:
-            return self._tidy(rng.uniform(*self.uniform))
-        if self.loguniform:
-            return self._tidy(math.exp(rng.uniform(*map(math.log, self.loguniform))))
-        return rng.choice(self.values)
-
-    def suggest(self, trial: Any, name: str) -> Any:
-        """What an Optuna trial suggests."""
-        if self.bounds:
-            return self._tidy(trial.suggest_float(name, *self.bounds, log=self.loguniform is not None))
-        return self.values[trial.suggest_categorical(name, range(len(self.values)))]
 
     def mutate(self, value: Any, rng: random.Random) -> Any:
         """A value near `value`: a factor more or less, or a neighbour in the list; never outside."""
@@ -107,6 +106,26 @@ class Parameter(Section):
 Space = dict[str, Parameter]
 
 
+def label(value: Any) -> bool | int | float | str | None:
+    """A value as Optuna can store it among a distribution's choices: lists and mappings as text."""
+    return json.dumps(value).replace('"', "") if isinstance(value, (list, dict)) else value
+
+
+def in_order(space: Space) -> list[str]:
+    """The keys, such that those a condition names come before it.
+
+    Raises:
+        ConfigError: a condition names no parameter of the space, or conditions go in a circle.
+    """
+    for key, parameter in space.items():
+        if unknown := parameter.when.keys() - space.keys():
+            raise ConfigError(f"space: `when` of {key} names {', '.join(sorted(unknown))}, which the space lacks")
+    try:
+        return list(TopologicalSorter({key: parameter.when for key, parameter in space.items()}).static_order())
+    except CycleError as error:
+        raise ConfigError(f"space: `when` goes in a circle: {' -> '.join(error.args[1])}") from None
+
+
 def walk(space: Space, draw: Callable[[str, Parameter], Any]) -> Point:
     """A point whose values come from `draw`, asked for each parameter that exists, conditions first."""
     drawn: Point = {}
@@ -116,56 +135,29 @@ def walk(space: Space, draw: Callable[[str, Parameter], Any]) -> Point:
     return {key: drawn[key] for key in space if key in drawn}
 
 
-def in_order(space: Space) -> list[str]:
-    """The keys, such that those a condition names come before it.
-
-    Raises:
-        ConfigError: a condition names no parameter of the space, or conditions go in a circle.
-    """
-    ordered: list[str] = []
-    left = list(space)
-    while left:
-        ready = [key for key in left if all(other in ordered for other in space[key].when)]
-        if not ready:
-            unknown = sorted({other for key in left for other in space[key].when} - space.keys())
-            what = f"names {', '.join(unknown)}, which the space lacks" if unknown else "goes in a circle"
-            raise ConfigError(f"space: `when` of {', '.join(left)} {what}")
-        ordered += ready
-        left = [key for key in left if key not in ordered]
-    return ordered
-
-
 def random_points(space: Space, samples: int, seed: int) -> list[Point]:
     """`samples` random points for each combination of the grid parameters."""
-    rng = random.Random(seed)
-    return [
-        walk(space, lambda key, parameter, fixed=fixed: fixed[key] if key in fixed else parameter.sample(rng))
-        for _ in range(samples)
-        for fixed in _combinations(space)
-    ]
+    study = _random_study(seed)
+    grids = {key: parameter.grid for key, parameter in space.items() if parameter.grid}
+    combinations = [dict(zip(grids, values, strict=True)) for values in itertools.product(*grids.values())]
+    return [_drawn(space, fixed, study.ask()) for _ in range(samples) for fixed in combinations]
 
 
 def grid_points(space: Space) -> list[Point]:
     """Every combination of values once (where a parameter does not exist, its values make no difference)."""
-    points: list[Point] = []
-    for fixed in _combinations(space):
-        point = walk(space, lambda key, _, fixed=fixed: fixed[key])
-        if point not in points:
-            points.append(point)
-    return points
+    points = random_points(space, 1, 0)
+    return [point for number, point in enumerate(points) if point not in points[:number]]
 
 
 def mutated(space: Space, point: Point, resample: float, rng: random.Random) -> Point:
     """A point near another one: each value drawn anew with probability `resample`, else changed a little."""
-    return walk(
-        space,
-        lambda key, parameter: (
-            parameter.sample(rng) if key not in point or rng.random() < resample else parameter.mutate(point[key], rng)
-        ),
-    )
+    kept = {key: space[key].mutate(value, rng) for key, value in point.items() if rng.random() >= resample}
+    return _drawn(space, kept, _random_study(rng.getrandbits(32)).ask())
 
 
-def _combinations(space: Space) -> Iterator[Point]:
-    grids = [key for key in space if space[key].grid]
-    for values in itertools.product(*(space[key].grid for key in grids)):
-        yield dict(zip(grids, values, strict=True))
+def _random_study(seed: int) -> optuna.Study:
+    return optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
+
+
+def _drawn(space: Space, fixed: Point, trial: optuna.Trial) -> Point:
+    return walk(space, lambda key, parameter: fixed[key] if key in fixed else parameter.suggest(trial, key))

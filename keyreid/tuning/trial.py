@@ -1,4 +1,8 @@
-"""One trial as Ray Tune sees it: steps from evaluation to evaluation, and checkpoints that start any trial again."""
+"""One trial as Ray Tune sees it: steps from evaluation to evaluation, and checkpoints that start any trial again.
+
+Ray Train is left out on purpose: its trainers bring a controller process for each trial and a checkpoint store of their
+own. Every start has new ranks, because DeepSpeed keeps its process groups in module globals and cannot join another.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +17,22 @@ import ray
 from ray import tune
 
 from keyreid.config import Config
+from keyreid.distributed.ray_cluster import start_processes
 from keyreid.errors import KeyreidError
-from keyreid.tuning.ranks import RankGroup
-from keyreid.tuning.search import trial_config
+from keyreid.tuning.rank import EPOCH, Rank
+from keyreid.tuning.search import Search, metric_key, trial_config
 
-SCORE, EPOCH = "score", "epoch"
+SCORE = "score"
 ORIGIN = "trial.json"
+END_SECONDS = 60.0  # for a run that was told to end: writing its log, sending what MLflow lacks
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrialSetting:
     """What all trials of a search share.
 
     Attributes:
-        search: its name.
         base: the configuration that a point changes.
-        metric: the score among a report's numbers.
         gpus: of each rank.
         folder: holds the trials' run folders; every node sees it.
         directory: where relative paths of the configuration begin.
@@ -36,11 +40,8 @@ class Plan:
         parent: MLflow's run of the search; None while its server could not be reached.
     """
 
-    search: str
+    search: Search
     base: Config
-    metric: str
-    ranks: int
-    cpus: int
     gpus: float
     folder: Path
     directory: Path
@@ -55,41 +56,34 @@ class KeyreidTrial(tune.Trainable):
     another one or ends the trial, so what is stopped, paused or copied is always what was reported.
     """
 
-    plan: Plan  # set on a subclass for each search: see run.py
+    setting: TrialSetting  # set on a subclass for each search: see driver.py
 
     def setup(self, config: dict[str, Any]) -> None:
         """Nothing runs before the first step: Ray Tune may load a checkpoint first."""
-        self._point = config["point"]
-        plan = self.plan
-        self._config = trial_config(plan.base, self._point, self.trial_name, plan.folder, plan.tracking_uri)
-        self._ranks: RankGroup | None = None
+        shared = self.setting
+        self._point, self._takes = config["point"], config.get("donor")  # the path of another trial's checkpoint
+        self._config = trial_config(shared.base, self._point, self.trial_name, shared.folder, shared.tracking_uri)
+        self._actors, self._runs = [], []
+        self._waiting = False  # whether the ranks wait for an answer to their last report
         self._checkpoint: Path | None = None
         self._epoch = 0
         self._donor: str | None = None
-        shutil.rmtree(self._config.run_dir / "checkpoints", ignore_errors=True)  # of a start that is not gone on from
+        shutil.rmtree(self._config.run_dir / "checkpoints", ignore_errors=True)  # of a start that is not resumed
 
     def step(self) -> dict[str, Any]:
         """Train up to the next evaluation."""
         try:
-            self._ranks = self._ranks or self._start()
-            report = self._ranks.next_report()
+            report = self._next_report()
         except KeyreidError as error:
             return self._failed(str(getattr(error, "cause", error)))  # without Ray's traceback
         if report is None:  # the checkpoint was the last one
             return {tune.result.RESULT_DUPLICATE: True}
-        self._checkpoint = Path(report["checkpoint"])
-        self._epoch = report["epoch"]
-        numbers = report["numbers"]
-        if self.plan.metric not in numbers:
-            return self._failed(f"no {self.plan.metric} among the trial's numbers: {', '.join(sorted(numbers))}")
-        return {
-            EPOCH: self._epoch,
-            SCORE: numbers[self.plan.metric],
-            "numbers": numbers,
-            "done": self._epoch >= self._config.schedule.epochs,
-            "point": self._point,
-            "donor": self._donor,
-        }
+        self._checkpoint, self._epoch, numbers = Path(report["checkpoint"]), report[EPOCH], report["numbers"]
+        metric = metric_key(self.setting.search, self.setting.base)
+        if metric not in numbers:
+            return self._failed(f"no {metric} among the trial's numbers: {', '.join(sorted(numbers))}")
+        about = {"numbers": numbers, "point": self._point, "donor": self._donor}
+        return about | {EPOCH: self._epoch, SCORE: numbers[metric], "done": self._whole}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Put the files of the newest checkpoint there; Ray Tune copies what the links name."""
@@ -99,35 +93,68 @@ class KeyreidTrial(tune.Trainable):
         folder.mkdir()
         for file in self._checkpoint.iterdir():
             (folder / file.name).symlink_to(file)
-        Path(checkpoint_dir, ORIGIN).write_text(json.dumps({"trial": self.trial_name, EPOCH: self._epoch}))
+        origin = {"trial": self.trial_name, EPOCH: self._epoch, "took": self._takes}
+        Path(checkpoint_dir, ORIGIN).write_text(json.dumps(origin))
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
-        """Make a trial's checkpoint, its own or a better one's, the only one of this run, which goes on from it."""
+        """Make a trial's checkpoint, its own or a better one's, the only one of this run, which resumes from it."""
         origin = json.loads(Path(checkpoint_dir, ORIGIN).read_text())
+        if origin["took"] != self._takes:  # Ray Tune's is from before the trial was told to take over another's
+            checkpoint_dir = self._takes
+            origin = json.loads(Path(checkpoint_dir, ORIGIN).read_text())
+            self._donor = origin["trial"]
         self._epoch = origin[EPOCH]
-        self._donor = origin["trial"] if origin["trial"] != self.trial_name else None
         for folder in Path(checkpoint_dir).glob("step-*"):
             shutil.copytree(folder, self._config.run_dir / "checkpoints" / folder.name, copy_function=_link)
 
     def cleanup(self) -> None:
-        """End the ranks; the run's tracking is closed in order."""
-        if self._ranks is not None:
-            self._ranks.end(self._epoch >= self._config.schedule.epochs)
+        """End the ranks: in order, their tracking closed, where they wait."""
+        if self._waiting:
+            self._actors[0].answer.remote(self._whole)
+            ray.wait(self._runs, num_returns=len(self._runs), timeout=END_SECONDS)
+        for actor in self._actors:
+            ray.kill(actor)
 
-    def _start(self) -> RankGroup:
-        plan = self.plan
-        tags = {"keyreid.search": plan.search, "keyreid.trial": self.trial_name}
-        if plan.parent:
-            tags["mlflow.parentRunId"] = plan.parent
-        return RankGroup(
-            self._config.model_dump(mode="json"),
-            plan.ranks,
-            plan.cpus,
-            plan.gpus,
-            ray.util.get_current_placement_group(),
-            str(plan.directory),
-            tags,
+    @property
+    def _whole(self) -> bool:
+        return self._epoch >= self._config.schedule.epochs
+
+    def _start(self) -> None:
+        shared, resources = self.setting, self.setting.search.resources
+        tags = {"keyreid.search": shared.search.name, "keyreid.trial": self.trial_name}
+        tags |= {"mlflow.parentRunId": shared.parent} if shared.parent else {}
+        self._actors, meeting_point = start_processes(
+            *(Rank, resources.ranks, ray.util.get_current_placement_group(), resources.cpus, shared.gpus),
+            threads=resources.cpus,
+            calls=3,
+            directory=str(shared.directory),
         )
+        self._runs = [actor.train.remote(self._config, tags, meeting_point) for actor in self._actors]
+
+    def _next_report(self) -> dict[str, Any] | None:
+        """Let the ranks train to their next evaluation; None if they ended without one.
+
+        Raises:
+            KeyreidError: the training failed in a way that it would again.
+            ray.exceptions.RayError: a rank's process died, or its training failed otherwise.
+        """
+        if not self._actors:
+            self._start()
+        if self._waiting:
+            self._actors[0].answer.remote(True)
+        self._waiting = False
+        pending, report = list(self._runs), self._actors[0].next_report.remote()
+        while True:
+            done, _ = ray.wait([*pending, report])  # a failure comes before the report that never will
+            for run in set(done) - {report}:
+                ray.get(run)
+                pending.remove(run)
+            if report in done:
+                found = ray.get(report)
+                if found is None:
+                    ray.get(self._runs)
+                self._waiting = found is not None
+                return found
 
     def _failed(self, fault: str) -> dict[str, Any]:
         """A last report for what would fail again and is not retried; schedulers and samplers leave such scores out."""
