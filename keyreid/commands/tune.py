@@ -28,12 +28,12 @@ def tune(
 
     Writes best.yaml, which `keyreid train` takes, a table and pictures to OUTPUT/NAME, and everything to MLflow.
     """
-    from keyreid.errors import ConfigError
+    from keyreid.errors import ConfigError, install_hint
     from keyreid.tuning.search import load_search
 
     wanted, base = load_search(search, list(overrides or []))
     if importlib.util.find_spec("ray") is None:
-        raise ConfigError("keyreid tune needs Ray: pip install 'keyreid[tune]'")
+        raise ConfigError(f"keyreid tune needs Ray; {install_hint('tune')}")
     if dry_run:
         _print_points(wanted, base)
         return
