@@ -18,5 +18,5 @@ class CheckpointError(KeyreidError):
 
 
 def install_hint(extra: str) -> str:
-    """What to do where an optional part is missing. (`keyreid` on PyPI is another project: it installs from the clone.)"""
+    """What to do where an optional part is missing. (The `keyreid` of PyPI is another project.)"""
     return f"in the clone of keyreid: pip install -c constraints.txt -e '.[{extra}]'"

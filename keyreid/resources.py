@@ -6,6 +6,7 @@ In a clone they lie in configs/, slurm/ and launch/; an installed package holds 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from keyreid.errors import KeyreidError
@@ -41,6 +42,6 @@ def own_or_shipped(path: str | Path, folder: Path = Path()) -> Path:
 
 
 def configurations() -> dict[str, str]:
-    """Those that travel with keyreid: the name to give to a command -> the first line of the file, its purpose."""
+    """Those that travel with keyreid: the name to give to a command -> the file's first words, its purpose."""
     files = sorted((home() / "configs").rglob("*.yaml"))
-    return {str(file.relative_to(home())): file.open().readline().strip("# \n") for file in files}
+    return {str(file.relative_to(home())): re.split("[;.]\\s", file.read_text())[0].strip("# ") for file in files}

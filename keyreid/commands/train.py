@@ -126,7 +126,10 @@ def _print_plan(settings) -> None:
     from keyreid.checkpoints.start import start_network
 
     shards, plan = _check_data(settings)
-    network = start_network(settings.model, settings.clip, plan.num_identities, len(shards.camera_index))
+    model = settings.model
+    if model.weights == "timm":  # nothing is downloaded for a plan
+        model = model.model_copy(update={"weights": None})
+    network = start_network(model, settings.clip, plan.num_identities, len(shards.camera_index))
     print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
     steps = settings.schedule.steps_per_epoch or plan.steps_per_epoch
     print(

@@ -62,9 +62,9 @@ def test_a_cluster_that_is_not_there_is_named(tmp_path, monkeypatch):
         app(["submit", "evaluate", "runs/tiny"], standalone_mode=False)
 
 
-def test_batch_files_come_with_a_clone(tmp_path, monkeypatch):
+def test_a_folder_without_batch_files_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("KEYREID_HOME", str(tmp_path))
-    message = f"{tmp_path}/slurm/evaluate.sbatch is missing: the batch files come with a clone"
+    message = f"{tmp_path}/slurm/evaluate.sbatch is missing: set KEYREID_HOME to a clone of keyreid"
     with pytest.raises(KeyreidError, match=re.escape(message)):
         app(["submit", "evaluate", "runs/tiny"], standalone_mode=False)
 
@@ -212,5 +212,5 @@ def test_by_hand_outside_the_clone_says_what_to_do(cluster, file, tmp_path):
 
 
 def test_scripts_are_valid_bash():
-    for file in [*(REPOSITORY / "slurm").glob("*"), REPOSITORY / "launch" / "install-slurm"]:
+    for file in [*(REPOSITORY / "slurm").glob("*"), *(REPOSITORY / "launch").glob("*")]:
         subprocess.run(["bash", "-n", file], check=True)
