@@ -1,4 +1,4 @@
-"""The rules of CONTRIBUTING.md that can be checked: layers, circles, sizes, names, declared imports, no speed in tests."""
+"""The rules of CONTRIBUTING.md that can be checked: layers, circles, sizes, names, declarations, no speed in tests."""
 
 import ast
 import builtins
