@@ -14,6 +14,7 @@ import argparse
 import itertools
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -134,6 +135,18 @@ def measure_packing(dataset, settings: PackSettings, out: Path) -> float:
     return sum(len(tracklet.frames) for tracklet in dataset.tracklets) / seconds
 
 
+def measure_planning() -> float:
+    """Seconds of CPU time for the plan of an epoch of MARS's size."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    from test_plan import mars_like, plan
+
+    order = plan(mars_like(), clip__height=256, clip__width=128)
+    start = time.process_time()
+    for step in range(order.steps_per_epoch):
+        order.step(0, step)
+    return time.process_time() - start
+
+
 def main() -> None:
     """Make the data, let the sides take turns, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -177,6 +190,7 @@ def main() -> None:
     for name, values in results.items():
         cpu, rate = (statistics.median(column) for column in zip(*values, strict=True))
         print(f"{name:20}{cpu:15.2f}{base[0] / cpu:10.1f}{rate:10.0f}{rate / base[1]:10.1f}")
+    print(f"planning an epoch of MARS: {measure_planning():.3f} CPU-s")
     print(f"packing: {statistics.median(rates):.0f} frames a CPU-second")
     print(f"heatmaps: {bytes_a_frame:.0f} bytes a frame, {PUBLISHED_BYTES / bytes_a_frame:.0f} times less than .npy")
 

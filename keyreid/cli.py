@@ -28,7 +28,6 @@ from keyreid.errors import KeyreidError
 app = typer.Typer(
     name="keyreid",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -56,9 +55,20 @@ app.command("doctor")(doctor.doctor)
 app.command("submit")(submit.submit)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from keyreid.version import version
+
+        print(f"keyreid {version()}")
+        raise typer.Exit
+
+
 @app.callback()
 def keyreid(
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print version and commit.")
+    ] = False,
 ) -> None:
     """Distributed training of keypoint-guided video person re-identification."""
     # DeepSpeed's launcher puts --local_rank before the words of the command; LOCAL_RANK says the same.

@@ -15,11 +15,12 @@ from typing import Any, Literal, TypeVar
 
 import pydantic
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from keyreid.errors import ConfigError
+from keyreid.resources import own_or_shipped
 
 
 class Section(BaseModel):
@@ -53,19 +54,12 @@ class DataConfig(Section):
     """Where the shards are, how batches are drawn from them, and who reads them."""
 
     shards: str = Field(description="folder or URL (s3://, gs://, https://) that `keyreid shard` wrote")
-    split_number: int = Field(
-        0, ge=0, description="which of the dataset's train/test splits (iLIDS-VID, PRID2011: 0..9)"
-    )
-    holdout: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="share of the training identities kept out of training, for choosing hyperparameters",
-    )
+    split_number: int = Field(0, ge=0, description="which train/test split (iLIDS-VID, PRID2011: 0..9)")
+    holdout: float = Field(0, ge=0, lt=1, description="share of training identities kept out, to choose settings by")
     reader: Literal["dali", "plain", "stream"] = Field(
         "dali",
-        description="plain: PyTorch workers, for machines without DALI; stream: whole tars in order, nothing kept on "
-        "disk, for evaluating remote shards",
+        description="plain: PyTorch workers, without DALI; stream: whole tars in order by the webdataset library, "
+        "nothing kept on disk, to evaluate remote shards",
     )
     workers: int = Field(2, ge=1, description="decoding threads (DALI) or processes (plain) of each rank")
     prefetch: int = Field(2, ge=1, description="batches decoded ahead")
@@ -76,9 +70,7 @@ class DataConfig(Section):
         description="identity: each tracklet has its turn; frames: an identity's tracklets drawn by their length; "
         "camera: the K tracklets of an identity from as many cameras as it has",
     )
-    guidance_from: Literal["heatmaps", "keypoints"] = Field(
-        "heatmaps", description="packed part heatmaps, or rendered anew from the packed keypoints"
-    )
+    guidance_from: Literal["heatmaps", "keypoints"] = Field("heatmaps", description="packed, or drawn from keypoints")
     on_fault: Literal["stop", "skip"] = Field("stop", description="what a sample that cannot be read does to the run")
     max_faults: int = Field(100, ge=0, description="with on_fault: skip, how many before the run stops all the same")
     cache_dir: str = Field("~/.cache/keyreid/shards", description="where remote shards are kept")
@@ -164,14 +156,10 @@ class TrainingConfig(Section):
 
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     casting: Literal["autocast", "engine"] = Field(
-        "autocast", description="autocast keeps fp32 weights and casts operations; engine casts the weights"
+        "autocast", description="autocast: of operations; engine: of weights"
     )
-    zero_stage: Literal[0, 1, 2, 3] = Field(
-        1, description="what DeepSpeed shards: 1 optimizer, 2 + gradients, 3 + weights"
-    )
-    deepspeed: str | dict[str, Any] | None = Field(
-        None, description="DeepSpeed configuration: a JSON file or its content"
-    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed shards: 1 optimizer, 2 + gradients, 3 + weights")
+    deepspeed: str | dict[str, Any] | None = Field(None, description="DeepSpeed's settings: a JSON file or its content")
     accumulation: int = Field(1, ge=1, description="micro-batches a step; the losses still see the whole batch")
     clip_gradient_norm: float = Field(0.0, ge=0, description="0: none")
     activation_checkpointing: bool = False
@@ -191,9 +179,7 @@ class EvaluationConfig(Section):
 
     every_epochs: int = Field(10, ge=0, description="0: only after the last")
     protocol: Literal["torchreid", "official", "inclusive", "released"] = "torchreid"
-    distance: Literal["euclidean", "cosine", "visible"] = Field(
-        "euclidean", description="visible: a part counts by both sides' visibility"
-    )
+    distance: Literal["euclidean", "cosine", "visible"] = Field("euclidean", description="visible: parts by visibility")
     clips: int | None = Field(None, ge=1, description="evenly spaced clips of each tracklet; default all its frames")
     clips_per_batch: int = Field(16, ge=1, description="of each rank")
     rerank: bool = Field(False, description="k-reciprocal re-ranking")
@@ -253,7 +239,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read, merge and check a configuration file.
 
     Args:
-        path: the YAML file.
+        path: the YAML file; one that comes with keyreid may be named from any folder (`configs/mars.yaml`).
         overrides: `section.key=value` strings, values in YAML (`data.augment.erase_area=[0.02,0.3]`).
 
     Raises:
@@ -264,22 +250,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def load_section(section: type[SectionType], path: str | Path, overrides: Sequence[str] = ()) -> SectionType:
     """`load_config` for a file of another type, such as a search."""
-    merged = OmegaConf.merge(_read_with_parents(Path(path), ()), _parse_overrides(overrides))
-    return check_section(section, OmegaConf.to_container(merged, resolve=True), str(path))
+    return check_config(merge_overrides(_read_with_parents(own_or_shipped(path)), overrides), str(path), section)
 
 
-def merge_overrides(values: dict[str, Any], overrides: Sequence[str]) -> Any:
+def merge_overrides(values: Any, overrides: Sequence[str]) -> Any:
     """Values with `section.key=value` strings merged into them, not yet checked."""
-    return OmegaConf.to_container(OmegaConf.merge(values, _parse_overrides(overrides)), resolve=True)
+    for text in overrides:
+        if "=" not in text:
+            raise ConfigError(f"override {text!r} is not of the form section.key=value")
+    try:
+        merged = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"configuration with overrides {list(overrides)}: {error}") from None
 
 
-def check_config(values: Any, source: str) -> Config:
+def check_config(values: Any, source: str, section: type[SectionType] = Config) -> SectionType:
     """Type and check merged values; `source` names them in errors."""
-    return check_section(Config, values, source)
-
-
-def check_section(section: type[SectionType], values: Any, source: str) -> SectionType:
-    """`check_config` for another type."""
     try:
         return section.model_validate(values)
     except pydantic.ValidationError as error:
@@ -292,50 +279,33 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
-def _read_with_parents(path: Path, children: tuple[Path, ...]) -> Any:
+def _read_with_parents(path: Path, children: tuple[Path, ...] = ()) -> DictConfig:
     path = path.expanduser().resolve()
     if path in children:
         raise ConfigError(f"{children[-1]}: `extends` goes in a circle through {path}")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = OmegaConf.load(path)
     except OSError as error:
-        raise ConfigError(
-            f"{path}: {error.strerror}" + (f", named by `extends` in {children[-1]}" if children else "")
-        ) from None
-    except yaml.YAMLError as error:
+        named = f", named by `extends` in {children[-1]}" if children else ""
+        raise ConfigError(f"{path}: {error.strerror or error}{named}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping of sections, this is a {type(values).__name__}")
+    if not isinstance(values, DictConfig):
+        raise ConfigError(f"{path}: a configuration is a mapping of sections, this is a list")
     parent = values.pop("extends", None)
-    own = OmegaConf.create(values)
     if parent is None:
-        return own
-    return OmegaConf.merge(_read_with_parents(path.parent / str(parent), (*children, path)), own)
-
-
-def _parse_overrides(overrides: Sequence[str]) -> Any:
-    for text in overrides:
-        if "=" not in text:
-            raise ConfigError(f"override {text!r} is not of the form section.key=value")
-    try:
-        return OmegaConf.from_dotlist(list(overrides))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"overrides {list(overrides)}: {error}") from None
+        return values
+    return OmegaConf.merge(_read_with_parents(own_or_shipped(parent, path.parent), (*children, path)), values)
 
 
 def _explain(detail: Any, section: type[Section]) -> str:
     """One line for one pydantic error, with the nearest known name for an unknown key."""
-    place = ".".join(str(step) for step in detail["loc"])
-    if detail["type"] != "extra_forbidden":
-        message = detail["msg"].removeprefix("Value error, ")
-        return (
-            f"{place}: {message} (got {detail['input']!r})"
-            if place and detail["type"] != "missing"
-            else f"{place}: {message}".lstrip(": ")
-        )
-    known = _known_keys(section)
-    near = difflib.get_close_matches(place, known, n=1, cutoff=0.0)[0]
-    return f"unknown key {place!r}; the nearest known one is {near!r}"
+    place = ".".join(map(str, detail["loc"]))
+    if detail["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(place, _known_keys(section), n=1, cutoff=0.0)[0]
+        return f"unknown key {place!r}; the nearest known one is {near!r}"
+    message = ": ".join(filter(None, [place, detail["msg"].removeprefix("Value error, ")]))
+    return f"{message} (got {detail['input']!r})" if place and detail["type"] != "missing" else message
 
 
 def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

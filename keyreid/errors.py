@@ -15,3 +15,8 @@ class ConfigError(KeyreidError):
 
 class CheckpointError(KeyreidError):
     """A checkpoint or a weights file that cannot be used; names the file."""
+
+
+def install_hint(extra: str) -> str:
+    """What to do where an optional part is missing. (The `keyreid` of PyPI is another project.)"""
+    return f"in the clone of keyreid: pip install -c constraints.txt -e '.[{extra}]'"

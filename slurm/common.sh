@@ -7,7 +7,8 @@ say() { printf '%s keyreid: %s\n' "$(date '+%F %T')" "$*"; }
 stop() { say "$*" >&2; exit 1; }
 
 export KEYREID_HOME PYTHONUNBUFFERED=1
-if [ -f "$KEYREID_HOME/slurm/site.env" ]; then . "$KEYREID_HOME/slurm/site.env"; fi
+: "${KEYREID_SITE:=$KEYREID_HOME/slurm/site.env}"
+if [ -f "$KEYREID_SITE" ]; then . "$KEYREID_SITE"; fi
 : "${KEYREID_MAX_RESTARTS:=20}" "${KEYREID_MAX_STALLS:=1}"
 : "${KEYREID_SCRATCH:=${TMPDIR:-/tmp}}"
 

@@ -63,6 +63,24 @@ def test_missing_and_circular_parents(tmp_path):
         load_config(tmp_path / "b.yaml")
 
 
+@pytest.mark.parametrize(("text", "message"), [("- 1", "a mapping"), ("a: 1\na: 2", "duplicate key a"), ("7", "int")])
+def test_what_is_no_configuration_is_refused(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path / "file.yaml", text))
+
+
+def test_an_own_file_comes_before_the_one_that_comes_with_keyreid(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/mars.yaml").name == "mars"
+    child = write(tmp_path / "child.yaml", "extends: configs/walkers.yaml\n")
+    assert load_config(child).name == "walkers"
+    (tmp_path / "configs").mkdir()
+    write(tmp_path / "configs" / "mars.yaml", "name: mine\ndata: {shards: here}\n")
+    assert load_config("configs/mars.yaml").name == "mine"
+    with pytest.raises(ConfigError, match=r"configs/marz\.yaml: No such file"):
+        load_config("configs/marz.yaml")
+
+
 def test_objects_in_yaml_are_not_built(tmp_path):
     path = write(tmp_path / "evil.yaml", "name: !!python/object/apply:os.system ['touch owned']\n")
     with pytest.raises(ConfigError, match="not YAML"):

@@ -37,7 +37,7 @@ def test_versions_are_compared_with_the_pins(monkeypatch):
     assert packages.state == "missing" and packages.found.startswith("nowhere-to-be-found; numpy 2.")
     assert failures([packages], []) == [packages]
     assert tune.state in ("note", "missing") and "ray" in tune.found
-    assert absent.state == "missing" and "keyreid[search]" in absent.remedy
+    assert absent.state == "missing" and ".[search]" in absent.remedy and "in the clone" in absent.remedy
 
 
 def test_slurm_absent_silent_and_present(monkeypatch, tmp_path):
@@ -62,7 +62,7 @@ def test_status_and_form(words, monkeypatch):
     assert result.exit_code == 0 and "python" in result.output
     if "--json" in words:
         assert json.loads(result.output)[0]["state"] == "ok"
-    sick = Check("python", "broken", "[too] old", "use a newer one")
+    sick = Check("broken", "[too] old", "use a newer one", "python")
     monkeypatch.setitem(doctor.CHECKS, "python", lambda: sick)
     result = CliRunner().invoke(app, ["doctor", *words])
     assert result.exit_code == 1 and "[too] old" in result.output

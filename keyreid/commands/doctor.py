@@ -19,24 +19,23 @@ def doctor(
 
     Exit status 1 when something that training needs, or that --require names, is missing or broken.
     """
-    import dataclasses
-    import json as encoder
-    import sys
+    from dataclasses import asdict
 
+    from rich import print_json
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from keyreid import doctor as surgery
+    from keyreid.doctor import CHECKS, examine, failures
     from keyreid.errors import ConfigError
 
     for name in (*(require or ()), *(only or ())):
-        if name not in surgery.CHECKS:
-            raise ConfigError(f"doctor knows no {name!r}; it checks {', '.join(surgery.CHECKS)}")
-    checks = surgery.examine(only or ())
-    failed = surgery.failures(checks, require or ())
+        if name not in CHECKS:
+            raise ConfigError(f"doctor knows no {name!r}; it checks {', '.join(CHECKS)}")
+    checks = examine(only or ())
+    failed = failures(checks, require or ())
     if json:
-        print(encoder.dumps([dataclasses.asdict(check) for check in checks], indent=1))
+        print_json(data=[asdict(check) for check in checks])
     else:
         table = Table("", "", "found", "to mend it")
         colours = {"ok": "green", "note": "cyan", "missing": "yellow", "broken": "red"}
@@ -47,4 +46,4 @@ def doctor(
         if failed:
             print(f"{len(failed)} things that are needed do not work: {', '.join(check.name for check in failed)}")
     if failed:
-        sys.exit(1)
+        raise typer.Exit(1)

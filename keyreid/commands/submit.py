@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
-from enum import Enum
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from keyreid.config import Config
 
 LOGS = Path("runs/slurm")
+OfPipeline = partial(typer.Option, rich_help_panel="Pipeline")
 
 
-class Verb(str, Enum):
+class Verb(StrEnum):
     """What can be queued: a batch file each, and the chain of them."""
 
     TRAIN = "train"
@@ -28,6 +29,9 @@ class Verb(str, Enum):
     SHARD = "shard"
     TUNE = "tune"
     PIPELINE = "pipeline"
+
+
+RANKED = (Verb.TRAIN, Verb.EVALUATE, Verb.PIPELINE)  # a task on each GPU
 
 
 class Job(NamedTuple):
@@ -41,41 +45,30 @@ class Job(NamedTuple):
 def submit(
     verb: Annotated[Verb, typer.Argument(help="The job; pipeline is pose, shard, train and evaluate in a row.")],
     arguments: Annotated[
-        list[str],
-        typer.Argument(
-            help="What `keyreid VERB` takes (train, pipeline: CONFIG section.key=value ...). "
-            "Put -- before them if they contain options of their own."
-        ),
+        list[str], typer.Argument(help="What `keyreid VERB` takes, as CONFIG section.key=value ...; -- before options.")
     ],
     nodes: Annotated[str | None, typer.Option(help="Number of nodes, or LEAST-MOST.")] = None,
     gpus_per_node: Annotated[str | None, typer.Option(help="GPUs of each node, 8 or TYPE:8; a rank on each.")] = None,
     tasks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on each node without GPUs.")] = None,
     cpus_per_task: Annotated[int | None, typer.Option(min=1, help="CPUs of each rank.")] = None,
     mem: Annotated[str | None, typer.Option(help="Memory of each node; 0: all of it.")] = None,
-    time: Annotated[str | None, typer.Option(help="Time limit, as 1-00:00:00; training goes on after it.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit, as 1-00:00:00; training resumes after it.")] = None,
     partition: Annotated[str | None, typer.Option(help="As for sbatch, and so are the next four.")] = None,
     account: Annotated[str | None, typer.Option()] = None,
     qos: Annotated[str | None, typer.Option()] = None,
     constraint: Annotated[str | None, typer.Option()] = None,
     exclude: Annotated[str | None, typer.Option()] = None,
-    array: Annotated[
-        str | None, typer.Option(help="As 0-9%2. pose, shard: the shares. train: %a in arguments is the task's number.")
-    ] = None,
+    array: Annotated[str | None, typer.Option(help="As 0-9%2: shares of pose, shard; %a in train's arguments.")] = None,
     dependency: Annotated[str | None, typer.Option(help="As afterok:JOB.")] = None,
     job_name: Annotated[str | None, typer.Option(help="Name in the queue. Default keyreid-VERB.")] = None,
     container: Annotated[str | None, typer.Option(help="Image to run in; see slurm/site.env.example.")] = None,
     extra: Annotated[str, typer.Option(help="More options of sbatch: '--reservation=r --nice=10'.")] = "",
-    dataset: Annotated[
-        str | None, typer.Option(help="Dataset, as for `keyreid shard`.", rich_help_panel="Pipeline")
-    ] = None,
-    root: Annotated[Path | None, typer.Option(help="The dataset's folder.", rich_help_panel="Pipeline")] = None,
-    keypoints: Annotated[
-        Path | None,
-        typer.Option(help="Folder that pose fills. Without it no pose job is queued.", rich_help_panel="Pipeline"),
-    ] = None,
-    shares: Annotated[int, typer.Option(min=1, help="Array tasks of pose and shard.", rich_help_panel="Pipeline")] = 8,
-    pose_options: Annotated[str, typer.Option(help="More options of pose.", rich_help_panel="Pipeline")] = "",
-    shard_options: Annotated[str, typer.Option(help="More options of shard.", rich_help_panel="Pipeline")] = "",
+    dataset: Annotated[str | None, OfPipeline(help="Dataset, as for `keyreid shard`.")] = None,
+    root: Annotated[Path | None, OfPipeline(help="The dataset's folder.")] = None,
+    keypoints: Annotated[Path | None, OfPipeline(help="Folder for pose to fill. Without it, no pose job.")] = None,
+    shares: Annotated[int, OfPipeline(min=1, help="Array tasks of pose and shard.")] = 8,
+    pose_options: Annotated[str, OfPipeline(help="More options of pose.")] = "",
+    shard_options: Annotated[str, OfPipeline(help="More options of shard.")] = "",
     dry_run: Annotated[bool, typer.Option(help="Print the exact command and batch file; queue nothing.")] = False,
     test_only: Annotated[bool, typer.Option(help="Ask Slurm when and where it would run; queue nothing.")] = False,
     follow: Annotated[bool, typer.Option(help="Print the logs until the job ends; Ctrl-C leaves it running.")] = False,
@@ -84,115 +77,99 @@ def submit(
 
     The same by hand: sbatch OPTIONS slurm/VERB.sbatch ARGUMENTS. docs/slurm.md goes through it step by step.
     """
-    from keyreid.distributed import slurm
-
-    ranks = _count(gpus_per_node) if gpus_per_node else tasks_per_node
+    ranks = _number_of(gpus_per_node) if gpus_per_node else tasks_per_node
     size = {"nodes": nodes, "gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task}
-    tasks = ranks if verb in (Verb.TRAIN, Verb.EVALUATE, Verb.PIPELINE) else tasks_per_node
+    tasks = ranks if verb in RANKED else tasks_per_node
     if tasks != 1:  # one is the default; said, it makes of LEAST-MOST nodes always LEAST
         size["ntasks-per-node"] = tasks
-    place = {"mem": mem, "time": time, "partition": partition, "account": account, "qos": qos}
-    place |= {"constraint": constraint, "exclude": exclude}
     if follow and (array or verb is Verb.PIPELINE):
         raise KeyreidError("--follow shows one job, this is several: tail -F the log that you want to see")
+    config = _check(verb, arguments, nodes, ranks, array, waits=dependency is not None)
     if verb is Verb.PIPELINE:
         if dataset is None or root is None or array:
             raise KeyreidError("a pipeline needs --dataset NAME and --root FOLDER, and --shares in place of --array")
-        config = _checked_config(arguments, nodes, ranks)
-        where = [dataset, str(root)]
-        pose = [*where, f"--out={keypoints}", *shlex.split(pose_options)]
-        shard = [*where, f"--out={config.data.shards}", *shlex.split(shard_options)]
-        jobs = list(_pipeline(arguments, config, pose, shard, keypoints, shares, size))
+        pose = [dataset, str(root), f"--out={keypoints}", *shlex.split(pose_options)] if keypoints else None
+        shard = [dataset, str(root), f"--out={config.data.shards}", *shlex.split(shard_options)]
+        shard += [f"--keypoints={keypoints}"] if keypoints else []
+        jobs = _pipeline(pose, shard, arguments, str(config.run_dir), f"0-{shares - 1}", size)
     else:
-        if verb is Verb.TRAIN:
-            _check_training(arguments, nodes, ranks, array, waits=dependency is not None)
-        if verb is Verb.TUNE:
-            _check_search(arguments, waits=dependency is not None)
         jobs = [Job(verb, arguments, {**size, "array": array, "job-name": job_name})]
-
-    after = dependency
-    for job in jobs:
-        script = slurm.batch_file(job.verb.value)
-        options = {**job.options, **place, "dependency": after}
-        if after:
-            options["kill-on-invalid-dep"] = "yes"  # else a job whose predecessor failed waits for ever
-        options["output"] = slurm.log_pattern(LOGS, job.verb.value, bool(job.options.get("array")))
-        words = [f"--{name}={value}" for name, value in options.items() if value is not None] + shlex.split(extra)
-        environment = slurm.job_environment(script, container)
-        submission = slurm.Submission(script, tuple(job.arguments), tuple(words), environment)
-        if dry_run:
-            print(f"{submission.shell_line()}\n\n# {script}\n{script.read_text()}")
-            after = f"afterok:JOB_OF_{job.verb.value.upper()}"
-        elif test_only:
-            print(f"{job.verb.value}: {slurm.test(submission)}")
-        else:
-            LOGS.mkdir(parents=True, exist_ok=True)
-            job_id = slurm.submit(submission)
-            after = f"afterok:{job_id}"
-            _tell(job, job_id)
-    if follow and not dry_run and not test_only:
-        _follow(job, job_id)
+    place = {"mem": mem, "time": time, "partition": partition, "account": account, "qos": qos}
+    place |= {"constraint": constraint, "exclude": exclude, "dependency": dependency}
+    last = _hand_over(jobs, place, shlex.split(extra), container, dry_run, test_only)
+    if follow and last:
+        _follow(jobs[-1], last)
 
 
-def _pipeline(
-    arguments: list[str],
-    config: Config,
-    pose: list[str],
-    shard: list[str],
-    keypoints: Path | None,
-    shares: int,
-    size: dict[str, object],
-) -> Iterator[Job]:
-    """The jobs from pictures to scores, in the order in which each waits for the one before."""
-    array = f"0-{shares - 1}"
-    if keypoints is not None:
-        gpu = "1" if size["gpus-per-node"] else None
-        yield Job(Verb.POSE, pose, {"array": array, "gpus-per-node": gpu, "cpus-per-task": size["cpus-per-task"]})
-        shard = [*shard, f"--keypoints={keypoints}"]
-    yield Job(Verb.SHARD, shard, {"array": array, "cpus-per-task": size["cpus-per-task"]})
-    yield Job(Verb.SHARD, shard, {})  # checks that nothing is missing
-    yield Job(Verb.TRAIN, arguments, size)
-    yield Job(Verb.EVALUATE, [str(config.run_dir)], size)
-
-
-def _checked_config(arguments: list[str], nodes: str | None, ranks: int | None) -> Config:
-    """The configuration that the arguments name, which must fit the number of ranks."""
+def _check(
+    verb: Verb, arguments: list[str], nodes: str | None, ranks: int | None, array: str | None, waits: bool
+) -> Config | None:
+    """Refuse what would fail on the cluster: the configuration, and the shards unless an earlier job makes them."""
     from keyreid.config import load_config
+    from keyreid.distributed.slurm import ARRAY_PLACEHOLDER
+    from keyreid.shards.shard_set import ShardSet
 
-    config = load_config(arguments[0], arguments[1:])
-    for count in _counts(nodes) if ranks else []:
-        config.check_ranks(ranks, count)
+    if verb in (Verb.TRAIN, Verb.PIPELINE):
+        if array:
+            if not any(word.startswith("name=") and ARRAY_PLACEHOLDER in word for word in arguments):
+                raise ConfigError("each task of an array is a run of its own: put %a into its name, as name=mars-%a")
+            first = re.match(r"\d*", array)[0]
+            arguments = [word.replace(ARRAY_PLACEHOLDER, first) for word in arguments]
+        config = load_config(arguments[0], arguments[1:])
+        for count in _numbers_of_nodes(nodes) if ranks else []:
+            config.check_ranks(ranks, count)
+    elif verb is Verb.TUNE:  # its trials are trainings
+        from keyreid.tuning.search import load_search
+
+        config = load_search(Path(arguments[0]), [word for word in arguments[1:] if not word.startswith("-")])[1]
+    else:
+        return None
+    if not waits and verb is not Verb.PIPELINE and "://" not in config.data.shards:
+        ShardSet.from_config(config.data)
     return config
 
 
-def _check_training(arguments: list[str], nodes: str | None, ranks: int | None, array: str | None, waits: bool) -> None:
-    """Refuse what would fail on the cluster: the configuration, and the shards unless an earlier job makes them."""
-    from keyreid.distributed.slurm import ARRAY_PLACEHOLDER
-
-    if array:
-        if not any(word.startswith("name=") and ARRAY_PLACEHOLDER in word for word in arguments):
-            raise ConfigError("each task of an array is a run of its own: put %a into its name, as name=mars-%a")
-        first = re.match(r"\d*", array)[0]
-        arguments = [word.replace(ARRAY_PLACEHOLDER, first) for word in arguments]
-    _check_shards(_checked_config(arguments, nodes, ranks), waits)
-
-
-def _check_search(arguments: list[str], waits: bool) -> None:
-    """The same for a search, whose trials are trainings."""
-    from keyreid.tuning.search import load_search
-
-    overrides = [word for word in arguments[1:] if not word.startswith("-")]
-    _check_shards(load_search(Path(arguments[0]), overrides)[1], waits)
+def _pipeline(
+    pose: list[str] | None, shard: list[str], train: list[str], run: str, array: str, size: dict[str, object]
+) -> list[Job]:
+    """The jobs from pictures to scores, in the order in which each waits for the one before."""
+    cpus = {"cpus-per-task": size["cpus-per-task"]}
+    one_gpu = {"gpus-per-node": "1" if size["gpus-per-node"] else None}
+    return [
+        *([Job(Verb.POSE, pose, {"array": array, **one_gpu, **cpus})] if pose else []),
+        Job(Verb.SHARD, shard, {"array": array, **cpus}),
+        Job(Verb.SHARD, shard, cpus),  # checks that nothing is missing
+        Job(Verb.TRAIN, train, size),
+        Job(Verb.EVALUATE, [run], size),
+    ]
 
 
-def _check_shards(config: Config, waits: bool) -> None:
-    from keyreid.shards.shard_set import ShardSet
+def _hand_over(
+    jobs: list[Job], options: dict[str, object], extra: list[str], container: str | None, dry_run: bool, test: bool
+) -> str | None:
+    """Queue the jobs, each after the one before, or print what would be; gives the id of the last one queued."""
+    from keyreid.distributed import slurm
+    from keyreid.resources import shipped
 
-    if not waits and "://" not in config.data.shards:
-        ShardSet.from_config(config.data)
+    job_id = None
+    for job in jobs:
+        script = shipped(f"slurm/{job.verb}.sbatch")
+        options = options | {"output": slurm.log_pattern(LOGS, job.verb, bool(job.options.get("array")))}
+        submission = slurm.Submission(script, job.arguments, job.options | options, extra, container)
+        if dry_run:
+            print(f"{submission.shell_line()}\n\n# {script}\n{script.read_text()}")
+            options["dependency"] = f"afterok:JOB_OF_{job.verb.upper()}"
+        elif test:
+            print(f"{job.verb}: {submission.test()}")
+        else:
+            LOGS.mkdir(parents=True, exist_ok=True)
+            job_id = submission.submit()
+            options["dependency"] = f"afterok:{job_id}"
+            _tell(job, job_id)
+    return job_id
 
 
-def _counts(nodes: str | None) -> list[int]:
+def _numbers_of_nodes(nodes: str | None) -> list[int]:
     """The numbers of nodes that "2", "2-4" or "2,4" (of newer Slurms) allow."""
     numbers = []
     for word in (nodes or "").split(","):
@@ -201,39 +178,40 @@ def _counts(nodes: str | None) -> list[int]:
     return numbers
 
 
-def _count(gpus: str) -> int:
+def _number_of(gpus: str) -> int:
     number = gpus.rsplit(":", 1)[-1]
     if not number.isdigit():
         raise KeyreidError(f"--gpus-per-node {gpus}: a number, or TYPE:NUMBER")
     return int(number)
 
 
-def _tell(job: Job, job_id: str) -> None:
-    """Say where a queued job is and how to see it."""
-    array = job.options.get("array")
-    name = f"{job.verb.value}-{job_id}{'_TASK' if array else ''}.log"
-    print(f"{job.verb.value}: job {job_id}, log {LOGS / name}")
-    if job.verb is Verb.TRAIN and not array:
-        print(f"  rank 0: tail -F {shlex.quote(str(_rank_log(job, job_id)))}")
-    print(f"  state: squeue --job {job_id}; end it: scancel {job_id}")
-
-
-def _rank_log(job: Job, job_id: str) -> Path:
+def _logs(job: Job, job_id: str) -> list[Path]:
+    """The batch file's own log, and that of a training's rank 0."""
     from keyreid.config import load_config
 
-    return load_config(job.arguments[0], job.arguments[1:]).run_dir / "slurm" / f"{job_id}-0.log"
+    array = job.options.get("array")
+    logs = [LOGS / f"{job.verb}-{job_id}{'_TASK' if array else ''}.log"]
+    if job.verb is Verb.TRAIN and not array:
+        logs.append(load_config(job.arguments[0], job.arguments[1:]).run_dir / "slurm" / f"{job_id}-0.log")
+    return logs
+
+
+def _tell(job: Job, job_id: str) -> None:
+    """Say where a queued job is and how to see it."""
+    own, *rank = _logs(job, job_id)
+    print(f"{job.verb}: job {job_id}, log {own}")
+    for log in rank:
+        print(f"  rank 0: tail -F {shlex.quote(str(log))}")
+    print(f"  state: squeue --job {job_id}; end it: scancel {job_id}")
 
 
 def _follow(job: Job, job_id: str) -> None:
     from keyreid.distributed import slurm
 
-    logs = [LOGS / f"{job.verb.value}-{job_id}.log"]
-    if job.verb is Verb.TRAIN:
-        logs.append(_rank_log(job, job_id))
     try:
-        state = slurm.follow(job_id, logs)
+        state = slurm.follow(job_id, _logs(job, job_id))
     except KeyboardInterrupt:
-        print(f"\njob {job_id} goes on; end it with scancel {job_id}")
+        print(f"\njob {job_id} keeps running; end it with scancel {job_id}")
         return
     print(f"job {job_id}: {state}")
     if state != "COMPLETED":

@@ -84,12 +84,12 @@ def _train_on_ray(settings, address: str, ranks: int | None, resume: bool) -> di
     import importlib.util
     from functools import partial
 
-    from keyreid.errors import ConfigError
+    from keyreid.errors import ConfigError, install_hint
     from keyreid.training.dry_run import check_data
     from keyreid.training.run import train
 
     if importlib.util.find_spec("ray") is None:
-        raise ConfigError("--ray needs Ray: run launch/quickstart, or `pip install -e .[tune]` in the clone")
+        raise ConfigError(f"--ray needs Ray; {install_hint('tune')}")
     from keyreid.distributed.ray_launch import run_on_ray
 
     check_data(settings)
@@ -98,11 +98,9 @@ def _train_on_ray(settings, address: str, ranks: int | None, resume: bool) -> di
 
 def _dataset_configuration(name: str) -> Path:
     from keyreid.errors import ConfigError
+    from keyreid.resources import shipped
 
     known = {key.lower(): file for key, file in SEED_STYLE_DATASETS.items()}
     if name.lower() not in known:
         raise ConfigError(f"--dataset-name {name}: {', '.join(SEED_STYLE_DATASETS)} have a configuration in configs/")
-    path = Path(__file__).resolve().parents[2] / "configs" / f"{known[name.lower()]}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{path} is missing: configurations come with a clone of the repository; give a file instead")
-    return path
+    return shipped(f"configs/{known[name.lower()]}.yaml")

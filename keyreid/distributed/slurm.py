@@ -32,49 +32,52 @@ class Submission:
     """One call of `sbatch`.
 
     Attributes:
-        script: the batch file.
+        script: the batch file, in the folder slurm/ of the keyreid that the job uses.
         arguments: words for the batch file.
-        options: words for sbatch, each `--name=value`.
-        environment: variables added to the job's environment.
+        options: of sbatch, by their long names; those that are None are left out.
+        extra: more words for sbatch.
+        container: image that the job runs in.
     """
 
     script: Path
-    arguments: tuple[str, ...]
-    options: tuple[str, ...]
-    environment: Mapping[str, str]
+    arguments: Sequence[str]
+    options: Mapping[str, object]
+    extra: Sequence[str] = ()
+    container: str | None = None
 
     @property
     def command(self) -> list[str]:
         """The words of the call."""
-        return ["sbatch", "--export=ALL", *self.options, str(self.script), *self.arguments]
+        options = [f"--{name}={value}" for name, value in self.options.items() if value is not None]
+        if self.options.get("dependency"):
+            options.append("--kill-on-invalid-dep=yes")  # else a job whose predecessor failed waits for ever
+        return ["sbatch", "--export=ALL", *options, *self.extra, str(self.script), *self.arguments]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that make the job use the same keyreid as the submission does, or a container's."""
+        own = {"KEYREID_HOME": str(self.script.parents[1]), "KEYREID_BIN": str(Path(sys.executable).parent)}
+        return own | ({"KEYREID_CONTAINER": self.container} if self.container else {})
 
     def shell_line(self) -> str:
         """The call as one would type it."""
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         return " ".join([*variables, shlex.join(self.command)])
 
+    def test(self) -> str:
+        """What Slurm says it would do, with nothing queued; KeyreidError where the cluster can never run it."""
+        return self._call("--test-only").stderr.strip()
 
-def batch_file(verb: str) -> Path:
-    """`slurm/VERB.sbatch`, in the clone that this package belongs to, or in the folder that KEYREID_HOME names.
+    def submit(self) -> str:
+        """Queue the job; gives its id. KeyreidError, with sbatch's words, where it refuses."""
+        return self._call("--parsable").stdout.strip().split(";")[0]
 
-    Raises:
-        KeyreidError: there is none.
-    """
-    home = os.environ.get("KEYREID_HOME")
-    folder = Path(home) if home else Path(__file__).resolve().parents[1]
-    path = folder.absolute() / "slurm" / f"{verb}.sbatch"
-    if not path.is_file():
-        raise KeyreidError(
-            f"{path} is missing: the batch files come with a clone of the repository, not with an installed package; "
-            "install keyreid from a clone (pip install -e CLONE), or set KEYREID_HOME to one"
-        )
-    return path
-
-
-def job_environment(script: Path, container: str | None = None) -> dict[str, str]:
-    """Variables that make the job use the same keyreid as the submission does, or a container's."""
-    environment = {"KEYREID_HOME": str(script.parents[1]), "KEYREID_BIN": str(Path(sys.executable).parent)}
-    return environment | ({"KEYREID_CONTAINER": container} if container else {})
+    def _call(self, option: str) -> subprocess.CompletedProcess[str]:
+        words = [self.command[0], option, *self.command[1:]]
+        result = _run(words, self.environment)
+        if result.returncode:
+            raise KeyreidError(f"sbatch refused: {result.stderr.strip()}\nThe command was: {shlex.join(words)}")
+        return result
 
 
 def log_pattern(folder: Path, verb: str, array: bool) -> str:
@@ -85,35 +88,8 @@ def log_pattern(folder: Path, verb: str, array: bool) -> str:
     return f"{escaped}/{verb}-{'%A_%a' if array else '%j'}.log"
 
 
-def test(submission: Submission) -> str:
-    """What Slurm says it would do; nothing is queued.
-
-    Raises:
-        KeyreidError: the cluster can never run this.
-    """
-    words = submission.command
-    return _sbatch([words[0], "--test-only", *words[1:]], submission.environment).stderr.strip()
-
-
-def submit(submission: Submission) -> str:
-    """Queue a job.
-
-    Returns:
-        Its id.
-
-    Raises:
-        KeyreidError: sbatch refused, with its words.
-    """
-    words = submission.command
-    return _sbatch([words[0], "--parsable", *words[1:]], submission.environment).stdout.strip().split(";")[0]
-
-
 def follow(job_id: str, logs: Sequence[Path]) -> str:
-    """Print what is added to the logs until the job ends, through requeues.
-
-    Returns:
-        Its final state.
-    """
+    """Print what is added to the logs until the job ends, through requeues; gives its final state."""
     offsets = dict.fromkeys(logs, 0)
     while True:
         state = job_state(job_id)
@@ -125,11 +101,7 @@ def follow(job_id: str, logs: Sequence[Path]) -> str:
 
 
 def job_state(job_id: str) -> str:
-    """RUNNING, PENDING, COMPLETED ...
-
-    Raises:
-        KeyreidError: Slurm does not know the job (any more).
-    """
+    """RUNNING, PENDING, COMPLETED ...; KeyreidError where Slurm does not know the job (any more)."""
     result = _run(["scontrol", "show", "job", "-o", job_id])
     states = re.findall(r"\bJobState=([A-Z_]+)", result.stdout)
     if result.returncode or not states:
@@ -151,13 +123,6 @@ def _print_from(log: Path, offset: int) -> int:
     return offset + len(whole)
 
 
-def _sbatch(words: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    result = _run(words, environment)
-    if result.returncode:
-        raise KeyreidError(f"sbatch refused: {result.stderr.strip()}\nThe command was: {shlex.join(words)}")
-    return result
-
-
 def _run(words: list[str], environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     if shutil.which(words[0]) is None:
         raise KeyreidError(f"{words[0]} not found: submit from a login node of the cluster (--dry-run works anywhere)")
@@ -165,11 +130,5 @@ def _run(words: list[str], environment: Mapping[str, str] | None = None) -> subp
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name in CLIENT_VARIABLES
     }
-    return subprocess.run(
-        words,
-        env=inherited | dict(environment or {}),
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+    environment = inherited | dict(environment or {})
+    return subprocess.run(words, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from keyreid.errors import ConfigError, KeyreidError
+from keyreid.errors import ConfigError, KeyreidError, install_hint
 from keyreid.model import KeyReID
 from keyreid.pose.parts import part_names
 
@@ -144,4 +144,4 @@ def _check_packages() -> None:
         try:
             __import__(name)
         except ImportError:
-            raise ConfigError(f"ONNX export needs {name}: pip install 'keyreid[export]'") from None
+            raise ConfigError(f"ONNX export needs {name}; {install_hint('export')}") from None

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from keyreid.embedding.distance import Metric
 from keyreid.embedding.vector_file import VectorFiles, matrix
-from keyreid.errors import ConfigError, DataError
+from keyreid.errors import ConfigError, DataError, install_hint
 from keyreid.files import replacing
 from keyreid.progress import track
 
@@ -114,9 +114,8 @@ def _faiss():
     try:
         import faiss
     except ImportError:
-        raise ConfigError(
-            "an index needs FAISS: pip install 'keyreid[search]'; without --index the search is exact"
-        ) from None
+        hint = install_hint("search")
+        raise ConfigError(f"an index needs FAISS; {hint}. Without --index the search is exact") from None
     return faiss
 
 

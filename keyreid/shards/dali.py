@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from keyreid.config import Config
-from keyreid.errors import ConfigError, DataError
+from keyreid.errors import ConfigError, DataError, install_hint
 from keyreid.shards import members
 from keyreid.shards.batch import ClipBatch, ClipPlan
 from keyreid.shards.fetch import ClipFetcher, FetchedClip, Reader
@@ -150,8 +150,7 @@ def _build(source: Any, height: int, width: int, resize: bool, device: torch.dev
         from nvidia.dali import fn, pipeline_def, types
     except ImportError as error:
         raise ConfigError(
-            f"data.reader=dali, but DALI cannot be imported ({error}); set data.reader=plain, or in the clone: "
-            "pip install -e '.[dali]'"
+            f"data.reader=dali, but DALI cannot be imported ({error}); set data.reader=plain, or {install_hint('dali')}"
         ) from None
     on_gpu = device.type == "cuda"
 

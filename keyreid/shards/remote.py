@@ -20,7 +20,7 @@ from filelock import FileLock
 from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
 
-from keyreid.errors import DataError
+from keyreid.errors import DataError, install_hint
 from keyreid.files import replacing, sha256
 from keyreid.shards.card import CARD_NAME, read_card
 from keyreid.shards.storage import read_range
@@ -158,7 +158,7 @@ def _transfer(url: str, path: Path, size: int) -> str | None:
     try:
         system = url_to_fs(url)[0]  # fsspec keeps one for each process and protocol
     except ImportError as error:
-        raise DataError(f"{url}: {error}; in the clone: pip install -e '.[remote]'") from None
+        raise DataError(f"{url}: {error}; {install_hint('remote')}") from None
     except ValueError as error:
         raise DataError(f"{url}: {error}") from None
     try:

@@ -20,7 +20,10 @@ def describe_plan(config: Config) -> str:
     from keyreid.checkpoints.start import start_network
 
     shards, plan = check_data(config)
-    network = start_network(config.model, config.clip, plan.num_identities, len(shards.camera_index))
+    model = config.model
+    if model.weights == "timm":  # nothing is downloaded for a plan
+        model = model.model_copy(update={"weights": None})
+    network = start_network(model, config.clip, plan.num_identities, len(shards.camera_index))
     steps = config.schedule.steps_per_epoch or plan.steps_per_epoch
     return (
         f"{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}\n"

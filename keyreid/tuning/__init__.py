@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-from keyreid.errors import ConfigError
+from keyreid.errors import ConfigError, install_hint
 
 if not (find_spec("ray") and find_spec("optuna")):
-    raise ConfigError("a search needs Ray and Optuna: run `pip install -e '.[tune]'` in the clone")
+    raise ConfigError(f"a search needs Ray and Optuna; {install_hint('tune')}")

@@ -193,12 +193,13 @@ class Cluster:
             time.sleep(0.1)
         return job
 
-    def wait_for_nodes(self, count: int, seconds: float = 60) -> None:
-        """Wait until `count` nodes take jobs."""
+    def wait_for_nodes(self, count: int, seconds: float = 60, free_cpus: int = 0) -> None:
+        """Wait until `count` nodes take jobs and have so many CPUs free."""
         deadline = time.monotonic() + seconds
         while True:
-            lines = self.run("sinfo", "-h", "-N", "-o", "%N %t", check=False).splitlines()
-            ready = {line.split()[0] for line in lines if line.split()[1] in READY_STATES}
+            lines = self.run("sinfo", "-h", "-N", "-o", "%N %t %C", check=False).splitlines()
+            nodes = [re.split(r"[ /]", line) for line in lines]  # name, state, CPUs in use, idle, other, all
+            ready = {node[0] for node in nodes if node[1] in READY_STATES and int(node[3]) >= free_cpus}
             if len(ready) == count:
                 return
             dead = [name for name, process in self._processes.items() if process.poll() is not None]

@@ -62,9 +62,9 @@ def test_a_cluster_that_is_not_there_is_named(tmp_path, monkeypatch):
         app(["submit", "evaluate", "runs/tiny"], standalone_mode=False)
 
 
-def test_batch_files_come_with_a_clone(tmp_path, monkeypatch):
+def test_a_folder_without_batch_files_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("KEYREID_HOME", str(tmp_path))
-    message = f"{tmp_path}/slurm/evaluate.sbatch is missing: the batch files come with a clone"
+    message = f"{tmp_path}/slurm/evaluate.sbatch is missing: set KEYREID_HOME to a clone of keyreid"
     with pytest.raises(KeyreidError, match=re.escape(message)):
         app(["submit", "evaluate", "runs/tiny"], standalone_mode=False)
 
@@ -183,13 +183,16 @@ def test_a_pipeline_waits_and_falls_with_its_first_failure(cluster, keyreid, que
 
 def test_a_pipeline_with_keypoints_begins_with_pose(cluster, keyreid, workspace):
     where = ["--dataset=mars", "--root=a b", "--keypoints=the poses", "--pose-options=--workers=0", "--shares=2"]
-    out = keyreid("submit", "pipeline", "tiny.yaml", *where, "--gpus-per-node=2", "--dry-run").stdout
+    out = keyreid(
+        "submit", "pipeline", "tiny.yaml", *where, "--gpus-per-node=2", "--cpus-per-task=1", "--dry-run"
+    ).stdout
     lines = [shlex.split(line) for line in out.splitlines() if " sbatch --export" in line]
     scripts = [next(word for word in words if word.endswith(".sbatch")) for words in lines]
     assert [Path(script).stem for script in scripts] == ["pose", "shard", "shard", "train", "evaluate"]
     assert lines[0][lines[0].index(scripts[0]) + 1 :] == ["mars", "a b", "--out=the poses", "--workers=0"]
     assert lines[1][-1] == "--keypoints=the poses"
     before = [next((word for word in words if word.startswith("--dependency=")), "") for words in lines]
+    assert all("--cpus-per-task=1" in words for words in lines)  # or the batch files' own four would fill a node
     assert before[0] == "" and all(word.startswith("--dependency=afterok:JOB_OF_") for word in before[1:])
 
 
@@ -212,5 +215,5 @@ def test_by_hand_outside_the_clone_says_what_to_do(cluster, file, tmp_path):
 
 
 def test_scripts_are_valid_bash():
-    for file in [*(REPOSITORY / "slurm").glob("*"), REPOSITORY / "launch" / "install-slurm"]:
+    for file in [*(REPOSITORY / "slurm").glob("*"), *(REPOSITORY / "launch").glob("*")]:
         subprocess.run(["bash", "-n", file], check=True)

@@ -38,6 +38,8 @@ def test_requeued_out_of_time_and_bereft_of_a_node_it_goes_on_as_one_run(
 ):
     steps = 60
     changes = ["name=faults", f"schedule.steps_per_epoch={steps}", "training.checkpoint_every_steps=5"]
+    # Of 1-2 nodes Slurm takes those that have room at that moment, and the pipeline and the search are there already.
+    cluster.wait_for_nodes(2, seconds=600, free_cpus=1)
     job = queued(keyreid("submit", "train", "tiny.yaml", *changes, "--nodes=1-2", "--tasks-per-node=1"))
     folder, log = workspace / "runs" / "faults", workspace / "runs" / "slurm" / f"train-{job}.log"
 

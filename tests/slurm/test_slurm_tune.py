@@ -9,7 +9,7 @@ pytestmark = pytest.mark.slow
 
 def test_a_search_of_four_trials_over_two_nodes(cluster, search, workspace):
     if search is None:
-        pytest.skip("needs Ray (pip install 'keyreid[tune]'), and root and namespaces for nodes' own addresses")
+        pytest.skip("needs Ray (extra tune), and root and namespaces for nodes' own addresses")
     ended = cluster.wait(search)
     log = (workspace / "runs" / "slurm" / f"tune-{search}.log").read_text()
     assert ended["JobState"] == "COMPLETED", log
