@@ -9,7 +9,7 @@ import pytest
 from packed import index_only, make_config
 
 from keyreid.errors import ConfigError, DataError
-from keyreid.shards.plan import TrainingPlan, evaluation_clips
+from keyreid.shards.plan import SAMPLERS, TrainingPlan, evaluation_clips
 
 FIELDS = ("tracklet", "label", "frames", "flip", "crop", "erase", "blank")
 
@@ -41,6 +41,50 @@ def test_a_step_is_a_pure_function_of_seed_epoch_and_step():
     changed = [plan(shards, 6).step(0, 70), first.step(1, 70), first.step(0, 71)]
     for other in changed:
         assert [clip.tracklet for clip in other] != [clip.tracklet for clip in first.step(0, 70)]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "tracklets", "frames"),
+    [
+        ("identity", [8, 7, 35, 29, 27, 26], [52, 23, 42, 40, 24, 16]),
+        ("frames", [40, 44, 9, 8, 29, 31], [30, 21, 51, 57, 42, 3]),
+        ("camera", [15, 16, 9, 7, 42, 40], [43, 35, 51, 27, 19, 36]),
+    ],
+)
+def test_the_order_is_that_of_version_0_1(sampler, tracklets, frames):
+    """So that a run that began with an earlier version resumes in the same order."""
+    rng = np.random.default_rng(0)
+    identities = np.repeat(np.arange(9), np.arange(1, 10))
+    shards = index_only(identities, rng.integers(1, 4, 45), rng.integers(1, 30, 45))
+    config = make_config("x", data__identities=3, data__tracklets=2, data__sampler=sampler)
+    order = TrainingPlan(shards, config.data, config.clip, seed=5)
+    assert order.steps_per_epoch == 9
+    clips = order.step(1, 2)
+    assert [clip.tracklet for clip in clips] == tracklets
+    assert [clip.frames.sum() for clip in clips] == frames
+    assert [clip.crop.sum() for clip in clips] == [1, -2, -11, 5, 7, 4]
+    assert [clip.erase.sum() for clip in clips] == [166, 226, 320, 76, 252, 56]
+
+
+def test_a_sampler_of_ones_own_is_asked_for_each_block_and_checked(monkeypatch):
+    class First:
+        """The first tracklets of the first identities, in every step."""
+
+        steps_per_epoch = 70
+
+        def __init__(self, tracklets, data, seed):
+            rows = tracklets.start[: data.identities, None] + np.arange(data.tracklets)
+            self.rows = rows.reshape(-1)
+
+        def steps(self, epoch, first, last):
+            return np.stack([self.rows] * (last - first if epoch == 0 else 1))
+
+    monkeypatch.setitem(SAMPLERS, "identity", First)
+    order = plan(mars_like())
+    assert order.steps_per_epoch == 70
+    assert [clip.label for clip in order.step(0, 69)] == [label for label in range(4) for _ in range(4)]
+    with pytest.raises(ValueError, match=r"the sampler gave \(1, 16\) tracklets, not \(64, 16\)"):
+        order.step(1, 0)
 
 
 @pytest.mark.parametrize("sampler", ["identity", "frames", "camera"])
