@@ -16,7 +16,8 @@ import pytest
 import scipy.io
 
 from keyreid.datasets import open_dataset
-from keyreid.datasets.tracklet import Tracklet, read_frame
+from keyreid.datasets.frames import read_frame
+from keyreid.datasets.tracklet import Tracklet
 from keyreid.errors import DataError
 from keyreid.pose import keypoint_files
 from keyreid.synthetic import body, scene

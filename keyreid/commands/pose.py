@@ -94,10 +94,10 @@ def pose_report(
     option: ReaderOptions = None,
 ) -> None:
     """Say how good keypoints are: joints found, confidences, a contact sheet; PCK where the truth is known."""
-    from keyreid.pose.report import write_report
+    from keyreid.pose.quality import write_quality
 
     out = out or keypoints / "report"
-    numbers = write_report(_open(dataset, root, option), keypoints, out, samples, truth)
+    numbers = write_quality(_open(dataset, root, option), keypoints, out, samples, truth)
     typer.echo(
         f"{out}/report.html: a person in {numbers['frames_with_person']:.1%} of {numbers['frames']} frames, "
         f"{numbers['joints_a_frame']:.1f} joints each"

@@ -85,10 +85,3 @@ class Dataset:
             if tracklet.key in seen:
                 raise DataError(f"dataset {self.name}: two tracklets have the key {tracklet.key}")
             seen.add(tracklet.key)
-
-
-def read_frame(frame: Frame) -> tuple[bytes, Literal["jpg", "png"]]:
-    """The picture of a frame, encoded; see `keyreid.datasets.frames`, which needs OpenCV."""
-    from keyreid.datasets.frames import read
-
-    return read(frame)

@@ -1,4 +1,4 @@
-"""Keypoints of every frame of a dataset: pictures in, one keypoint file a tracklet out.
+"""Keypoints of every frame of a dataset: pictures in, one keypoint file for each tracklet out.
 
 Reader processes decode and resize; this process runs the network and OpenPifPaf's decoder. A batch holds frames of one
 tracklet only, so that a tracklet's file depends on nothing but its frames and the settings, whatever was done before or
@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +20,12 @@ import cv2
 import numpy as np
 import torch
 
-from keyreid.datasets.tracklet import Dataset, Tracklet, read_frame
+from keyreid.datasets.frames import read_frame
+from keyreid.datasets.tracklet import Dataset, Frame, Tracklet
 from keyreid.errors import ConfigError, DataError
 from keyreid.files import replacing
 from keyreid.pose import keypoint_files, pifpaf
+from keyreid.pose.parts import NUM_KEYPOINTS
 from keyreid.pose.pictures import Fitted, Selection, choose, decode, fit
 from keyreid.processes import end_with_parent
 from keyreid.progress import track
@@ -132,43 +135,36 @@ def _estimate_on(
     cut: tuple[int, int],
     quiet: bool,
 ) -> Summary:
-    network, checkpoint = pifpaf.load_network(settings.checkpoint, work.trust)
+    network, sha256 = pifpaf.load_network(settings.checkpoint, work.trust)
     decoder = pifpaf.PoseDecoder(network, device, settings.threshold)
     provenance = {
         "tool": f"OpenPifPaf {pifpaf.import_openpifpaf().__version__}",
-        "checkpoint_sha256": checkpoint.sha256,
+        "checkpoint_sha256": sha256,
         **asdict(settings),
-        "checkpoint": Path(checkpoint.name).name,
+        "checkpoint": Path(settings.checkpoint).name,
     }
     _claim(out, provenance)
 
     mine = dataset.tracklets[cut[0] :: cut[1]]
     todo = [tracklet for tracklet in mine if not keypoint_files.path_of(out, tracklet.key).exists()]
     summary = Summary(there=len(mine) - len(todo))
-    chunks = _Chunks(todo, work.batch_size, settings.long_edge)
-    loader = torch.utils.data.DataLoader(
-        chunks, batch_size=None, num_workers=work.workers, collate_fn=_as_it_is, worker_init_fn=_one_thread
-    )
-    frames = _frames(loader, chunks, decoder, settings.select)
+    reader = _Reader(todo, work.batch_size, settings.long_edge)
     total = sum(len(tracklet.frames) for tracklet in todo)
-    found: list[_FramePose] = []
-    remaining = iter(todo)
-    tracklet = next(remaining, None)
-    for frame in track(frames, total, "keypoints", "frames", quiet or not total):
-        found.append(frame)
-        if frame.fault is not None:
-            summary.unreadable.append(frame.fault)
-            if len(summary.unreadable) > work.max_unreadable:
-                raise DataError(
-                    f"{len(summary.unreadable)} frames cannot be read, more than --max-unreadable allows; the last: "
-                    + "; ".join(summary.unreadable[-3:])
-                )
-        if len(found) == len(tracklet.frames):
-            _write(out, tracklet, found, provenance, settings.dtype)
-            summary.tracklets += 1
-            summary.frames += len(found)
-            summary.empty += sum(frame.fault is None and frame.score == 0 for frame in found)
-            found, tracklet = [], next(remaining, None)
+    found = track(
+        _find(reader, work.workers, decoder, settings.select), total, "keypoints", "frames", not total or quiet
+    )
+    for number, frames in groupby(found, key=lambda frame: frame.tracklet):
+        frames = list(frames)
+        summary.unreadable += [frame.fault for frame in frames if frame.fault is not None]
+        if len(summary.unreadable) > work.max_unreadable:
+            raise DataError(
+                f"{len(summary.unreadable)} frames cannot be read, more than --max-unreadable allows; the last: "
+                + "; ".join(summary.unreadable[-3:])
+            )
+        _write(out, todo[number], frames, provenance, settings.dtype)
+        summary.tracklets += 1
+        summary.frames += len(frames)
+        summary.empty += sum(frame.fault is None and frame.score == 0 for frame in frames)
     return summary
 
 
@@ -189,31 +185,28 @@ def _claim(out: Path, provenance: dict[str, Any]) -> None:
         partial.write_text(json.dumps(provenance, indent=1, sort_keys=True) + "\n")
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Frames of one tracklet that are read together: each a picture, or why it could not be read."""
+class _Reader(torch.utils.data.Dataset):
+    """What the reader processes do: read, decode and fit up to `size` frames in a row, all of one tracklet.
 
-    pictures: list[Fitted | str]
-
-
-class _Chunks(torch.utils.data.Dataset):
-    """What the reader processes do: read, decode and fit up to `size` frames in a row."""
+    An item is the tracklet's number, and for each frame a picture, or why it could not be read.
+    """
 
     def __init__(self, tracklets: Sequence[Tracklet], size: int, long_edge: int | None) -> None:
-        self.frames = [
-            tracklet.frames[start : start + size]
-            for tracklet in tracklets
+        self.chunks = [
+            (number, tracklet.frames[start : start + size])
+            for number, tracklet in enumerate(tracklets)
             for start in range(0, len(tracklet.frames), size)
         ]
         self.long_edge = long_edge
 
     def __len__(self) -> int:
-        return len(self.frames)
+        return len(self.chunks)
 
-    def __getitem__(self, position: int) -> _Chunk:
-        return _Chunk([self._read(frame) for frame in self.frames[position]])
+    def __getitem__(self, position: int) -> tuple[int, list[Fitted | str]]:
+        number, frames = self.chunks[position]
+        return number, [self._read(frame) for frame in frames]
 
-    def _read(self, frame) -> Fitted | str:
+    def _read(self, frame: Frame) -> Fitted | str:
         try:
             return fit(decode(read_frame(frame)[0]), self.long_edge)
         except (DataError, OSError, cv2.error) as error:
@@ -223,30 +216,32 @@ class _Chunks(torch.utils.data.Dataset):
 
 @dataclass(frozen=True)
 class _FramePose:
-    """What was found in one frame; `fault` says why it could not be read."""
+    """What was found in a frame of the tracklet of that number; `fault` says why it could not be read."""
 
+    tracklet: int
     keypoints: np.ndarray
     score: float
     fault: str | None = None
 
 
-def _frames(loader, chunks: _Chunks, decoder: pifpaf.PoseDecoder, select: Selection) -> Iterator[_FramePose]:
+def _find(reader: _Reader, workers: int, decoder: pifpaf.PoseDecoder, select: Selection) -> Iterator[_FramePose]:
     """Frame after frame, in order; pictures of one size in a chunk go through the network together."""
-    nobody = np.zeros((17, 3), np.float32)
-    for chunk in loader if len(chunks) else ():
-        results = [_FramePose(nobody, 0.0, picture if isinstance(picture, str) else None) for picture in chunk.pictures]
+    nobody = np.zeros((NUM_KEYPOINTS, 3), np.float32)
+    options = {"num_workers": workers, "collate_fn": _as_it_is, "worker_init_fn": _one_thread}
+    for number, pictures in torch.utils.data.DataLoader(reader, batch_size=None, **options) if len(reader) else ():
+        results = [_FramePose(number, nobody, 0.0, p if isinstance(p, str) else None) for p in pictures]
         by_size: dict[tuple[int, ...], list[int]] = {}
-        for position, picture in enumerate(chunk.pictures):
+        for position, picture in enumerate(pictures):
             if isinstance(picture, Fitted):
                 by_size.setdefault(picture.pixels.shape, []).append(position)
         for positions in by_size.values():
-            pictures = [chunk.pictures[position] for position in positions]
-            found = decoder.pictures(np.stack([picture.pixels for picture in pictures]))
-            for position, picture, poses in zip(positions, pictures, found, strict=True):
+            found = decoder.pictures(np.stack([pictures[position].pixels for position in positions]))
+            for position, poses in zip(positions, found, strict=True):
+                picture = pictures[position]
                 people = [(picture.to_picture(pose.keypoints), pose.score) for pose in poses]
-                chosen = choose(people, picture.size, select)
-                if chosen is not None:
-                    results[position] = _FramePose(*people[chosen])
+                person = choose(people, picture.size, select)
+                if person is not None:
+                    results[position] = _FramePose(number, *person)
         yield from results
 
 
@@ -254,14 +249,14 @@ def _write(out: Path, tracklet: Tracklet, found: Sequence[_FramePose], provenanc
     file = keypoint_files.KeypointFile(
         keypoints=np.stack([frame.keypoints for frame in found]),
         scores=np.array([frame.score for frame in found], np.float32),
-        frame_names=tuple(keypoint_files.frame_name(frame) for frame in tracklet.frames),
+        frame_names=keypoint_files.frame_names(tracklet),
         provenance=provenance | {"unreadable": [i for i, frame in enumerate(found) if frame.fault is not None]},
     )
     keypoint_files.save(keypoint_files.path_of(out, tracklet.key), file, dtype)
 
 
-def _as_it_is(chunk: _Chunk) -> _Chunk:
-    return chunk
+def _as_it_is(item):
+    return item
 
 
 def _one_thread(_worker: int) -> None:

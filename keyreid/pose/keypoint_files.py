@@ -7,22 +7,22 @@ JSON object). No pickle. Bytes depend on the content alone, so two runs can be c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from keyreid.datasets.tracklet import Frame, Tracklet
 from keyreid.errors import DataError
 from keyreid.files import replacing
 from keyreid.pose.parts import NUM_KEYPOINTS
-
-if TYPE_CHECKING:
-    from keyreid.datasets.tracklet import Frame
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ def frame_name(frame: Frame) -> str:
     return name
 
 
+def frame_names(tracklet: Tracklet) -> tuple[str, ...]:
+    """The names of a tracklet's frames, in order."""
+    return tuple(frame_name(frame) for frame in tracklet.frames)
+
+
 def path_of(directory: Path, key: str) -> Path:
     """Where the keypoints of the tracklet `key` lie below a folder of keypoint files."""
     return directory / f"{key}.npz"
@@ -93,17 +98,24 @@ def load(path: Path) -> KeypointFile:
     Raises:
         DataError: it is missing, damaged or not a keypoint file.
     """
+    with reading(path, "keypoint file", "make it with `keyreid pose`") as arrays:
+        return KeypointFile(
+            keypoints=arrays["keypoints"].astype(np.float32),
+            scores=arrays["scores"].astype(np.float32),
+            frame_names=tuple(arrays["frame_names"].tolist()),
+            provenance=json.loads(str(arrays["provenance"])),
+        )
+
+
+@contextlib.contextmanager
+def reading(path: Path, kind: str, mend: str) -> Iterator[np.lib.npyio.NpzFile]:
+    """Open an `.npz` of which a tracklet has one; whatever is wrong in it is a DataError that names it."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return KeypointFile(
-                keypoints=arrays["keypoints"].astype(np.float32),
-                scores=arrays["scores"].astype(np.float32),
-                frame_names=tuple(arrays["frame_names"].tolist()),
-                provenance=json.loads(str(arrays["provenance"])),
-            )
+            yield arrays
     except FileNotFoundError:
-        raise DataError(f"{path}: no such keypoint file; make it with `keyreid pose`") from None
+        raise DataError(f"{path}: no such {kind}; {mend}") from None
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: not a keypoint file ({error}); delete it and run `keyreid pose` again") from None
+        raise DataError(f"{path}: not a {kind} ({error}); delete it and {mend} again") from None

@@ -19,6 +19,7 @@ from keyreid.errors import DataError
 
 PADDING_COLOUR = (124, 116, 104)  # the mean that OpenPifPaf normalises by
 Selection = Literal["score", "centre"]
+Person = tuple[np.ndarray, float]  # keypoints [17, 3] and the pose's score
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def fit(picture: np.ndarray, long_edge: int | None) -> Fitted:
     return Fitted(pixels, scale, (left, top), (width, height))
 
 
-def choose(people: Sequence[tuple[np.ndarray, float]], size: tuple[int, int], selection: Selection) -> int | None:
+def choose(people: Sequence[Person], size: tuple[int, int], selection: Selection) -> Person | None:
     """Which of the people found in a crop is the one it was cut for; None where there is nobody.
 
     Args:
@@ -99,15 +100,12 @@ def choose(people: Sequence[tuple[np.ndarray, float]], size: tuple[int, int], se
         selection: `score` takes the best score (the published rule); `centre` the one whose joints' box has its middle
             nearest to the crop's.
     """
-    candidates = [i for i, (keypoints, _) in enumerate(people) if (keypoints[:, 2] > 0).any()]
-    if not candidates:
-        return None
-    if selection == "score":
-        return max(candidates, key=lambda i: people[i][1])
 
-    def distance(i: int) -> float:
-        joints = people[i][0]
-        joints = joints[joints[:, 2] > 0, :2]
+    def distance(person: Person) -> float:
+        joints = person[0][person[0][:, 2] > 0, :2]
         return math.dist((joints.min(0) + joints.max(0)) / 2, ((size[0] - 1) / 2, (size[1] - 1) / 2))
 
-    return min(candidates, key=distance)
+    people = [person for person in people if (person[0][:, 2] > 0).any()]
+    if selection == "score":
+        return max(people, key=lambda person: person[1], default=None)
+    return min(people, key=distance, default=None)

@@ -95,8 +95,8 @@ def judge(weights: Path, height: int, pictures: int = 400, processes: int = 1) -
         for picture, keypoints in track(examples, pictures, f"held-out walkers of {height} pixels", "pictures"):
             fitted = fit(picture, HEIGHT)
             people = [(fitted.to_picture(p.keypoints), p.score) for p in decoder.pictures(fitted.pixels[None])[0]]
-            chosen = choose(people, fitted.size, "score")
-            found.append(np.zeros((17, 3)) if chosen is None else people[chosen][0])
+            person = choose(people, fitted.size, "score")
+            found.append(np.zeros((17, 3)) if person is None else person[0])
             true.append(keypoints)
     distance, truth = errors(np.stack(found), np.stack(true)), np.stack(true)
     heights = np.full(len(truth), height)
