@@ -27,7 +27,7 @@ def read_frame(frame: Frame) -> tuple[bytes, Encoding]:
         DataError: the file is missing or not a picture or video, the video is too short, or the box misses the picture.
     """
     if frame.video_frame is not None:
-        return _encode(_cut(_video(frame.path).picture(frame.video_frame), frame), "jpg")
+        return _encode(_cut(_Video(frame.path).picture(frame.video_frame), frame), "jpg")
     if frame.box is not None:
         picture, encoding = _decode(frame.path)
         return _encode(_cut(picture, frame), encoding)
@@ -123,10 +123,6 @@ def _capture(path: Path) -> cv2.VideoCapture:
 
 
 @functools.lru_cache(maxsize=4)
-def _video(path: Path) -> _Video:
-    return _Video(path)
-
-
 class _Video:
     """A video read forwards where possible; the last picture is kept, for the other people in it."""
 

@@ -23,17 +23,11 @@ FORMAT = "keyreid-imported/1"
 
 @dataclass(frozen=True)
 class ImportCard:
-    """What an imported folder says of itself.
+    """What an imported folder says of itself."""
 
-    Attributes:
-        names: {"identity": {name: number}, "camera": {name: number}}.
-        frames_per_second: {camera name: rate}, where it is known and the same in all of the camera's sources.
-        sources: {name: where it came from, by which settings, how much was kept}.
-    """
-
-    names: dict[str, dict[str, int]] = field(default_factory=lambda: {"identity": {}, "camera": {}})
-    frames_per_second: dict[str, float] = field(default_factory=dict)
-    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    names: dict[str, dict[str, int]] = field(default_factory=lambda: {"identity": {}, "camera": {}})  # name: number
+    frames_per_second: dict[str, float] = field(default_factory=dict)  # of a camera, if all of its sources agree
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)  # where from, by which settings, how much was kept
 
 
 def is_imported(root: Path) -> bool:

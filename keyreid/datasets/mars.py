@@ -23,19 +23,13 @@ NAME = re.compile(r"(?P<key>(?P<folder>[0-9-]+)C(?P<camera>\d)T\d+)F\d+\.(?:jpg|
 
 @dataclass(frozen=True)
 class MarsIndex:
-    """What `info/` says, checked.
+    """What `info/` says, checked."""
 
-    Attributes:
-        train_names, test_names: picture names.
-        train_rows, test_rows: int64 [K, 4]: first and last line (from 1, inclusive), identity, camera.
-        queries: int64 [Q], positions in `test_rows`, from 0.
-    """
-
-    train_names: list[str]
+    train_names: list[str]  # of pictures
     test_names: list[str]
-    train_rows: np.ndarray
+    train_rows: np.ndarray  # int64 [K, 4]: first and last line of the names (from 1, inclusive), identity, camera
     test_rows: np.ndarray
-    queries: np.ndarray
+    queries: np.ndarray  # int64 [Q], positions in `test_rows`, from 0
 
 
 def open_mars(root: Path) -> Dataset:

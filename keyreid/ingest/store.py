@@ -21,20 +21,13 @@ SOURCE_LENGTH, NAME_LENGTH = 32, 44  # keys have at most 80 characters
 
 @dataclass(frozen=True)
 class ImportedTracklet:
-    """A tracklet as it goes into the manifest.
+    """A tracklet as it goes into the manifest."""
 
-    Attributes:
-        name: unique in its source.
-        identity: a person's name; empty when unknown.
-        split: train, query, gallery, junk, or empty where it is not decided.
-        pictures: (path, frame number), in order.
-    """
-
-    name: str
+    name: str  # unique in its source
     camera: str
-    identity: str
-    split: str
-    pictures: tuple[tuple[Path, int], ...]
+    identity: str  # a person's name; empty when unknown
+    split: str  # train, query, gallery, junk, or empty where it is not decided
+    pictures: tuple[tuple[Path, int], ...]  # (path, frame number), in order
 
 
 @dataclass(frozen=True)

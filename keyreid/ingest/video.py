@@ -27,32 +27,21 @@ LEAST_INSIDE = 0.5  # share of a box that lies in the picture
 
 @dataclass(frozen=True)
 class VideoSettings:
-    """Which boxes become pictures.
+    """Which boxes become pictures."""
 
-    Attributes:
-        identity: what the tracks' ids say. none: nothing; track: a person, in this source alone; person: a person, the
-            same one in every source that uses the id.
-        min_width, min_height: least size of a box, pixels.
-        min_length: least boxes of a track.
-        min_visibility, min_confidence: least value of these columns, where the tracks have them.
-        max_gap: a track is cut where the next box comes later than so many frames.
-        max_frames: longer tracks are cut into equal tracklets.
-        every: take one frame of so many.
-        padding: a box grows by this share of its size on each side.
-        classes: MOTChallenge classes; 1 is a pedestrian.
-    """
-
+    # What the tracks' ids say. none: nothing; track: a person, in this source alone; person: a person, the same one in
+    # every source that uses the id.
     identity: Literal["none", "track", "person"] = "none"
-    min_width: float = 24
+    min_width: float = 24  # of a box, pixels
     min_height: float = 48
-    min_length: int = 4
-    min_visibility: float = 0.0
+    min_length: int = 4  # boxes of a track
+    min_visibility: float = 0.0  # least value of these columns, where the tracks have them
     min_confidence: float = 0.0
-    max_gap: int = 5
-    max_frames: int = 64
-    every: int = 1
-    padding: float = 0.05
-    classes: tuple[int, ...] = (1,)
+    max_gap: int = 5  # a track is cut where the next box comes later than so many frames
+    max_frames: int = 64  # longer tracks are cut into equal tracklets
+    every: int = 1  # take one frame of so many
+    padding: float = 0.05  # a box grows by this share of its size on each side
+    classes: tuple[int, ...] = (1,)  # of MOTChallenge; 1 is a pedestrian
 
 
 def import_video(

@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from keyreid.pose.parts import KEYPOINT_NAMES
 
-def errors(found: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Distance of each found joint from the true one.
+
+def judge_keypoints(found: np.ndarray, true: np.ndarray, heights: np.ndarray) -> dict[str, Any]:
+    """PCK of all true joints, of those in plain sight (true confidence 1) and of each; median error of the found ones.
 
     Args:
         found, true: [N, 17, 3] in the same pixels; confidence 0 is missing.
+        heights: [N], of the pictures in pixels.
+    """
+    distance = errors(found, true)
+    near = distance[np.isfinite(distance)]
+    return {
+        "frames": len(true),
+        "pck_0.05": pck(distance, heights),
+        "pck_0.05_in_plain_sight": pck(np.where(true[..., 2] == 1, distance, np.nan), heights),
+        "median_pixels": float(np.median(near)) if len(near) else None,
+        "pck_0.05_by_joint": {name: pck(distance[:, j : j + 1], heights) for j, name in enumerate(KEYPOINT_NAMES)},
+    }
 
-    Returns:
-        float [N, 17]: pixels; infinite where a joint was not found, NaN where there is no true one.
+
+def describe(accuracy: dict[str, Any]) -> str:
+    """What `judge_keypoints` gives, in a line."""
+    return (
+        f"PCK@0.05 of the height {accuracy['pck_0.05']:.3f} of all true joints, "
+        f"{accuracy['pck_0.05_in_plain_sight']:.3f} of those in plain sight; "
+        f"median error {accuracy['median_pixels'] or float('nan'):.2f} pixels"
+    )
+
+
+def errors(found: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Distance of each found joint from the true one, pixels [N, 17].
+
+    Infinite where a joint was not found, NaN where there is no true one.
     """
     distance = np.linalg.norm(found[..., :2].astype(np.float64) - true[..., :2], axis=-1)
     distance[found[..., 2] <= 0] = np.inf

@@ -38,10 +38,15 @@ class PoseSettings:
     """What keypoints depend on, beside the frames."""
 
     checkpoint: str = pifpaf.WALKERS
-    long_edge: int | None = None  # pixels of the longer side before the network; None: as the frame is
+    # Pixels of the longer side before the network; None: 128 for walkers, whom the network knows so, else as it is.
+    long_edge: int | None = None
     threshold: float | None = None  # confidence below which a joint is missing; None: OpenPifPaf's 0.15
     select: Selection = "score"
     dtype: Literal["float32", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.checkpoint == pifpaf.WALKERS and self.long_edge is None:
+            object.__setattr__(self, "long_edge", pifpaf.WALKERS_LONG_EDGE)
 
 
 @dataclass(frozen=True)
@@ -57,26 +62,24 @@ class PoseWork:
 
 @dataclass
 class Summary:
-    """What a run did.
+    """What a run did."""
 
-    Attributes:
-        tracklets: tracklets written by this run.
-        there: tracklets that an earlier run had written.
-        frames: frames of `tracklets`.
-        empty: frames without a person (readable ones).
-        unreadable: frames that could not be read, with the reason; their keypoints are zeros.
-    """
-
-    tracklets: int = 0
-    there: int = 0
-    frames: int = 0
-    empty: int = 0
-    unreadable: list[str] = field(default_factory=list)
+    tracklets: int = 0  # written by this run
+    there: int = 0  # tracklets that an earlier run had written
+    frames: int = 0  # of `tracklets`
+    empty: int = 0  # readable frames without a person
+    unreadable: list[str] = field(default_factory=list)  # frames and why; their keypoints are zeros
 
     def __iadd__(self, other: Summary) -> Summary:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
         return self
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tracklets} tracklets written, {self.there} were there; {self.frames} frames, "
+            f"{self.empty} without a person, {len(self.unreadable)} not readable"
+        )
 
 
 def estimate(
@@ -96,17 +99,20 @@ def estimate(
     if not 0 <= number < shares:
         raise ConfigError(f"share {number}/{shares}: of n tasks, the first is 0/n and the last (n - 1)/n")
     for device in work.devices:
-        _check_device(device)
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from None
     processes = len(work.devices)
-    cuts = [(position, processes * shares) for position in range(number * processes, (number + 1) * processes)]
+    mine = dataset.tracklets[number::shares]
     if processes == 1:
-        return _estimate_on(work.devices[0], dataset, out, settings, work, cuts[0], False)
+        return _estimate_on(work.devices[0], mine, out, settings, work)
     # A process for each device, started afresh: CUDA does not survive a fork, and OpenPifPaf would otherwise spread one
     # network over all GPUs that it sees.
     with ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent) as pool:
         jobs = [
-            pool.submit(_estimate_on, device, dataset, out, settings, work, cut, position > 0)
-            for position, (device, cut) in enumerate(zip(work.devices, cuts, strict=True))
+            pool.submit(_estimate_on, device, mine[position::processes], out, settings, work, quiet=position > 0)
+            for position, device in enumerate(work.devices)
         ]
         total = Summary()
         for job in jobs:
@@ -114,26 +120,15 @@ def estimate(
     return total
 
 
-def all_devices() -> tuple[str, ...]:
-    """Every visible GPU, or the CPU where there is none."""
-    return tuple(f"cuda:{i}" for i in range(torch.cuda.device_count())) or ("cpu",)
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from None
+def parse_devices(text: str) -> tuple[str, ...]:
+    """`auto` is every visible GPU, or the CPU where there is none; otherwise a list such as `cuda:0,cuda:1`."""
+    if text == "auto":
+        return tuple(f"cuda:{i}" for i in range(torch.cuda.device_count())) or ("cpu",)
+    return tuple(text.split(","))
 
 
 def _estimate_on(
-    device: str,
-    dataset: Dataset,
-    out: Path,
-    settings: PoseSettings,
-    work: PoseWork,
-    cut: tuple[int, int],
-    quiet: bool,
+    device: str, mine: Sequence[Tracklet], out: Path, settings: PoseSettings, work: PoseWork, quiet: bool = False
 ) -> Summary:
     network, sha256 = pifpaf.load_network(settings.checkpoint, work.trust)
     decoder = pifpaf.PoseDecoder(network, device, settings.threshold)
@@ -145,7 +140,6 @@ def _estimate_on(
     }
     _claim(out, provenance)
 
-    mine = dataset.tracklets[cut[0] :: cut[1]]
     todo = [tracklet for tracklet in mine if not keypoint_files.path_of(out, tracklet.key).exists()]
     summary = Summary(there=len(mine) - len(todo))
     reader = _Reader(todo, work.batch_size, settings.long_edge)
@@ -161,7 +155,13 @@ def _estimate_on(
                 f"{len(summary.unreadable)} frames cannot be read, more than --max-unreadable allows; the last: "
                 + "; ".join(summary.unreadable[-3:])
             )
-        _write(out, todo[number], frames, provenance, settings.dtype)
+        file = keypoint_files.KeypointFile(
+            keypoints=np.stack([frame.keypoints for frame in frames]),
+            scores=np.array([frame.score for frame in frames], np.float32),
+            frame_names=keypoint_files.frame_names(todo[number]),
+            provenance=provenance | {"unreadable": [i for i, frame in enumerate(frames) if frame.fault is not None]},
+        )
+        keypoint_files.save(keypoint_files.path_of(out, todo[number].key), file, settings.dtype)
         summary.tracklets += 1
         summary.frames += len(frames)
         summary.empty += sum(frame.fault is None and frame.score == 0 for frame in frames)
@@ -227,8 +227,8 @@ class _FramePose:
 def _find(reader: _Reader, workers: int, decoder: pifpaf.PoseDecoder, select: Selection) -> Iterator[_FramePose]:
     """Frame after frame, in order; pictures of one size in a chunk go through the network together."""
     nobody = np.zeros((NUM_KEYPOINTS, 3), np.float32)
-    options = {"num_workers": workers, "collate_fn": _as_it_is, "worker_init_fn": _one_thread}
-    for number, pictures in torch.utils.data.DataLoader(reader, batch_size=None, **options) if len(reader) else ():
+    options = {"batch_size": None, "num_workers": workers, "worker_init_fn": _one_thread}
+    for number, pictures in torch.utils.data.DataLoader(reader, **options) if len(reader) else ():
         results = [_FramePose(number, nobody, 0.0, p if isinstance(p, str) else None) for p in pictures]
         by_size: dict[tuple[int, ...], list[int]] = {}
         for position, picture in enumerate(pictures):
@@ -238,25 +238,10 @@ def _find(reader: _Reader, workers: int, decoder: pifpaf.PoseDecoder, select: Se
             found = decoder.pictures(np.stack([pictures[position].pixels for position in positions]))
             for position, poses in zip(positions, found, strict=True):
                 picture = pictures[position]
-                people = [(picture.to_picture(pose.keypoints), pose.score) for pose in poses]
-                person = choose(people, picture.size, select)
+                person = choose([picture.to_picture(pose) for pose in poses], picture.size, select)
                 if person is not None:
                     results[position] = _FramePose(number, *person)
         yield from results
-
-
-def _write(out: Path, tracklet: Tracklet, found: Sequence[_FramePose], provenance: dict[str, Any], dtype: str) -> None:
-    file = keypoint_files.KeypointFile(
-        keypoints=np.stack([frame.keypoints for frame in found]),
-        scores=np.array([frame.score for frame in found], np.float32),
-        frame_names=keypoint_files.frame_names(tracklet),
-        provenance=provenance | {"unreadable": [i for i, frame in enumerate(found) if frame.fault is not None]},
-    )
-    keypoint_files.save(keypoint_files.path_of(out, tracklet.key), file, dtype)
-
-
-def _as_it_is(item):
-    return item
 
 
 def _one_thread(_worker: int) -> None:

@@ -27,19 +27,12 @@ from keyreid.pose.parts import NUM_KEYPOINTS
 
 @dataclass(frozen=True)
 class KeypointFile:
-    """Keypoints of one tracklet.
+    """Keypoints of one tracklet."""
 
-    Attributes:
-        keypoints: float32 [T, 17, 3]: x, y in pixels of the frame, confidence; COCO order; confidence 0 is missing.
-        scores: float32 [T]: the pose's score; 0 where no person was found (then the frame's keypoints are zeros).
-        frame_names: the frames' file names, in order, so that a file is never joined to other frames.
-        provenance: how the keypoints came about: tool, checkpoint and its hash, settings.
-    """
-
-    keypoints: np.ndarray
-    scores: np.ndarray
-    frame_names: tuple[str, ...]
-    provenance: dict[str, Any] = field(default_factory=dict)
+    keypoints: np.ndarray  # [T, 17, 3]: x, y in pixels of the frame, confidence; COCO order; confidence 0 is missing
+    scores: np.ndarray  # [T], of the poses; 0 where no person was found (then the frame's keypoints are zeros)
+    frame_names: tuple[str, ...]  # file names, in order, so that a file is never joined to other frames
+    provenance: dict[str, Any] = field(default_factory=dict)  # tool, checkpoint and its hash, settings
 
     def __post_init__(self) -> None:
         frames = len(self.frame_names)

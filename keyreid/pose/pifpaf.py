@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,28 +26,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from keyreid.errors import CheckpointError, KeyreidError
+from keyreid.errors import CheckpointError, ConfigError, KeyreidError
 from keyreid.files import sha256
 from keyreid.pose.parts import KEYPOINT_NAMES
+from keyreid.pose.pictures import Pose
 from keyreid.pose.small_net import SmallNet
 
 WALKERS_WEIGHTS = Path(__file__).parents[1] / "assets" / "walkers_pose.safetensors"
 WALKERS = "walkers"  # names both the base network and its weights in this package
+WALKERS_LONG_EDGE = 128  # pixels of the pictures that it was trained on
 WEIGHTS_FORMAT = "keyreid-pose-1"
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1], as OpenPifPaf normalises
-
-
-@dataclass(frozen=True)
-class Pose:
-    """One person found in a picture.
-
-    Attributes:
-        keypoints: float32 [17, 3]: x, y in pixels of the picture given to the network, confidence (0: not found).
-        score: the decoder's score of the whole pose.
-    """
-
-    keypoints: np.ndarray
-    score: float
 
 
 def is_installed() -> bool:
@@ -131,6 +119,12 @@ def build_network(base: str, upsample: int = 1) -> torch.nn.Module:
     network = pifpaf.network.nets.Shell(base_net, heads)
     pifpaf.network.nets.model_defaults(network)
     return network
+
+
+def check_weights_name(path: Path) -> None:
+    """Raise ConfigError where a pose weights file has another suffix than it is read by."""
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"{path}: a weights file's name ends in .safetensors")
 
 
 def save_weights(network: torch.nn.Module, path: Path) -> None:

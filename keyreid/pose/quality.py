@@ -16,7 +16,7 @@ from keyreid.datasets.tracklet import Dataset, Frame
 from keyreid.errors import DataError
 from keyreid.pages import Section, write_page
 from keyreid.pose import keypoint_files
-from keyreid.pose.accuracy import errors, pck
+from keyreid.pose.accuracy import judge_keypoints
 from keyreid.pose.drawing import PART_COLOURS, draw_heatmaps, draw_skeleton, sheet
 from keyreid.pose.heatmaps import MIN_CONFIDENCE
 from keyreid.pose.parts import KEYPOINT_NAMES, joint_parts, part_joints, part_names
@@ -118,17 +118,7 @@ def _accuracy(found: _Found, dataset: Dataset, truth: Path) -> dict:
     if true.shape != found.keypoints.shape:
         raise DataError(f"{truth}: true keypoints of {len(true)} frames for {len(found.keypoints)} found ones")
     heights = np.array([Image.open(io.BytesIO(read_frame(frame)[0])).height for frame in found.frames])
-    distance = errors(found.keypoints, true)
-    in_sight = np.where(true[..., 2] == 1, distance, np.nan)
-    near = distance[np.isfinite(distance)]
-    return {
-        "truth": str(truth),
-        "frames": len(true),
-        "pck_0.05": pck(distance, heights),
-        "pck_0.05_in_plain_sight": pck(in_sight, heights),
-        "median_pixels": float(np.median(near)) if len(near) else None,
-        "pck_0.05_by_joint": {name: pck(distance[:, j : j + 1], heights) for j, name in enumerate(KEYPOINT_NAMES)},
-    }
+    return {"truth": str(truth), **judge_keypoints(found.keypoints, true, heights)}
 
 
 def _draw_statistics(found: _Found, numbers: dict, path: Path) -> None:

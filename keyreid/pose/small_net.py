@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torchvision.ops import Conv2dNormActivation
 
 WIDTHS = (24, 48, 96)
 DILATIONS = (1, 2, 4, 2, 1)  # grow and shrink again, so that a cell sees the whole body and what is between
@@ -51,6 +52,5 @@ class _Block(nn.Module):
 def _convolution(
     inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dilation: int = 1, activate: bool = True
 ) -> nn.Sequential:
-    padding = dilation * (kernel // 2)
-    layers = [nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False), nn.BatchNorm2d(outputs)]
-    return nn.Sequential(*layers, *([nn.ReLU(inplace=True)] if activate else []))
+    activation = nn.ReLU if activate else None
+    return Conv2dNormActivation(inputs, outputs, kernel, stride, dilation=dilation, activation_layer=activation)

@@ -33,13 +33,7 @@ class Build:
     @staticmethod
     def draw(rng: np.random.Generator) -> Build:
         """A random adult."""
-        return Build(
-            shoulders=rng.uniform(0.088, 0.118),
-            hips=rng.uniform(0.046, 0.06),
-            girth=rng.uniform(0.8, 1.3),
-            legs=rng.uniform(0.49, 0.55),
-            head=rng.uniform(0.94, 1.12),
-        )
+        return Build(**{name: rng.uniform(*bounds) for name, bounds in MATERIALS["build"].items()})
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,12 @@ V, U = np.meshgrid(
 
 @dataclass(frozen=True)
 class Piece:
-    """One drawn piece of the body.
+    """One drawn piece of the body."""
 
-    Attributes:
-        texture: float32 [ROWS, COLUMNS, 3].
-        widths: half widths from top to bottom, in units of the body's height.
-        depth: front-to-back over side-to-side extent.
-        round: whether the ends are half circles (limbs) or straight (hems).
-    """
-
-    texture: np.ndarray
-    widths: tuple[float, ...]
-    depth: float = 1.0
-    round: bool = True
+    texture: np.ndarray  # float32 [ROWS, COLUMNS, 3]
+    widths: tuple[float, ...]  # half widths from top to bottom, in units of the body's height
+    depth: float = 1.0  # front-to-back over side-to-side extent
+    round: bool = True  # whether the ends are half circles (limbs) or straight (hems)
 
 
 @dataclass

@@ -13,12 +13,10 @@ from keyreid.synthetic.clothes import Person, dress
 
 @dataclass(frozen=True)
 class Rendered:
-    """What one tracklet is: encoded pictures and their true keypoints.
+    """What one tracklet is: JPEG bytes of each frame, and the true keypoints.
 
-    Attributes:
-        pictures: JPEG bytes of each frame.
-        keypoints: float32 [T, 17, 3]: x, y in pixels; confidence 1 seen, 0.5 behind the person's own body, 0 hidden by
-            something else or outside the picture.
+    Keypoints are float32 [T, 17, 3]: x, y in pixels; confidence 1 seen, 0.5 behind the person's own body, 0 hidden by
+    something else or outside the picture.
     """
 
     pictures: list[bytes]

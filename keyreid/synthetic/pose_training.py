@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -21,13 +22,12 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from keyreid.pose import keypoint_files, pifpaf
-from keyreid.pose.accuracy import errors, pck
+from keyreid.pose.accuracy import judge_keypoints
 from keyreid.pose.parts import KEYPOINT_FLIP
 from keyreid.pose.pictures import PADDING_COLOUR, choose, decode, fit
 from keyreid.progress import track
 from keyreid.synthetic import walkers
 
-HEIGHT = 128  # of pictures in the network, as `keyreid pose --checkpoint walkers` sends them
 UPSAMPLE = 2  # the heads' grid has a stride of 4 pixels
 # Of confidence where a joint (CIF) or an association (CAF) is. OpenPifPaf's decoder drops associations below 0.3 and
 # joints below 0.15, and what it dropped was most of what was wrong; with one person in the picture, a joint too many
@@ -54,18 +54,9 @@ class TrainingSettings:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """PCK@0.05 of the picture's height on held-out walkers: of all true joints, and of those in plain sight."""
-
-    all: float
-    seen: float
-    median_pixels: float
-
-
 def train(
     out: Path, settings: TrainingSettings, device: str = "cpu", processes: int = 1, held_out: int = 400
-) -> dict[int, Accuracy]:
+) -> dict[int, dict[str, Any]]:
     """Train the network and write its pose weights file.
 
     Args:
@@ -73,8 +64,9 @@ def train(
         held_out: pictures of each height that it is judged on.
 
     Returns:
-        The accuracy on held-out walkers, by the height that they were rendered at.
+        What `judge_keypoints` says of held-out walkers, by the height that they were rendered at.
     """
+    pifpaf.check_weights_name(out)
     if device == "cpu":
         torch.set_num_threads(1)  # the fields are small: with more threads they wait longer than they work
     torch.manual_seed(settings.seed)
@@ -87,7 +79,7 @@ def train(
     return {height: judge(out, height, held_out, processes) for height in (256, 128)}
 
 
-def judge(weights: Path, height: int, pictures: int = 400, processes: int = 1) -> Accuracy:
+def judge(weights: Path, height: int, pictures: int = 400, processes: int = 1) -> dict[str, Any]:
     """Find held-out walkers with the real decoder and compare with the truth."""
     network, _ = pifpaf.load_network(str(weights))
     decoder = pifpaf.PoseDecoder(network)
@@ -95,15 +87,12 @@ def judge(weights: Path, height: int, pictures: int = 400, processes: int = 1) -
     with tempfile.TemporaryDirectory(prefix="keyreid-pose-") as folder:
         examples = _held_out(Path(folder), height, pictures, processes)
         for picture, keypoints in track(examples, pictures, f"held-out walkers of {height} pixels", "pictures"):
-            fitted = fit(picture, HEIGHT)
-            people = [(fitted.to_picture(p.keypoints), p.score) for p in decoder.pictures(fitted.pixels[None])[0]]
+            fitted = fit(picture, pifpaf.WALKERS_LONG_EDGE)
+            people = [fitted.to_picture(pose) for pose in decoder.pictures(fitted.pixels[None])[0]]
             person = choose(people, fitted.size, "score")
-            found.append(np.zeros((17, 3)) if person is None else person[0])
+            found.append(np.zeros((17, 3)) if person is None else person.keypoints)
             true.append(keypoints)
-    truth = np.stack(true)
-    distance, heights = errors(np.stack(found), truth), np.full(len(truth), height)
-    in_sight = np.where(truth[..., 2] == 1, distance, np.nan)
-    return Accuracy(pck(distance, heights), pck(in_sight, heights), float(np.nanmedian(distance)))
+    return judge_keypoints(np.stack(found), np.stack(true), np.full(len(true), height))
 
 
 def _training_examples(folder: Path, count: int, seed: int, processes: int) -> list[Example]:
@@ -142,7 +131,7 @@ def _encode(
     pictures, fields = [], ([], [])
     for picture, keypoints in track(examples, len(examples), "encoding", "pictures"):
         picture, keypoints = _move(picture, keypoints, rng)
-        fitted = fit(picture, HEIGHT)
+        fitted = fit(picture, pifpaf.WALKERS_LONG_EDGE)
         pictures.append(torch.from_numpy(fitted.pixels).permute(2, 0, 1))
         inside = keypoints * [*fitted.scale, 1] + [*fitted.offset, 0]
         height, width = fitted.pixels.shape[:2]

@@ -14,34 +14,20 @@ LOOKS, DIRECTIONS = MATERIALS["looks"], MATERIALS["directions"]
 
 @dataclass(frozen=True)
 class Camera:
-    """A camera of the rendered street.
+    """A camera of the rendered street."""
 
-    Attributes:
-        yaw: direction from which it sees people who walk along the street, radians; half of them walk the other way.
-        pitch: looks down by so many radians.
-        colour: [3, 4] affine map of BGR in [0, 1].
-        gamma: exponent.
-        blur: standard deviation in pixels of a 256-pixel-high picture.
-        detail: share of the picture's resolution that the lens and the distance leave.
-        noise: standard deviation in grey levels.
-        quality: of JPEG.
-        tight: how much of the picture's height people fill.
-        light: where the light comes from: right, down, near.
-        street: uint8 [h, w, 3], background, wider than a picture; people stand at `ground` of its height.
-    """
-
-    yaw: float
-    pitch: float
-    colour: np.ndarray
-    gamma: float
-    blur: float
-    detail: float
-    noise: float
-    quality: int
-    tight: float
-    light: np.ndarray
-    ambient: float
-    street: np.ndarray
+    yaw: float  # from where it sees people who walk along the street, radians; half of them walk the other way
+    pitch: float  # looks down by so many radians
+    colour: np.ndarray  # [3, 4] affine map of BGR in [0, 1]
+    gamma: float  # exponent
+    blur: float  # standard deviation in pixels of a 256-pixel-high picture
+    detail: float  # share of the picture's resolution that the lens and the distance leave
+    noise: float  # standard deviation in grey levels
+    quality: int  # of JPEG
+    tight: float  # how much of the picture's height people fill
+    light: np.ndarray  # where the light comes from: right, down, near
+    ambient: float  # share of the light that comes from everywhere
+    street: np.ndarray  # uint8 [h, w, 3], background, wider than a picture
 
 
 def camera(number: int, rng: np.random.Generator, height: int, width: int) -> Camera:

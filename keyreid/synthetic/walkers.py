@@ -43,29 +43,17 @@ _PERSON, _CAMERA, _VISITS, _TRACKLET, _DISTRACTOR, _JUNK = range(1, 7)  # random
 
 @dataclass(frozen=True)
 class Walkers:
-    """What is rendered.
+    """What is rendered."""
 
-    Attributes:
-        identities: people, training and test together.
-        cameras: 2 to 9 (MARS's file names have one digit for it).
-        seed: of everything.
-        test_share: share of the identities that are kept for testing.
-        tracklets: at most so many of one person at one camera; in the test split the first of each is a query.
-        frames: least and most frames of a tracklet.
-        distractors: test tracklets of people whom no query looks for; None: as many as test identities x 2.
-        junk: test tracklets of badly placed boxes; None: a quarter of the distractors.
-        height, width: of the pictures, pixels.
-    """
-
-    identities: int
-    cameras: int = 6
-    seed: int = 0
-    test_share: float = 0.5
-    tracklets: int = 2
-    frames: tuple[int, int] = (8, 20)
-    distractors: int | None = None
-    junk: int | None = None
-    height: int = 256
+    identities: int  # people, training and test together
+    cameras: int = 6  # 2 to 9: MARS's file names have one digit for it
+    seed: int = 0  # of everything
+    test_share: float = 0.5  # of the identities, kept for testing
+    tracklets: int = 2  # at most so many of one person at one camera; in the test split the first of each is a query
+    frames: tuple[int, int] = (8, 20)  # least and most of a tracklet
+    distractors: int | None = None  # test tracklets of people whom no query looks for; None: twice the test identities
+    junk: int | None = None  # test tracklets of badly placed boxes; None: a quarter of the distractors
+    height: int = 256  # of the pictures, pixels
     width: int = 128
 
     def __post_init__(self) -> None:
