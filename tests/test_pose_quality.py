@@ -11,11 +11,10 @@ import pytest
 from keyreid.datasets.tracklet import Dataset, Frame, Tracklet
 from keyreid.errors import DataError
 from keyreid.pose import keypoint_files
-from keyreid.pose.accuracy import errors, pck
 from keyreid.pose.drawing import draw_heatmaps, draw_skeleton
 from keyreid.pose.keypoint_files import KeypointFile
 from keyreid.pose.parts import KEYPOINT_NAMES
-from keyreid.pose.quality import write_quality
+from keyreid.pose.quality import errors, pck, write_quality
 
 FRAMES = 4
 

@@ -91,8 +91,7 @@ def pose_report(
     option: ReaderOptions = None,
 ) -> None:
     """Say how good keypoints are: joints found, confidences, a contact sheet; PCK where the truth is known."""
-    from keyreid.pose.accuracy import describe
-    from keyreid.pose.quality import write_quality
+    from keyreid.pose.quality import describe, write_quality
 
     out = out or keypoints / "report"
     data = open_dataset(dataset, root, **parse_options(option or []))
@@ -172,7 +171,7 @@ def pose_train(
     processes: Annotated[int, typer.Option(min=1, help="that render")] = 2,
 ) -> None:
     """Train the small pose network for rendered walkers, and judge it on held-out ones."""
-    from keyreid.pose.accuracy import describe
+    from keyreid.pose.quality import describe
     from keyreid.synthetic.pose_training import TrainingSettings, train
 
     settings = TrainingSettings(pictures, epochs, seed=seed)

@@ -1,8 +1,7 @@
 """Datasets by name: every command that takes a dataset's name looks it up here.
 
-A reader is a module of this package, NAME, with a function `open_NAME(root: Path, ...) -> Dataset`; its other
-parameters are the options that users may set, of the types that they are annotated with. To add one, write the module
-and name it in READERS.
+A reader is a function `open_NAME(root: Path, ...) -> Dataset` in a module of this package; its other parameters are the
+options that users may set, of the types that they are annotated with. To add one, write it and name it in READERS.
 """
 
 from __future__ import annotations
@@ -16,12 +15,13 @@ from keyreid.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from keyreid.datasets.tracklet import Dataset
 
-READERS = {  # name: what it reads, for the help texts
-    "mars": "MARS, and rendered walkers, which have its layout",
-    "ilids_vid": "iLIDS-VID",
-    "prid2011": "PRID2011, multi-shot",
-    "folder": "your own folders of pictures, a table of them, or what `keyreid import` wrote",
-    "mot": "videos or street pictures with MOTChallenge tracks",
+# Name of the dataset: the module with its `open_NAME`, which is imported when it is asked for.
+READERS = {
+    "mars": "mars",
+    "ilids_vid": "two_cameras",
+    "prid2011": "two_cameras",
+    "folder": "folder",
+    "mot": "mot",
 }
 
 
@@ -39,7 +39,7 @@ def open_dataset(name: str, root: Path | str, **options: Any) -> Dataset:
 
     if name not in READERS:
         raise ConfigError(f"no dataset is called {name!r}; there are {', '.join(READERS)} (walkers are read as mars)")
-    reader = getattr(importlib.import_module(f"keyreid.datasets.{name}"), f"open_{name}")
+    reader = getattr(importlib.import_module(f"keyreid.datasets.{READERS[name]}"), f"open_{name}")
     known = [option for option in inspect.signature(reader).parameters if option != "root"]
     unknown = sorted(set(options) - set(known))
     if unknown:

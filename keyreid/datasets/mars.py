@@ -103,7 +103,7 @@ def _tracklets(folder: Path, names: list[str], rows: np.ndarray, queries: set[in
             raise DataError(f"{folder}: {own[0]!r} is not a MARS picture name such as 0001C1T0001F001.jpg")
         key = match["key"]
         strays = [name for name in own if not name.startswith(key)]
-        if strays or int(match["camera"]) != camera or _identity(match["folder"]) != identity:
+        if strays or int(match["camera"]) != camera or int(match["folder"].replace("00-1", "-1")) != identity:
             raise DataError(
                 f"{folder}: row {row + 1} of the index says identity {identity}, camera {camera}, "
                 f"but its pictures are {own[0]} .. {(strays or own)[-1]}"
@@ -116,7 +116,3 @@ def _tracklets(folder: Path, names: list[str], rows: np.ndarray, queries: set[in
     if missing:
         raise DataError(f"{missing[0]}: no such folder, named by the index ({len(missing)} are missing)")
     return tracklets
-
-
-def _identity(folder: str) -> int:
-    return JUNK_IDENTITY if folder == "00-1" else int(folder)

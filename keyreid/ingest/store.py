@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from keyreid.datasets.imported import CARD, MANIFEST, ImportCard, is_imported, read_import_card, write_import_card
+from keyreid.datasets.folder import CARD, MANIFEST, ImportCard, is_imported, read_import_card, write_import_card
 from keyreid.datasets.listing import RESERVED, numbered, safe_key
 from keyreid.errors import DataError
 from keyreid.files import replacing

@@ -1,4 +1,4 @@
-"""How good the keypoints of a dataset are: numbers, histograms and a contact sheet, as PNG, JSON and one HTML page."""
+"""How good keypoints are: numbers, histograms and a contact sheet of a dataset's, and how near they are to true ones."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,7 +17,6 @@ from keyreid.datasets.tracklet import Dataset, Frame
 from keyreid.errors import DataError
 from keyreid.pages import Section, write_page
 from keyreid.pose import keypoint_files
-from keyreid.pose.accuracy import judge_keypoints
 from keyreid.pose.drawing import PART_COLOURS, draw_heatmaps, draw_skeleton, sheet
 from keyreid.pose.heatmaps import MIN_CONFIDENCE
 from keyreid.pose.parts import KEYPOINT_NAMES, joint_parts, part_joints, part_names
@@ -167,7 +167,10 @@ def _draw_statistics(found: _Found, numbers: dict, path: Path) -> None:
 def _draw_contact_sheet(found: _Found, samples: int, rng: np.random.Generator, path: Path) -> list[str]:
     """Crops with skeletons, each beside its part heatmaps; gives what each shows."""
     random = rng.permutation(len(found.frames))[: samples - samples // 2]
-    worst = _worst_of_each(found)[: samples // 2]
+    ends = [*found.tracklet_starts[1:], len(found.scores)]
+    spans = zip(found.tracklet_starts, ends, strict=True)
+    lowest = [start + int(found.scores[start:end].argmin()) for start, end in spans]  # of each tracklet
+    worst = sorted(lowest, key=lambda i: found.scores[i])[: samples // 2]
     cells, captions = [], []
     for kind, chosen in (("random", random), ("lowest scores", worst)):
         for i in chosen:
@@ -181,15 +184,6 @@ def _draw_contact_sheet(found: _Found, samples: int, rng: np.random.Generator, p
             captions.append(f"{kind}: {keypoint_files.frame_name(found.frames[i])}, score {found.scores[i]:.2f}")
     Image.fromarray(sheet(cells, 6, (CELL_HEIGHT, 2 * CELL_WIDTH))).save(path)
     return captions
-
-
-def _worst_of_each(found: _Found) -> list[int]:
-    """The frame of the lowest score of each tracklet, the worst first."""
-    ends = [*found.tracklet_starts[1:], len(found.scores)]
-    lowest = [
-        start + int(found.scores[start:end].argmin()) for start, end in zip(found.tracklet_starts, ends, strict=True)
-    ]
-    return sorted(lowest, key=lambda i: found.scores[i])
 
 
 def _label(cell: np.ndarray, text: str) -> np.ndarray:
@@ -216,3 +210,54 @@ def _sections(files: Path, numbers: dict, found: _Found, captions: list[str]) ->
 def _table(head: str, values: dict) -> list[tuple[str, str]]:
     rows = [(k.replace("_", " "), v) for k, v in values.items() if not isinstance(v, dict)]
     return [(head, ""), *((name, f"{v:.4g}" if isinstance(v, float) else str(v)) for name, v in rows)]
+
+
+def judge_keypoints(found: np.ndarray, true: np.ndarray, heights: np.ndarray) -> dict[str, Any]:
+    """PCK of all true joints, of those in plain sight (true confidence 1) and of each; median error of the found ones.
+
+    Args:
+        found, true: [N, 17, 3] in the same pixels; confidence 0 is missing.
+        heights: [N], of the pictures in pixels.
+    """
+    distance = errors(found, true)
+    near = distance[np.isfinite(distance)]
+    return {
+        "frames": len(true),
+        "pck_0.05": pck(distance, heights),
+        "pck_0.05_in_plain_sight": pck(np.where(true[..., 2] == 1, distance, np.nan), heights),
+        "median_pixels": float(np.median(near)) if len(near) else None,
+        "pck_0.05_by_joint": {name: pck(distance[:, j : j + 1], heights) for j, name in enumerate(KEYPOINT_NAMES)},
+    }
+
+
+def describe(accuracy: dict[str, Any]) -> str:
+    """What `judge_keypoints` gives, in a line."""
+    return (
+        f"PCK@0.05 of the height {accuracy['pck_0.05']:.3f} of all true joints, "
+        f"{accuracy['pck_0.05_in_plain_sight']:.3f} of those in plain sight; "
+        f"median error {accuracy['median_pixels'] or float('nan'):.2f} pixels"
+    )
+
+
+def errors(found: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Distance of each found joint from the true one, pixels [N, 17].
+
+    Infinite where a joint was not found, NaN where there is no true one.
+    """
+    distance = np.linalg.norm(found[..., :2].astype(np.float64) - true[..., :2], axis=-1)
+    distance[found[..., 2] <= 0] = np.inf
+    distance[true[..., 2] <= 0] = np.nan
+    return distance
+
+
+def pck(distance: np.ndarray, heights: np.ndarray, share: float = 0.05) -> float:
+    """Percentage of correct keypoints, as a share in [0, 1]: joints found within `share` of the picture's height.
+
+    Args:
+        distance: [N, 17] of `errors`; what was not found counts as wrong, what has no truth not at all.
+        heights: [N], of the pictures in pixels.
+    """
+    judged = ~np.isnan(distance)
+    if not judged.any():
+        return float("nan")
+    return float((distance <= share * np.asarray(heights, np.float64)[:, None])[judged].mean())

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from keyreid.pose import keypoint_files, pifpaf
-from keyreid.pose.accuracy import judge_keypoints
 from keyreid.pose.parts import KEYPOINT_FLIP
 from keyreid.pose.pictures import PADDING_COLOUR, choose, decode, fit
+from keyreid.pose.quality import judge_keypoints
 from keyreid.progress import track
 from keyreid.synthetic import walkers
 
@@ -85,7 +85,8 @@ def judge(weights: Path, height: int, pictures: int = 400, processes: int = 1) -
     decoder = pifpaf.PoseDecoder(network)
     found, true = [], []
     with tempfile.TemporaryDirectory(prefix="keyreid-pose-") as folder:
-        examples = _held_out(Path(folder), height, pictures, processes)
+        people = round(pictures / PICTURES_A_PERSON) + 2
+        examples = _shuffled(_render(Path(folder), people, HELD_OUT_SEED, height, processes), 0, pictures)
         for picture, keypoints in track(examples, pictures, f"held-out walkers of {height} pixels", "pictures"):
             fitted = fit(picture, pifpaf.WALKERS_LONG_EDGE)
             people = [fitted.to_picture(pose) for pose in decoder.pictures(fitted.pixels[None])[0]]
@@ -101,14 +102,11 @@ def _training_examples(folder: Path, count: int, seed: int, processes: int) -> l
     every = []
     for city in range(CITIES):
         every += _render(folder / str(city), people, 100 * seed + city, (256, 128)[city % 2], processes)
-    order = np.random.default_rng(seed).permutation(len(every))[:count]
-    return [every[i] for i in order]
+    return _shuffled(every, seed, count)
 
 
-def _held_out(folder: Path, height: int, count: int, processes: int) -> list[Example]:
-    every = _render(folder, round(count / PICTURES_A_PERSON) + 2, HELD_OUT_SEED, height, processes)
-    order = np.random.default_rng(0).permutation(len(every))[:count]
-    return [every[i] for i in order]
+def _shuffled(examples: list[Example], seed: int, count: int) -> list[Example]:
+    return [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))[:count]]
 
 
 def _render(root: Path, people: int, seed: int, height: int, processes: int) -> list[Example]:
