@@ -143,8 +143,8 @@ def pose_export(
     """Write the published pipeline's files: one .pose (JSON) or .npy (heatmaps) for each picture."""
     from keyreid.pose import imports
 
-    export = imports.export_poses if kind == "pose" else imports.export_heatmaps
-    moved = export(open_dataset(dataset, root, **parse_options(option or [])), root.expanduser(), files, tree)
+    data = open_dataset(dataset, root, **parse_options(option or []))
+    moved = imports.export_tree(data, root.expanduser(), files, tree, kind)
     typer.echo(f"{tree}: {moved.frames} .{kind} files of {moved.tracklets} tracklets")
 
 

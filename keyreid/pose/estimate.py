@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from keyreid.errors import ConfigError, DataError
 from keyreid.files import replacing
 from keyreid.pose import keypoint_files, pifpaf
 from keyreid.pose.parts import NUM_KEYPOINTS
-from keyreid.pose.pictures import Fitted, Selection, choose, decode, fit
+from keyreid.pose.pictures import Fitted, Pose, Selection, choose, decode, fit
 from keyreid.processes import end_with_parent
 from keyreid.progress import track
 
@@ -147,24 +148,24 @@ def _estimate_on(
     found = track(
         _find(reader, work.workers, decoder, settings.select), total, "keypoints", "frames", not total or quiet
     )
-    for number, frames in groupby(found, key=lambda frame: frame.tracklet):
-        frames = list(frames)
-        summary.unreadable += [frame.fault for frame in frames if frame.fault is not None]
+    for number, frames in groupby(found, key=itemgetter(0)):
+        poses, faults = zip(*((pose, fault) for _, pose, fault in frames), strict=True)
+        summary.unreadable += filter(None, faults)
         if len(summary.unreadable) > work.max_unreadable:
             raise DataError(
                 f"{len(summary.unreadable)} frames cannot be read, more than --max-unreadable allows; the last: "
                 + "; ".join(summary.unreadable[-3:])
             )
         file = keypoint_files.KeypointFile(
-            keypoints=np.stack([frame.keypoints for frame in frames]),
-            scores=np.array([frame.score for frame in frames], np.float32),
+            keypoints=np.stack([pose.keypoints for pose in poses]),
+            scores=np.array([pose.score for pose in poses], np.float32),
             frame_names=keypoint_files.frame_names(todo[number]),
-            provenance=provenance | {"unreadable": [i for i, frame in enumerate(frames) if frame.fault is not None]},
+            provenance=provenance | {"unreadable": [i for i, fault in enumerate(faults) if fault]},
         )
         keypoint_files.save(keypoint_files.path_of(out, todo[number].key), file, settings.dtype)
         summary.tracklets += 1
-        summary.frames += len(frames)
-        summary.empty += sum(frame.fault is None and frame.score == 0 for frame in frames)
+        summary.frames += len(poses)
+        summary.empty += sum(not fault and pose.score == 0 for pose, fault in zip(poses, faults, strict=True))
     return summary
 
 
@@ -214,22 +215,17 @@ class _Reader(torch.utils.data.Dataset):
             return str(error) if str(frame.path) in str(error) else f"{place}: {error}"
 
 
-@dataclass(frozen=True)
-class _FramePose:
-    """What was found in a frame of the tracklet of that number; `fault` says why it could not be read."""
+def _find(
+    reader: _Reader, workers: int, decoder: pifpaf.PoseDecoder, select: Selection
+) -> Iterator[tuple[int, Pose, str | None]]:
+    """Frame after frame, in order: the tracklet's number, what was found, and why it could not be read.
 
-    tracklet: int
-    keypoints: np.ndarray
-    score: float
-    fault: str | None = None
-
-
-def _find(reader: _Reader, workers: int, decoder: pifpaf.PoseDecoder, select: Selection) -> Iterator[_FramePose]:
-    """Frame after frame, in order; pictures of one size in a chunk go through the network together."""
-    nobody = np.zeros((NUM_KEYPOINTS, 3), np.float32)
+    Pictures of one size in a chunk go through the network together.
+    """
+    nobody = Pose(np.zeros((NUM_KEYPOINTS, 3), np.float32), 0.0)
     options = {"batch_size": None, "num_workers": workers, "worker_init_fn": _one_thread}
     for number, pictures in torch.utils.data.DataLoader(reader, **options) if len(reader) else ():
-        results = [_FramePose(number, nobody, 0.0, p if isinstance(p, str) else None) for p in pictures]
+        results = [nobody] * len(pictures)
         by_size: dict[tuple[int, ...], list[int]] = {}
         for position, picture in enumerate(pictures):
             if isinstance(picture, Fitted):
@@ -238,10 +234,10 @@ def _find(reader: _Reader, workers: int, decoder: pifpaf.PoseDecoder, select: Se
             found = decoder.pictures(np.stack([pictures[position].pixels for position in positions]))
             for position, poses in zip(positions, found, strict=True):
                 picture = pictures[position]
-                person = choose([picture.to_picture(pose) for pose in poses], picture.size, select)
-                if person is not None:
-                    results[position] = _FramePose(number, *person)
-        yield from results
+                people = [picture.to_picture(pose) for pose in poses]
+                results[position] = choose(people, picture.size, select) or nobody
+        for picture, pose in zip(pictures, results, strict=True):
+            yield number, pose, picture if isinstance(picture, str) else None
 
 
 def _one_thread(_worker: int) -> None:

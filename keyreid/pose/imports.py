@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -60,16 +61,6 @@ def import_poses(
     return moved
 
 
-def export_poses(dataset: Dataset, root: Path, files: Path, tree: Path) -> Moved:
-    """Write keypoint files as a tree of `.pose` files."""
-    moved = Moved()
-    for tracklet, paths in _walk(dataset, root, tree, ".pose", "exporting poses", moved):
-        for path, keypoints in zip(paths, _keypoints(files, tracklet), strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(keypoints.astype(np.float64).tolist(), indent=4))
-    return moved
-
-
 def import_heatmaps(
     dataset: Dataset, root: Path, tree: Path, out: Path, dtype: str | None = None, max_missing: int = 0
 ) -> Moved:
@@ -87,18 +78,20 @@ def import_heatmaps(
     return moved
 
 
-def export_heatmaps(dataset: Dataset, root: Path, files: Path, tree: Path) -> Moved:
-    """Write a tree of float64 `.npy` heatmaps: from heatmap files where there are, else rendered from keypoints."""
+def export_tree(dataset: Dataset, root: Path, files: Path, tree: Path, kind: Literal["pose", "npy"]) -> Moved:
+    """Write a tree of `.pose` files from keypoint files, or of float64 `.npy` heatmaps.
+
+    Heatmaps come from heatmap files where there are, else they are rendered from keypoints.
+    """
     moved = Moved()
-    for tracklet, paths in _walk(dataset, root, tree, ".npy", "exporting heatmaps", moved):
-        stored = heatmap_files.path_of(files, tracklet.key)
-        if stored.exists():
-            heatmaps = (heatmap for _, heatmap in heatmap_files.load(stored))
-        else:
-            heatmaps = _rendered(tracklet, _keypoints(files, tracklet))
-        for path, heatmap in zip(paths, heatmaps, strict=True):
+    for tracklet, paths in _walk(dataset, root, tree, f".{kind}", "exporting", moved):
+        frames = _keypoints(files, tracklet) if kind == "pose" else _heatmaps(files, tracklet)
+        for path, frame in zip(paths, frames, strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, heatmap.astype(np.float64))
+            if kind == "pose":
+                path.write_text(json.dumps(frame.astype(np.float64).tolist(), indent=4))
+            else:
+                np.save(path, frame.astype(np.float64))
     return moved
 
 
@@ -164,7 +157,11 @@ def _keypoints(files: Path, tracklet: Tracklet) -> np.ndarray:
     return file.keypoints
 
 
-def _rendered(tracklet: Tracklet, keypoints: np.ndarray) -> Iterator[np.ndarray]:
-    for frame, joints in zip(tracklet.frames, keypoints, strict=True):
+def _heatmaps(files: Path, tracklet: Tracklet) -> Iterator[np.ndarray]:
+    stored = heatmap_files.path_of(files, tracklet.key)
+    if stored.exists():
+        yield from (heatmap for _, heatmap in heatmap_files.load(stored))
+        return
+    for frame, joints in zip(tracklet.frames, _keypoints(files, tracklet), strict=True):
         height, width = decode(read_frame(frame)[0]).shape[:2]
         yield render_heatmaps(joints[None], width, height)[0]

@@ -1,4 +1,4 @@
-"""How good keypoints are: numbers, histograms and a contact sheet of a dataset's, and how near they are to true ones."""
+"""How good the keypoints of a dataset are: numbers, histograms, a contact sheet, and the distance from true ones."""
 
 from __future__ import annotations
 
