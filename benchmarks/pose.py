@@ -16,7 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from keyreid.pose.heatmaps import render_heatmaps, render_patches, render_tiles
+from keyreid.pose.heatmaps import render_heatmaps, render_tiles
 from keyreid.pose.parts import part_joints
 
 FRAMES, ROUNDS = 100, 9
@@ -81,7 +81,6 @@ def heatmaps() -> None:
         "  the same, pooled to the patch grid": lambda: [patches_of(windowed(k, 128, 256)) for k in keypoints],
         "render_heatmaps (float32 [6, 256, 128])": lambda: render_heatmaps(keypoints, 128, 256),
         "render_tiles (uint8 [6, 64, 32])": lambda: render_tiles(keypoints, 128, 256),
-        "render_patches (float32 [6, 16, 8])": lambda: render_patches(keypoints, 128, 256),
         "PNG of a frame's tiles": lambda: [cv2.imencode(".png", tile_strip) for _ in range(FRAMES)],
     }
     seconds = {name: [] for name in ways}

@@ -22,7 +22,8 @@ import numpy as np
 import scipy.linalg
 
 from keyreid.datasets import open_dataset
-from keyreid.datasets.tracklet import Tracklet, read_frame
+from keyreid.datasets.frames import read_frame
+from keyreid.datasets.tracklet import Tracklet
 from keyreid.evaluation.protocols import Scores, Side, judge
 from keyreid.synthetic.walkers import render
 

@@ -8,7 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from keyreid.datasets.tracklet import Frame, read_frame
+from keyreid.datasets.frames import read_frame
+from keyreid.datasets.tracklet import Frame
 from keyreid.errors import DataError
 
 

@@ -12,8 +12,8 @@ import pytest
 import scipy.io
 
 from keyreid.datasets import open_dataset
+from keyreid.datasets.frames import read_frame
 from keyreid.datasets.mars import read_index
-from keyreid.datasets.tracklet import read_frame
 from keyreid.errors import ConfigError, DataError
 
 TRAIN = ["0001C1T0001F001.jpg", "0001C1T0001F002.jpg", "0001C2T0001F001.jpg"]

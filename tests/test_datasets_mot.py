@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from keyreid.datasets import open_dataset
-from keyreid.datasets.tracklet import read_frame
+from keyreid.datasets.frames import read_frame
 from keyreid.errors import ConfigError, DataError
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from keyreid.errors import ConfigError
-from keyreid.pose.heatmaps import render_heatmaps, render_patches, render_tiles, visibility
+from keyreid.pose.heatmaps import render_heatmaps, render_tiles, visibility
 from keyreid.pose.parts import flip_permutation, joint_parts, merged_parts, part_joints, part_names
 
 
@@ -73,20 +73,9 @@ def test_tiles_do_not_depend_on_the_frames_size():
     )
 
 
-@pytest.mark.parametrize(("picture", "patch", "stride"), [((256, 128), 16, 16), ((224, 112), 16, 12), ((64, 32), 8, 8)])
-def test_patch_guidance_equals_pooling_the_picture(picture, patch, stride):
-    height, width = picture
-    keypoints = random_keypoints(8, width, height, seed=2)
-    windows = np.lib.stride_tricks.sliding_window_view(
-        render_heatmaps(keypoints, width, height), (patch, patch), (2, 3)
-    )
-    pooled = windows[:, :, ::stride, ::stride].mean((4, 5))
-    np.testing.assert_allclose(render_patches(keypoints, width, height, picture, patch, stride), pooled, atol=1e-6)
-
-
 def test_one_frame_leaves_nothing_on_the_next():
     keypoints = random_keypoints(5, 128, 256, seed=3)
-    for render in (render_tiles, render_patches):
+    for render in (render_heatmaps, render_tiles):
         alone = np.concatenate([render(frame[None], 128, 256) for frame in keypoints])
         np.testing.assert_array_equal(render(keypoints, 128, 256), alone)
 

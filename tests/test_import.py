@@ -15,8 +15,8 @@ from keyreid.checkpoints.trained import find_weights
 from keyreid.checkpoints.weights_file import read_header
 from keyreid.cli import app
 from keyreid.datasets import open_dataset
-from keyreid.datasets.imported import read_import_card
-from keyreid.datasets.tracklet import read_frame
+from keyreid.datasets.folder import read_import_card
+from keyreid.datasets.frames import read_frame
 from keyreid.errors import DataError
 from keyreid.ingest.folder import import_folder
 from keyreid.ingest.video import VideoSettings, import_video

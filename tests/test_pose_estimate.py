@@ -161,7 +161,7 @@ def random_network(tmp_path_factory) -> str:
 def test_real_streets(shared, tmp_path, random_network, long_edge):
     """Boxes of 20 pixels and boxes that leave the picture: right shapes, and no coordinate leads out of the crop."""
     from keyreid.datasets import open_dataset
-    from keyreid.datasets.tracklet import read_frame
+    from keyreid.datasets.frames import read_frame
     from keyreid.pose.pictures import decode
 
     streets = open_dataset("mot", shared / "data/mot17_mini/train")

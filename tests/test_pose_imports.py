@@ -55,7 +55,7 @@ def test_pose_trees_return_byte_for_byte(dataset, tmp_path):
     np.testing.assert_array_equal(loaded.keypoints[1], random_keypoints(4, 37, 91))
     assert loaded.frame_names == ("0002C2T0001F001.jpg", "0002C2T0001F002.jpg")
 
-    imports.export_poses(data, root, tmp_path / "files", tmp_path / "back")
+    imports.export_tree(data, root, tmp_path / "files", tmp_path / "back", "pose")
     originals = sorted(path.relative_to(tree) for path in tree.rglob("*.pose"))
     assert sorted(path.relative_to(tmp_path / "back") for path in (tmp_path / "back").rglob("*.*")) == originals
     for path in originals:
@@ -81,7 +81,7 @@ def test_heatmap_trees_return_as_they_were(dataset, tmp_path, dtype):
             np.save(tree / path, heatmap)
             originals[path] = heatmap
     imports.import_heatmaps(data, root, tree, tmp_path / "files", dtype)
-    imports.export_heatmaps(data, root, tmp_path / "files", tmp_path / "back")
+    imports.export_tree(data, root, tmp_path / "files", tmp_path / "back", "npy")
     for path, heatmap in originals.items():
         back = np.load(tmp_path / "back" / path)
         assert back.dtype == np.float64
@@ -97,7 +97,7 @@ def test_heatmaps_are_rendered_from_keypoint_files(dataset, tmp_path):
         names = tuple(frame.path.name for frame in tracklet.frames)
         file = keypoint_files.KeypointFile(keypoints, np.ones(len(names), np.float32), names)
         keypoint_files.save(keypoint_files.path_of(tmp_path / "files", tracklet.key), file)
-    imports.export_heatmaps(data, root, tmp_path / "files", tmp_path / "back")
+    imports.export_tree(data, root, tmp_path / "files", tmp_path / "back", "npy")
     heatmap = np.load(tmp_path / "back/bbox_train/0002/0002C2T0001F002.npy")
     assert (heatmap.shape, heatmap.dtype) == ((6, 91, 37), np.float64)
     np.testing.assert_allclose(heatmap, render_heatmaps(random_keypoints(1, 37, 91)[None], 37, 91)[0])
@@ -125,7 +125,7 @@ def test_what_is_missing_or_broken_is_named(dataset, tmp_path):
 def test_frames_that_are_no_files_cannot_be_exported(tmp_path):
     data = Dataset("mot", (Tracklet("a", 1, 1, "all", (Frame(tmp_path / "street.jpg", (1, 2, 30, 60)),)),))
     with pytest.raises(DataError, match="one file a picture file"):
-        imports.export_poses(data, tmp_path, tmp_path, tmp_path / "tree")
+        imports.export_tree(data, tmp_path, tmp_path, tmp_path / "tree", "pose")
 
 
 def test_a_damaged_heatmap_file_is_named(tmp_path):

@@ -123,10 +123,10 @@ def test_killed_packing_goes_on_to_identical_bytes(source, tmp_path):
     (tmp_path / "plan").write_bytes(pickle.dumps(plan))
     script = (
         "import pickle, sys, time; from pathlib import Path\n"
-        "from keyreid.datasets import tracklet; from keyreid.shards.pack import pack\n"
-        "read = tracklet.read_frame\n"
+        "from keyreid.datasets import frames; from keyreid.shards.pack import pack\n"
+        "read = frames.read_frame\n"
         "def slowly(frame): time.sleep(0.002); return read(frame)\n"
-        "tracklet.read_frame = slowly\n"
+        "frames.read_frame = slowly\n"
         "pack(pickle.loads(Path(sys.argv[1]).read_bytes()), Path(sys.argv[2]), quiet=True)\n"
     )
     out = tmp_path / "killed"

@@ -16,12 +16,13 @@ import pytest
 import scipy.io
 
 from keyreid.datasets import open_dataset
-from keyreid.datasets.tracklet import Tracklet, read_frame
+from keyreid.datasets.frames import read_frame
+from keyreid.datasets.tracklet import Tracklet
 from keyreid.errors import DataError
 from keyreid.pose import keypoint_files
 from keyreid.synthetic import body, scene
-from keyreid.synthetic.clothes import Part, Person, dress
-from keyreid.synthetic.tracklet import random_stream, render_tracklet
+from keyreid.synthetic.clothes import Person, Piece, dress
+from keyreid.synthetic.filming import random_stream, render_tracklet
 from keyreid.synthetic.walkers import Walkers, render
 
 SMALL = {"cameras": 3, "seed": 4, "frames": (2, 4), "height": 128, "width": 64, "quiet": True}
@@ -127,10 +128,10 @@ BORDERS = {*DYED["torso"][1], *DYED["left_shank"][1], *DYED["right_shank"][1]}  
 @pytest.mark.parametrize("yaw", [0.0, 1.2, 2.6])
 def test_keypoints_lie_on_the_body(yaw: float) -> None:
     person = dress(random_stream(3))
-    person.parts.pop("skirt", None)
-    plain = {name: Part(np.full_like(p.texture, 0.5), p.widths, p.depth, p.round) for name, p in person.parts.items()}
+    person.pieces.pop("skirt", None)
+    plain = {name: Piece(np.full_like(p.texture, 0.5), p.widths, p.depth, p.round) for name, p in person.pieces.items()}
     for name, (colour, _) in DYED.items():
-        plain[name] = Part(np.ones_like(plain[name].texture) * np.float32(colour), *_shape(plain[name]))
+        plain[name] = Piece(np.ones_like(plain[name].texture) * np.float32(colour), *_shape(plain[name]))
     street = np.full((400, 1600, 3), 0, np.uint8)
     camera = scene.Camera(yaw, 0.1, np.eye(3, 4), 1.0, 0.0, 1.0, 0.0, 95, 0.9, np.array([0.0, 0.0, 1.0]), 0.9, street)
     hits = total = 0
@@ -149,7 +150,7 @@ def test_keypoints_lie_on_the_body(yaw: float) -> None:
     assert total > 200 and hits / total > 0.97
 
 
-def _shape(part: Part) -> tuple:
+def _shape(part: Piece) -> tuple:
     return part.widths, part.depth, part.round
 
 

@@ -1,14 +1,17 @@
-"""`keyreid import`: one's own videos, folders and tables."""
+"""`keyreid import`: your own videos, folders and tables."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+if TYPE_CHECKING:
+    from keyreid.ingest.store import Imported
+
 app = typer.Typer(
-    help="Bring one's own videos and pictures into a folder that pose and shard read.", no_args_is_help=True
+    help="Bring your own videos and pictures into a folder that pose and shard read.", no_args_is_help=True
 )
 
 Out = Annotated[Path, typer.Option(help="Folder to write; further sources are added to it.")]
@@ -26,7 +29,7 @@ def video(
     tracks: Annotated[
         Path | None,
         typer.Option(
-            help="frame, id, x, y, width, height[, confidence, class, visibility] a line, or CSV with these names. "
+            help="Lines of frame, id, x, y, width, height[, confidence, class, visibility], or CSV with these names. "
             "Sequences bring theirs."
         ),
     ] = None,
@@ -56,18 +59,8 @@ def video(
     """
     from keyreid.ingest.video import VideoSettings, import_video
 
-    settings = VideoSettings(
-        identity=identity,
-        min_width=min_width,
-        min_height=min_height,
-        min_length=min_length,
-        min_visibility=min_visibility,
-        min_confidence=min_confidence,
-        max_gap=max_gap,
-        max_frames=max_frames,
-        every=every,
-        padding=padding,
-    )
+    bounds = (min_width, min_height, min_length, min_visibility, min_confidence)
+    settings = VideoSettings(identity, *bounds, max_gap, max_frames, every, padding)
     _report(out, import_video(file.expanduser(), out.expanduser(), tracks, camera, settings, name, fps))
 
 
@@ -95,17 +88,15 @@ def folder(
     """
     from keyreid.ingest.folder import import_folder
 
-    result = import_folder(
-        source.expanduser(), out.expanduser(), layout, test_share, seed, min_width, min_height, min_length, name
-    )
-    _report(out, result)
+    bounds = (min_width, min_height, min_length)
+    _report(out, import_folder(source.expanduser(), out.expanduser(), layout, test_share, seed, *bounds, name))
 
 
-def _report(out: Path, result) -> None:
-    for reason, count in result.left_out.items():
+def _report(out: Path, imported: Imported) -> None:
+    for reason, count in imported.left_out.items():
         if count:
-            print(f"left out: {count} {reason}")
-    print(
-        f"{out}: {result.tracklets} tracklets, {result.pictures} pictures, "
-        f"camera{'s' * (len(result.cameras) > 1)} {', '.join(result.cameras)}"
+            typer.echo(f"left out: {count} {reason}")
+    typer.echo(
+        f"{out}: {imported.tracklets} tracklets, {imported.pictures} pictures, "
+        f"camera{'s' * (len(imported.cameras) > 1)} {', '.join(imported.cameras)}"
     )

@@ -1,4 +1,4 @@
-"""`keyreid pose` and its companions: keypoints of a dataset, a report, imports and exports, the walkers' network."""
+"""`keyreid pose` and its companions: keypoints of a dataset, their quality, imports and exports, the small network."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ from typing import Annotated, Literal
 
 import typer
 
+from keyreid.datasets import READERS, open_dataset, parse_options
 from keyreid.errors import ConfigError
 
-DatasetName = Annotated[str, typer.Argument(help="mars (also rendered walkers), ilids_vid, prid2011, folder, or mot")]
+DatasetName = Annotated[str, typer.Argument(help=f"{', '.join(READERS)}; rendered walkers are read as mars")]
 Root = Annotated[Path, typer.Argument(help="the dataset's folder (or manifest)")]
 ReaderOptions = Annotated[list[str] | None, typer.Option("--option", help="NAME=VALUE, for the dataset's reader")]
-Dtype = Annotated[
+KeypointType = Annotated[
     Literal["float32", "float16"], typer.Option(help="of stored keypoints; float16 moves 6 % of joints by a pixel")
+]
+Trust = Annotated[
+    bool, typer.Option(help="load a pickled checkpoint, which may run code: you trust it; weights files need no trust")
 ]
 
 
 def pose(
     dataset: DatasetName,
     root: Root,
-    out: Annotated[Path, typer.Option(help="folder of the keypoint files, one a tracklet; go on where it was left")],
+    out: Annotated[
+        Path, typer.Option(help="folder of the keypoint files, one for each tracklet; those that are there are kept")
+    ],
     checkpoint: Annotated[
         str,
         typer.Option(
@@ -28,16 +34,14 @@ def pose(
             "OpenPifPaf publishes: shufflenetv2k16, shufflenetv2k30, resnet50, ... (downloaded once)"
         ),
     ] = "walkers",
-    trust: Annotated[
-        bool, typer.Option(help="load a pickled checkpoint, which may run code; weights files need no trust")
-    ] = False,
+    trust: Trust = False,
     device: Annotated[
         str,
         typer.Option(
-            help="auto: every visible GPU, else the CPU; or a list such as cuda:0,cuda:1 or cpu,cpu. A process each"
+            help="auto: every visible GPU, else the CPU; or a list such as cuda:0,cuda:1 or cpu,cpu: a process for each"
         ),
     ] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="frames a batch; all of one tracklet")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="frames in a batch; all of one tracklet")] = 32,
     workers: Annotated[int, typer.Option(min=0, help="reading processes beside each device's")] = 2,
     long_edge: Annotated[
         int | None,
@@ -51,12 +55,10 @@ def pose(
         Literal["score", "centre"],
         typer.Option(help="of several people in a frame: the best score, or nearest to the middle"),
     ] = "score",
-    dtype: Dtype = "float32",
+    dtype: KeypointType = "float32",
     share: Annotated[
         str,
-        typer.Option(
-            "--share", "--shard", help="I/N: this is task I (from 0) of N that share the work, as in a SLURM array"
-        ),
+        typer.Option("--share", "--shard", help="I/N: task I (from 0) of N that share the work, as in a job array"),
     ] = "0/1",
     max_unreadable: Annotated[int, typer.Option(min=0, help="frames that cannot be read before the run stops")] = 100,
     option: ReaderOptions = None,
@@ -66,20 +68,15 @@ def pose(
     Run it again after an interruption: whole tracklets are kept. The files do not depend on how often it was stopped
     nor on how the work was shared.
     """
-    from keyreid.pose.estimate import PoseSettings, PoseWork, all_devices, estimate
+    from keyreid.pose.estimate import PoseSettings, PoseWork, estimate, parse_devices
 
-    if long_edge is None and checkpoint == "walkers":
-        long_edge = 128
     settings = PoseSettings(checkpoint, long_edge, threshold, select, dtype)
-    devices = all_devices() if device == "auto" else tuple(device.split(","))
-    work = PoseWork(batch_size, workers, devices, trust, max_unreadable)
-    summary = estimate(_open(dataset, root, option), out, settings, work, _share(share))
+    work = PoseWork(batch_size, workers, parse_devices(device), trust, max_unreadable)
+    data = open_dataset(dataset, root, **parse_options(option or []))
+    summary = estimate(data, out, settings, work, _share(share))
     for fault in summary.unreadable:
         typer.echo(f"not read: {fault}", err=True)
-    typer.echo(
-        f"{out}: {summary.tracklets} tracklets written, {summary.there} were there; {summary.frames} frames, "
-        f"{summary.empty} without a person, {len(summary.unreadable)} not readable"
-    )
+    typer.echo(f"{out}: {summary}")
 
 
 def pose_report(
@@ -94,28 +91,24 @@ def pose_report(
     option: ReaderOptions = None,
 ) -> None:
     """Say how good keypoints are: joints found, confidences, a contact sheet; PCK where the truth is known."""
-    from keyreid.pose.report import write_report
+    from keyreid.pose.quality import describe, write_quality
 
     out = out or keypoints / "report"
-    numbers = write_report(_open(dataset, root, option), keypoints, out, samples, truth)
+    data = open_dataset(dataset, root, **parse_options(option or []))
+    numbers = write_quality(data, keypoints, out, samples, truth)
     typer.echo(
         f"{out}/report.html: a person in {numbers['frames_with_person']:.1%} of {numbers['frames']} frames, "
         f"{numbers['joints_a_frame']:.1f} joints each"
     )
-    if truth is not None:
-        accuracy = numbers["accuracy"]
-        typer.echo(
-            f"PCK@0.05 of the height: {accuracy['pck_0.05']:.3f} of all true joints, "
-            f"{accuracy['pck_0.05_in_plain_sight']:.3f} of those in plain sight; "
-            f"median error {accuracy['median_pixels'] or float('nan'):.2f} pixels"
-        )
+    if accuracy := numbers.get("accuracy"):
+        typer.echo(describe(accuracy))
 
 
 def pose_import(
     dataset: DatasetName,
     root: Root,
     tree: Annotated[Path, typer.Argument(help="folder that mirrors ROOT's, with a .pose or .npy for each picture")],
-    out: Annotated[Path, typer.Option(help="folder of the keypoint or heatmap files, one a tracklet")],
+    out: Annotated[Path, typer.Option(help="folder of the keypoint or heatmap files, one for each tracklet")],
     kind: Annotated[Literal["pose", "npy"], typer.Option(help="keypoints (.pose) or heatmaps (.npy)")] = "pose",
     dtype: Annotated[
         Literal["float16", "float32", "float64"] | None,
@@ -124,14 +117,14 @@ def pose_import(
     max_missing: Annotated[int, typer.Option(min=0, help="pictures without a file; they get zeros")] = 0,
     option: ReaderOptions = None,
 ) -> None:
-    """Read the published pipeline's files: one .pose (JSON) or .npy (heatmaps) a picture."""
+    """Read the published pipeline's files: one .pose (JSON) or .npy (heatmaps) for each picture."""
     from keyreid.pose import imports
 
-    data = _open(dataset, root, option)
+    data = open_dataset(dataset, root, **parse_options(option or []))
     if kind == "pose":
-        moved = imports.import_poses(data, root, tree, out, dtype or "float32", max_missing)
+        moved = imports.import_poses(data, root.expanduser(), tree, out, dtype or "float32", max_missing)
     else:
-        moved = imports.import_heatmaps(data, root, tree, out, dtype, max_missing)
+        moved = imports.import_heatmaps(data, root.expanduser(), tree, out, dtype, max_missing)
     typer.echo(
         f"{out}: {moved.tracklets} tracklets, {moved.frames} frames, {len(moved.missing)} of them without a file"
     )
@@ -147,29 +140,26 @@ def pose_export(
     ] = "pose",
     option: ReaderOptions = None,
 ) -> None:
-    """Write the published pipeline's files: one .pose (JSON) or .npy (heatmaps) a picture."""
+    """Write the published pipeline's files: one .pose (JSON) or .npy (heatmaps) for each picture."""
     from keyreid.pose import imports
 
-    export = imports.export_poses if kind == "pose" else imports.export_heatmaps
-    moved = export(_open(dataset, root, option), root, files, tree)
+    data = open_dataset(dataset, root, **parse_options(option or []))
+    moved = imports.export_tree(data, root.expanduser(), files, tree, kind)
     typer.echo(f"{tree}: {moved.frames} .{kind} files of {moved.tracklets} tracklets")
 
 
 def pose_convert(
     checkpoint: Annotated[str, typer.Argument(help="an OpenPifPaf checkpoint: a file, or the name of a published one")],
     out: Annotated[Path, typer.Argument(help="weights file to write (.safetensors)")],
-    trust: Annotated[
-        bool, typer.Option(help="the checkpoint is pickled and may run code when loaded: you trust it")
-    ] = False,
+    trust: Trust = False,
 ) -> None:
     """Make a weights file, which holds no code, of an OpenPifPaf checkpoint."""
     from keyreid.pose import pifpaf
 
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"{out}: a weights file's name ends in .safetensors")
-    network, read = pifpaf.load_network(checkpoint, trust)
+    pifpaf.check_weights_name(out)
+    network, sha256 = pifpaf.load_network(checkpoint, trust)
     pifpaf.save_weights(network, out)
-    typer.echo(f"{out}: the weights of {checkpoint} (SHA-256 {read.sha256})")
+    typer.echo(f"{out}: the weights of {checkpoint} (SHA-256 {sha256})")
 
 
 def pose_train(
@@ -181,30 +171,12 @@ def pose_train(
     processes: Annotated[int, typer.Option(min=1, help="that render")] = 2,
 ) -> None:
     """Train the small pose network for rendered walkers, and judge it on held-out ones."""
+    from keyreid.pose.quality import describe
     from keyreid.synthetic.pose_training import TrainingSettings, train
 
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"{out}: a weights file's name ends in .safetensors")
     settings = TrainingSettings(pictures, epochs, seed=seed)
     for height, accuracy in train(out, settings, device, processes).items():
-        typer.echo(
-            f"held-out walkers of {height} pixels: PCK@0.05 of the height {accuracy.all:.3f} of all true joints, "
-            f"{accuracy.seen:.3f} of those in plain sight; median error {accuracy.median_pixels:.2f} pixels"
-        )
-
-
-def _open(dataset: str, root: Path, options: list[str] | None):
-    import yaml
-
-    from keyreid.datasets import open_dataset
-
-    values = {}
-    for text in options or []:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--option {text}: write NAME=VALUE")
-        values[name] = yaml.safe_load(value)
-    return open_dataset(dataset, root.expanduser(), **values)
+        typer.echo(f"held-out walkers of {height} pixels: {describe(accuracy)}")
 
 
 def _share(text: str) -> tuple[int, int]:

@@ -1,32 +1,45 @@
-"""Readers of datasets: each turns pictures on disk into tracklets."""
+"""Datasets by name: every command that takes a dataset's name looks it up here.
+
+A reader is a function `open_NAME(root: Path, ...) -> Dataset` in a module of this package; its other parameters are the
+options that users may set, of the types that they are annotated with. To add one, write it and name it in READERS.
+"""
 
 from __future__ import annotations
 
-import importlib
-import inspect
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pydantic
-
-from keyreid.datasets.tracklet import Dataset
 from keyreid.errors import ConfigError, DataError
 
-NAMES = ("mars", "ilids_vid", "prid2011", "folder", "mot")  # each is a module here with a function open_NAME
+if TYPE_CHECKING:
+    from keyreid.datasets.tracklet import Dataset
+
+# Name of the dataset: the module with its `open_NAME`, which is imported when it is asked for.
+READERS = {
+    "mars": "mars",
+    "ilids_vid": "two_cameras",
+    "prid2011": "two_cameras",
+    "folder": "folder",
+    "mot": "mot",
+}
 
 
 def open_dataset(name: str, root: Path | str, **options: Any) -> Dataset:
     """Open a dataset by name; docs/datasets.md says how each must lie on disk and which options it takes.
 
-    Rendered walkers have the layout of MARS: open them as `mars`.
-
     Raises:
         ConfigError: there is no such dataset, or it has no such option, or an option's value is not of its type.
         DataError: files are missing or wrong.
     """
-    if name not in NAMES:
-        raise ConfigError(f"no dataset is called {name!r}; there are {', '.join(NAMES)} (walkers are read as mars)")
-    reader = getattr(importlib.import_module(f"keyreid.datasets.{name}"), f"open_{name}")
+    import importlib
+    import inspect
+
+    import pydantic
+
+    if name not in READERS:
+        raise ConfigError(f"no dataset is called {name!r}; there are {', '.join(READERS)} (walkers are read as mars)")
+    reader = getattr(importlib.import_module(f"keyreid.datasets.{READERS[name]}"), f"open_{name}")
     known = [option for option in inspect.signature(reader).parameters if option != "root"]
     unknown = sorted(set(options) - set(known))
     if unknown:
@@ -39,3 +52,23 @@ def open_dataset(name: str, root: Path | str, **options: Any) -> Dataset:
     except pydantic.ValidationError as error:
         wrong = error.errors()[0]
         raise ConfigError(f"dataset {name}, option {wrong['loc'][0]}={wrong['input']!r}: {wrong['msg']}") from None
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Options of a reader as the command line gives them, NAME=VALUE with a YAML value.
+
+    Raises:
+        ConfigError: a text is not of that form.
+    """
+    import yaml
+
+    options = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--option {text}: write NAME=VALUE")
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--option {text}: the value is not YAML: {' '.join(str(error).split())}") from None
+    return options

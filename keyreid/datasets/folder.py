@@ -2,26 +2,46 @@
 
 Names may be anything. They are numbered once, in natural order from 1, and the dataset keeps the list. The identity
 names `distractor` and `junk` keep the meaning they have in MARS.
+
+What `keyreid import` writes is such a table with a card, by which names keep their numbers when sources are added:
+
+    OUT/manifest.parquet    path, split, camera, identity, tracklet, frame
+    OUT/imported.json       numbers of the names, frame rates, and where each source's pictures came from
+    OUT/crops/...           pictures that were cut from videos
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from keyreid.datasets.imported import MANIFEST, ImportCard, is_imported, read_import_card
 from keyreid.datasets.listing import RESERVED, Keys, folders, numbered, pictures
 from keyreid.datasets.tracklet import JUNK_IDENTITY, Dataset, Frame, Tracklet
 from keyreid.errors import DataError
+from keyreid.files import replace_text
 
 log = logging.getLogger(__name__)
 
 LEVELS = ("split", "camera", "identity", "tracklet")
 SPLITS = ("train", "test", "query", "gallery", "junk", "all")
+MANIFEST, CARD = "manifest.parquet", "imported.json"
+CARD_FORMAT = "keyreid-imported/1"
+
+
+@dataclass(frozen=True)
+class ImportCard:
+    """What an imported folder says of itself."""
+
+    names: dict[str, dict[str, int]] = field(default_factory=lambda: {"identity": {}, "camera": {}})  # name: number
+    frames_per_second: dict[str, float] = field(default_factory=dict)  # of a camera, if all of its sources agree
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)  # where from, by which settings, how much was kept
 
 
 def open_folder(
@@ -127,12 +147,13 @@ def _dataset(records: list[Record], origin: str, test_share: float, seed: int, c
     wanted = {names["split"] for names, _ in records if "split" in names}
     if wanted - set(SPLITS):
         raise DataError(f"{origin}: split {sorted(wanted - set(SPLITS))[0]!r}; splits are {', '.join(SPLITS)}")
-    testers = _drawn([n for n in identities.values() if n > 0], test_share, seed) if test_share else None
+    drawn = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed])))
+    drawn = drawn.permutation(sorted(n for n in identities.values() if n > 0)).tolist()
+    testers = {None, 0, JUNK_IDENTITY, *drawn[: round(test_share * len(drawn))]}
     people = [identities[names["identity"]] if "identity" in names else None for names, _ in records]
     places = [cameras[names.get("camera", "1")] for names, _ in records]
-    splits = [
-        names.get("split") or _drawn_split(person, testers) for (names, _), person in zip(records, people, strict=True)
-    ]
+    undecided = ["all" if not test_share else "test" if person in testers else "train" for person in people]
+    splits = [names.get("split") or split for (names, _), split in zip(records, undecided, strict=True)]
     asking = _queries([at for at, split in enumerate(splits) if split == "test"], people, places)
     keys, tracklets = Keys(), []
     for at, (names, frames) in enumerate(records):
@@ -151,17 +172,6 @@ def _dataset(records: list[Record], origin: str, test_share: float, seed: int, c
     )
 
 
-def _drawn(identities: list[int], share: float, seed: int) -> set[int]:
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed])))
-    return set(rng.permutation(sorted(identities))[: round(share * len(identities))].tolist())
-
-
-def _drawn_split(identity: int | None, testers: set[int] | None) -> str:
-    if testers is None:
-        return "all"
-    return "test" if not identity or identity in testers else "train"
-
-
 def _queries(tests: list[int], people: list[int | None], cameras: list[int]) -> set[int]:
     """Of the test records, those that ask: as in MARS the first of a person at each camera.
 
@@ -177,3 +187,31 @@ def _queries(tests: list[int], people: list[int | None], cameras: list[int]) -> 
             asking.add(records[0])
         known.add(person)
     return asking
+
+
+def is_imported(root: Path) -> bool:
+    """Whether `keyreid import` wrote this folder."""
+    return (root / MANIFEST).is_file() and (root / CARD).is_file()
+
+
+def read_import_card(root: Path) -> ImportCard:
+    """The card of an imported folder; an empty one where there is none.
+
+    Raises:
+        DataError: it is damaged or of another version.
+    """
+    path = root / CARD
+    try:
+        values = json.loads(path.read_text())
+        if values.pop("format") != CARD_FORMAT:
+            raise ValueError(f"its format is not {CARD_FORMAT}")
+        return ImportCard(**values)
+    except FileNotFoundError:
+        return ImportCard()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not the card of an imported folder ({error}); import into another folder") from None
+
+
+def write_import_card(root: Path, card: ImportCard) -> None:
+    """Write the card; it is the old one or the new one whenever the process is stopped."""
+    replace_text(root / CARD, json.dumps({"format": CARD_FORMAT, **asdict(card)}, indent=1, ensure_ascii=False) + "\n")

@@ -11,6 +11,7 @@ from typing import Literal
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from keyreid.datasets.tracklet import Frame
 from keyreid.errors import DataError
@@ -19,14 +20,14 @@ CUT_QUALITY = 95
 Encoding = Literal["jpg", "png"]
 
 
-def read(frame: Frame) -> tuple[bytes, Encoding]:
+def read_frame(frame: Frame) -> tuple[bytes, Encoding]:
     """The encoded picture of a frame.
 
     Raises:
         DataError: the file is missing or not a picture or video, the video is too short, or the box misses the picture.
     """
     if frame.video_frame is not None:
-        return _encode(_cut(_video(frame.path).picture(frame.video_frame), frame), "jpg")
+        return _encode(_cut(_Video(frame.path).picture(frame.video_frame), frame), "jpg")
     if frame.box is not None:
         picture, encoding = _decode(frame.path)
         return _encode(_cut(picture, frame), encoding)
@@ -35,6 +36,31 @@ def read(frame: Frame) -> tuple[bytes, Encoding]:
     if encoding is None:  # BMP, WebP, TIFF: readers of shards know JPEG and PNG
         return _encode(_decoded(content, frame.path), "png")
     return content, encoding
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture file, of which only the header is read.
+
+    Raises:
+        DataError: it is not a picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            return picture.size
+    except OSError as error:
+        raise DataError(f"{path}: not a picture: {error}; mend or remove it") from None
+
+
+def video_property(path: Path, number: int) -> float:
+    """A property that the header of a video gives (`cv2.CAP_PROP_...`); 0 where it is unknown.
+
+    Raises:
+        DataError: OpenCV cannot open the video.
+    """
+    capture = _capture(path)
+    value = capture.get(number)
+    capture.release()
+    return value
 
 
 def _bytes(path: Path) -> bytes:
@@ -57,7 +83,7 @@ def _encoding(content: bytes) -> Encoding | None:
 def _decode(path: Path) -> tuple[np.ndarray, Encoding]:
     """Cached: the people of one street picture are cut from it one after the other."""
     content = _bytes(path)
-    return _decoded(content, path), "png" if _encoding(content) == "png" else "jpg"
+    return _decoded(content, path), _encoding(content) or "jpg"
 
 
 def _decoded(content: bytes, path: Path) -> np.ndarray:
@@ -87,11 +113,16 @@ def _encode(picture: np.ndarray, encoding: Encoding) -> tuple[bytes, Encoding]:
     return cv2.imencode(f".{encoding}", picture, options)[1].tobytes(), encoding
 
 
+def _capture(path: Path) -> cv2.VideoCapture:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    capture = cv2.VideoCapture(str(path))
+    if not capture.isOpened():
+        raise DataError(f"{path}: not a video that OpenCV can read")
+    return capture
+
+
 @functools.lru_cache(maxsize=4)
-def _video(path: Path) -> _Video:
-    return _Video(path)
-
-
 class _Video:
     """A video read forwards where possible; the last picture is kept, for the other people in it."""
 
@@ -101,12 +132,7 @@ class _Video:
         self._open()
 
     def _open(self) -> None:
-        if not self.path.is_file():
-            raise DataError(f"{self.path}: no such file")
-        self._capture = cv2.VideoCapture(str(self.path))
-        if not self._capture.isOpened():
-            raise DataError(f"{self.path}: not a video that OpenCV can read")
-        self._next, self._last = 0, None
+        self._capture, self._next, self._last = _capture(self.path), 0, None
 
     def picture(self, number: int) -> np.ndarray:
         """Frame `number`, from 0."""

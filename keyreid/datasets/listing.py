@@ -1,12 +1,13 @@
-"""What the readers share: folders and pictures in a fixed order, keys, names turned into numbers, splits of people."""
+"""What the readers share: folders and pictures in a fixed order, keys, names turned into numbers, MATLAB files."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import scipy.io
 
 from keyreid.errors import DataError
 
@@ -32,7 +33,7 @@ def pictures(parent: Path) -> list[Path]:
     return _sorted(parent, lambda path: path.suffix.lower() in PICTURE_SUFFIXES)
 
 
-def _sorted(parent: Path, wanted) -> list[Path]:
+def _sorted(parent: Path, wanted: Callable[[Path], bool]) -> list[Path]:
     if not parent.is_dir():
         raise DataError(f"{parent}: no such folder")
     found = (path for path in parent.iterdir() if not path.name.startswith(".") and wanted(path))
@@ -77,12 +78,17 @@ def numbered(
     return {name: numbers.get(name, kept.get(name, 0)) for name in plain}
 
 
-def halves(identities: Sequence[int], seed: int, count: int) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-    """`count` random splits of people into halves for training and testing, the same for the same seed."""
-    people = np.array(sorted(identities))
-    splits = []
-    for number in range(count):
-        order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, number]))).permutation(len(people))
-        train, test = np.sort(people[order[len(people) // 2 :]]), np.sort(people[order[: len(people) // 2]])
-        splits.append((tuple(train.tolist()), tuple(test.tolist())))
-    return tuple(splits)
+def read_mat(path: Path, variable: str) -> np.ndarray:
+    """A variable of a MATLAB 5 file.
+
+    Raises:
+        DataError: the file is missing or damaged, or has no such variable.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        return scipy.io.loadmat(path)[variable]
+    except KeyError:
+        raise DataError(f"{path}: has no variable {variable}") from None
+    except Exception as error:  # SciPy raises many kinds for a damaged file
+        raise DataError(f"{path}: not a MATLAB 5 file: {error}") from None

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy.io
 
-from keyreid.datasets.tracklet import JUNK_IDENTITY, Dataset, Frame, Split, Tracklet
+from keyreid.datasets.listing import read_mat
+from keyreid.datasets.tracklet import JUNK_IDENTITY, Dataset, Frame, Tracklet
 from keyreid.errors import DataError
 
 NAME = re.compile(r"(?P<key>(?P<folder>[0-9-]+)C(?P<camera>\d)T\d+)F\d+\.(?:jpg|png)")
@@ -23,19 +23,13 @@ NAME = re.compile(r"(?P<key>(?P<folder>[0-9-]+)C(?P<camera>\d)T\d+)F\d+\.(?:jpg|
 
 @dataclass(frozen=True)
 class MarsIndex:
-    """What `info/` says, checked.
+    """What `info/` says, checked."""
 
-    Attributes:
-        train_names, test_names: picture names.
-        train_rows, test_rows: int64 [K, 4]: first and last line (from 1, inclusive), identity, camera.
-        queries: int64 [Q], positions in `test_rows`, from 0.
-    """
-
-    train_names: list[str]
+    train_names: list[str]  # of pictures
     test_names: list[str]
-    train_rows: np.ndarray
+    train_rows: np.ndarray  # int64 [K, 4]: first and last line of the names (from 1, inclusive), identity, camera
     test_rows: np.ndarray
-    queries: np.ndarray
+    queries: np.ndarray  # int64 [Q], positions in `test_rows`, from 0
 
 
 def open_mars(root: Path) -> Dataset:
@@ -48,11 +42,8 @@ def open_mars(root: Path) -> Dataset:
         if not (root / folder).is_dir():
             raise DataError(f"{root / folder}: no such folder; MARS has bbox_train, bbox_test and info")
     index = read_index(root / "info")
-    queries = set(index.queries.tolist())
-    train = _tracklets(root / "bbox_train", index.train_names, index.train_rows, lambda row, identity: "train")
-    test = _tracklets(
-        root / "bbox_test", index.test_names, index.test_rows, lambda row, identity: _split(row, identity, queries)
-    )
+    train = _tracklets(root / "bbox_train", index.train_names, index.train_rows)
+    test = _tracklets(root / "bbox_test", index.test_names, index.test_rows, set(index.queries.tolist()))
     return Dataset("mars", (*train, *test))
 
 
@@ -67,7 +58,7 @@ def read_index(info: Path) -> MarsIndex:
     train_rows = _read_rows(info / "tracks_train_info.mat", "track_train_info", train_names, train_file)
     test_rows = _read_rows(info / "tracks_test_info.mat", "track_test_info", test_names, test_file)
     path = info / "query_IDX.mat"
-    queries = _read_mat(path, "query_IDX").reshape(-1).astype(np.int64)
+    queries = read_mat(path, "query_IDX").reshape(-1).astype(np.int64)
     wrong = np.flatnonzero((queries < 1) | (queries > len(test_rows)))
     if len(wrong):
         raise DataError(
@@ -88,19 +79,8 @@ def _read_names(info: Path, name: str) -> tuple[list[str], Path]:
     raise DataError(f"{info / name}: no such file (nor {name}.gz)")
 
 
-def _read_mat(path: Path, variable: str) -> np.ndarray:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        return scipy.io.loadmat(path)[variable]
-    except KeyError:
-        raise DataError(f"{path}: has no variable {variable}") from None
-    except Exception as error:  # SciPy raises many kinds for a damaged file
-        raise DataError(f"{path}: not a MATLAB 5 file: {error}") from None
-
-
 def _read_rows(path: Path, variable: str, names: list[str], names_file: Path) -> np.ndarray:
-    rows = _read_mat(path, variable).astype(np.int64)
+    rows = read_mat(path, variable).astype(np.int64)
     if rows.ndim != 2 or rows.shape[1] != 4:
         raise DataError(f"{path}: {variable} is {rows.shape}, expected rows of start, end, identity, camera")
     wrong = np.flatnonzero((rows[:, 0] < 1) | (rows[:, 1] < rows[:, 0]) | (rows[:, 1] > len(names)))
@@ -113,13 +93,8 @@ def _read_rows(path: Path, variable: str, names: list[str], names_file: Path) ->
     return rows
 
 
-def _split(row: int, identity: int, queries: set[int]) -> Split:
-    if identity == JUNK_IDENTITY:
-        return "junk"
-    return "query" if row in queries else "gallery"
-
-
-def _tracklets(folder: Path, names: list[str], rows: np.ndarray, split_of) -> list[Tracklet]:
+def _tracklets(folder: Path, names: list[str], rows: np.ndarray, queries: set[int] | None = None) -> list[Tracklet]:
+    """Tracklets of the index' rows; without `queries` they are for training."""
     tracklets = []
     for row, (start, end, identity, camera) in enumerate(rows.tolist()):
         own = names[start - 1 : end]
@@ -128,20 +103,16 @@ def _tracklets(folder: Path, names: list[str], rows: np.ndarray, split_of) -> li
             raise DataError(f"{folder}: {own[0]!r} is not a MARS picture name such as 0001C1T0001F001.jpg")
         key = match["key"]
         strays = [name for name in own if not name.startswith(key)]
-        if strays or int(match["camera"]) != camera or _identity(match["folder"]) != identity:
+        if strays or int(match["camera"]) != camera or int(match["folder"].replace("00-1", "-1")) != identity:
             raise DataError(
                 f"{folder}: row {row + 1} of the index says identity {identity}, camera {camera}, "
                 f"but its pictures are {own[0]} .. {(strays or own)[-1]}"
             )
-        place = folder / match["folder"]
-        frames = tuple(Frame(place / name) for name in own)
-        tracklets.append(Tracklet(key, identity, camera, split_of(row, identity), frames))
+        tested = "junk" if identity == JUNK_IDENTITY else "query" if row in (queries or ()) else "gallery"
+        frames = tuple(Frame(folder / match["folder"] / name) for name in own)
+        tracklets.append(Tracklet(key, identity, camera, "train" if queries is None else tested, frames))
     places = {tracklet.frames[0].path.parent for tracklet in tracklets}
     missing = sorted(str(place) for place in places if not place.is_dir())
     if missing:
         raise DataError(f"{missing[0]}: no such folder, named by the index ({len(missing)} are missing)")
     return tracklets
-
-
-def _identity(folder: str) -> int:
-    return JUNK_IDENTITY if folder == "00-1" else int(folder)

@@ -18,19 +18,15 @@ import numpy as np
 import pandas as pd
 
 from keyreid.datasets.listing import Keys, folders, pictures
-from keyreid.datasets.tracklet import Dataset, Frame, Split, Tracklet
+from keyreid.datasets.tracklet import Dataset, Frame, Tracklet
 from keyreid.errors import DataError
 
 COLUMNS = ("frame", "id", "x", "y", "width", "height", "confidence", "class", "visibility")
 OTHER_NAMES = {
-    "w": "width",
-    "h": "height",
-    "left": "x",
-    "top": "y",
-    "conf": "confidence",
-    "score": "confidence",
-    "track": "id",
+    **{"left": "x", "top": "y", "w": "width", "h": "height"},
+    **{"conf": "confidence", "score": "confidence", "track": "id"},
 }
+DEFAULTS = {"confidence": 1.0, "class": -1, "visibility": 1.0}  # where tracks lack these columns
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg"}
 
 
@@ -71,7 +67,7 @@ def open_mot(
     Args:
         tracks: for each sequence, a path below it or a path of its own; default gt/gt.txt. A video or a plain folder
             of pictures needs one.
-        camera: the camera's name, for one video or folder; default the sequence's name.
+        camera: the camera's name, for one video or folder; default the sequence's.
         identified: whether a track is a known person; otherwise its identity is unknown.
         split: retrieval: a person's first tracklet is a query, the others are in the gallery; or all, or train.
         classes: MOTChallenge classes that are kept (1 is pedestrian); rows of class -1 or without a class always are.
@@ -79,7 +75,7 @@ def open_mot(
         min_length: least frames of a track that is kept.
         min_visibility, min_confidence: of a box; ground truth has confidence 0 for boxes to be ignored, so those with
             0 are always left out.
-        max_gap: a track is cut where more than this many frames are missing minus one: 1 bears no missing frame.
+        max_gap: a track is cut where the next box comes later than so many frames; 1 bears no missing frame.
         max_frames: longer tracks are cut into equal tracklets of at most this many frames.
         padding: a box grows by this share of its size on each side.
 
@@ -89,40 +85,23 @@ def open_mot(
     if max_gap < 1 or max_frames < 1:
         raise DataError(f"max_gap={max_gap}, max_frames={max_frames}: at least 1")
     sequences = _find_sequences(sequences_root(root), tracks, camera)
-    cameras = {sequence.name: number for number, sequence in enumerate(sequences, start=1)}
     people: dict[str, int] = {}
-    tracklets: list[Tracklet] = []
-    keys = Keys()
-    for sequence in sequences:
-        table = _read_tracks(sequence.tracks)
-        kept = table[
-            (table["width"] >= min_size[0])
-            & (table["height"] >= min_size[1])
-            & (table["visibility"] >= min_visibility)
-            & (table["confidence"] != 0)
-            & (table["confidence"] >= min_confidence)
-            & (table["class"].isin(classes) | (table["class"] < 0))
-        ]
-        for track, rows in kept.groupby("id", sort=True):
+    tracklets, keys = [], Keys()
+    for number, sequence in enumerate(sequences, start=1):
+        boxes = _kept(_read_tracks(sequence.tracks), classes, min_size, min_visibility, min_confidence)
+        for track, rows in boxes.groupby("id", sort=True):
             pieces = list(_pieces(sequence, rows.sort_values("frame", kind="stable"), max_gap, max_frames, padding))
             if sum(map(len, pieces)) < min_length:
                 continue
-            name = f"{sequence.name}/{track}"
-            identity = people.setdefault(name, len(people) + 1) if identified else None
-            for number, frames in enumerate(pieces):
-                part: Split = (
-                    split
-                    if split != "retrieval"
-                    else "query"
-                    if identified and number == 0 < len(pieces) - 1
-                    else "gallery"
-                )
-                key = keys.give(sequence.name, str(track), str(number))
-                tracklets.append(Tracklet(key, identity, cameras[sequence.name], part, frames))
+            identity = people.setdefault(f"{sequence.name}/{track}", len(people) + 1) if identified else None
+            for piece, frames in enumerate(pieces):
+                asks = identified and piece == 0 < len(pieces) - 1  # where there is another piece to be found
+                own_split = ("query" if asks else "gallery") if split == "retrieval" else split
+                key = keys.give(sequence.name, str(track), str(piece))
+                tracklets.append(Tracklet(key, identity, number, own_split, frames))
     if not tracklets:
-        raise DataError(
-            f"{root}: no box of the tracks is left; lower min_size, min_length, min_visibility or min_confidence"
-        )
+        raise DataError(f"{root}: no box of the tracks is left; lower the bounds of size, length or visibility")
+    cameras = {sequence.name: number for number, sequence in enumerate(sequences, start=1)}
     return Dataset("mot", tuple(tracklets), names={"camera": cameras, "identity": people})
 
 
@@ -130,6 +109,20 @@ def sequences_root(root: Path) -> Path:
     """Where the sequences are: `root`, or the `train` of a MOTChallenge set."""
     holds_none = root.is_dir() and not pictures(root) and not any(map(_is_sequence, (root, *folders(root))))
     return root / "train" if holds_none and (root / "train").is_dir() else root
+
+
+def read_seqinfo(folder: Path) -> configparser.ConfigParser:
+    """What `seqinfo.ini` says of a sequence; nothing where there is none.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    info = configparser.ConfigParser(interpolation=None)
+    try:
+        info.read(folder / "seqinfo.ini")
+    except configparser.Error as error:
+        raise DataError(f"{folder / 'seqinfo.ini'}: {error}") from None
+    return info
 
 
 def _find_sequences(root: Path, tracks: str | None, camera: str | None) -> list[_Sequence]:
@@ -147,9 +140,7 @@ def _find_sequences(root: Path, tracks: str | None, camera: str | None) -> list[
             f"{root}: neither pictures, nor a MOTChallenge sequence (img1/, gt/gt.txt), nor a folder of sequences"
         )
     if camera is not None:
-        raise DataError(
-            f"{root}: camera={camera} was given for {len(inner)} sequences; each is a camera of its own name"
-        )
+        raise DataError(f"{root}: camera={camera}, but each of its {len(inner)} sequences is a camera of its own name")
     return [_read_sequence(folder, tracks, None) for folder in inner]
 
 
@@ -158,24 +149,17 @@ def _is_sequence(folder: Path) -> bool:
 
 
 def _tracks_of(folder: Path, tracks: str | None) -> Path:
-    places = [folder / (tracks or "gt/gt.txt")]
-    if tracks:
-        places.append(Path(tracks))
-    for place in places:
+    below = folder / (tracks or "gt/gt.txt")
+    for place in (below, Path(tracks or below)):
         if place.is_file():
             return place
-    raise DataError(f"{places[0]}: no such file; name the tracks with the option tracks=FILE")
+    raise DataError(f"{below}: no such file; name the tracks with the option tracks=FILE")
 
 
 def _read_sequence(folder: Path, tracks: str | None, camera: str | None) -> _Sequence:
-    name, inner = folder.name, "img1" if (folder / "img1").is_dir() else "."
-    if (folder / "seqinfo.ini").is_file():
-        info = configparser.ConfigParser(interpolation=None)
-        try:
-            info.read(folder / "seqinfo.ini")
-            name, inner = info.get("Sequence", "name", fallback=name), info.get("Sequence", "imDir", fallback=inner)
-        except configparser.Error as error:
-            raise DataError(f"{folder / 'seqinfo.ini'}: {error}") from None
+    info = read_seqinfo(folder)
+    name = info.get("Sequence", "name", fallback=folder.name)
+    inner = info.get("Sequence", "imDir", fallback="img1" if (folder / "img1").is_dir() else ".")
     images = pictures(folder / inner)
     if not images:
         raise DataError(f"{folder / inner}: no pictures in it")
@@ -186,23 +170,16 @@ def _read_sequence(folder: Path, tracks: str | None, camera: str | None) -> _Seq
 
 def _read_tracks(path: Path) -> pd.DataFrame:
     """The rows of a track file, with every column of COLUMNS."""
-    first = path.open(errors="replace").readline()
-    headed = any(character.isalpha() for character in first)
+    with path.open(errors="replace") as lines:
+        headed = any(character.isalpha() for character in lines.readline())
     try:
         table = pd.read_csv(path, header=0 if headed else None, skipinitialspace=True)
-        if headed:
-            table.columns = [
-                OTHER_NAMES.get(str(name).strip().lower(), str(name).strip().lower()) for name in table.columns
-            ]
-        else:
-            table = table.iloc[:, : len(COLUMNS)]
-            table.columns = list(COLUMNS[: table.shape[1]])
+        names = [str(name).strip().lower() for name in table.columns] if headed else COLUMNS[: table.shape[1]]
+        table = table.iloc[:, : len(names)].set_axis([OTHER_NAMES.get(name, name) for name in names], axis=1)
         missing = [name for name in COLUMNS[:6] if name not in table.columns]
         if missing:
             raise DataError(f"{path}: no column {missing[0]}; the columns are {', '.join(COLUMNS)}")
-        for name, value in zip(COLUMNS[6:], (1.0, -1, 1.0), strict=True):
-            if name not in table.columns:
-                table[name] = value
+        table = table.assign(**{name: value for name, value in DEFAULTS.items() if name not in table.columns})
         numeric = [name for name in COLUMNS if name != "id"]
         table[numeric] = table[numeric].apply(pd.to_numeric)
     except (ValueError, pd.errors.ParserError) as error:
@@ -218,20 +195,36 @@ def _read_tracks(path: Path) -> pd.DataFrame:
     return table[~untracked]
 
 
+def _kept(
+    boxes: pd.DataFrame,
+    classes: tuple[int, ...],
+    min_size: tuple[float, float],
+    min_visibility: float,
+    min_confidence: float,
+) -> pd.DataFrame:
+    return boxes[
+        (boxes["width"] >= min_size[0])
+        & (boxes["height"] >= min_size[1])
+        & (boxes["visibility"] >= min_visibility)
+        & (boxes["confidence"] != 0)
+        & (boxes["confidence"] >= min_confidence)
+        & (boxes["class"].isin(classes) | (boxes["class"] < 0))
+    ]
+
+
 def _pieces(
     sequence: _Sequence, rows: pd.DataFrame, max_gap: int, max_frames: int, padding: float
 ) -> Iterator[tuple[Frame, ...]]:
     """A track's frames, cut at gaps and then into equal tracklets."""
-    numbers, frames = [], []
-    boxes = rows[["x", "y", "width", "height"]].to_numpy(float)
-    for number, (x, y, width, height) in zip(rows["frame"].astype(int).tolist(), boxes, strict=True):
-        grown = (x - padding * width, y - padding * height, width * (1 + 2 * padding), height * (1 + 2 * padding))
-        frame = sequence.frame(number, tuple(map(float, grown)))
+    rows = rows[["frame", "x", "y", "width", "height"]].to_numpy(float)
+    found = []
+    for number, x, y, width, height in rows.tolist():
+        box = (x - padding * width, y - padding * height, width * (1 + 2 * padding), height * (1 + 2 * padding))
+        frame = sequence.frame(int(number), box)
         if frame is not None:
-            numbers.append(number)
-            frames.append(frame)
-    cuts = np.flatnonzero(np.diff(numbers) > max_gap) + 1 if numbers else []
-    for run in np.split(np.arange(len(frames)), cuts):
+            found.append((int(number), frame))
+    cuts = np.flatnonzero(np.diff([number for number, _ in found]) > max_gap) + 1 if found else []
+    for run in np.split(np.arange(len(found)), cuts):
         if len(run):
             for piece in np.array_split(run, -(-len(run) // max_frames)):
-                yield tuple(frames[i] for i in piece)
+                yield tuple(found[i][1] for i in piece)

@@ -29,22 +29,14 @@ class Frame:
 
 @dataclass(frozen=True)
 class Tracklet:
-    """A tracklet of T frames.
+    """A tracklet of T frames."""
 
-    Attributes:
-        key: unique in the dataset; letters, digits, `_` and `-`.
-        identity: person; JUNK_IDENTITY and DISTRACTOR_IDENTITY have their MARS meaning, None is unknown.
-        camera: number of the camera as the dataset counts them.
-        split: `all` where the split depends on which of several the user picks (iLIDS-VID, PRID2011).
-        frames: in order of time.
-        keypoints: float32 [T, 17, 3]: x, y in pixels of the frame, confidence; COCO order; confidence 0 is missing.
-    """
-
-    key: str
-    identity: int | None
-    camera: int
-    split: Split
-    frames: tuple[Frame, ...]
+    key: str  # unique in the dataset; letters, digits, `_` and `-`
+    identity: int | None  # JUNK_IDENTITY and DISTRACTOR_IDENTITY have their MARS meaning, None is unknown
+    camera: int  # its number, as the dataset counts them
+    split: Split  # `all` where it depends on which of several splits the user picks (iLIDS-VID, PRID2011)
+    frames: tuple[Frame, ...]  # in order of time
+    # float32 [T, 17, 3]: x, y in pixels of the frame, confidence; COCO order; confidence 0 is missing
     keypoints: np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -60,23 +52,17 @@ class Tracklet:
 
 @dataclass(frozen=True)
 class Dataset:
-    """All tracklets of a dataset, in a fixed order.
+    """All tracklets of a dataset, in its own order, the same on every machine."""
 
-    Attributes:
-        name: `mars`, `ilids_vid`, ...
-        tracklets: sorted by nothing but the dataset's own order, the same on every machine.
-        splits: for datasets with several train/test splits, each a pair of sorted identities (train, test);
-            then camera `query_camera` queries the others.
-        query_camera: see `splits`.
-        names: what the numbers stand for, where the dataset uses names: {"identity": {...}, "camera": {...}}.
-        frames_per_second: of the cameras (by name) whose frames are numbered as in a video of known rate.
-    """
-
-    name: str
+    name: str  # `mars`, `ilids_vid`, ...
     tracklets: tuple[Tracklet, ...]
+    # Where there are several train/test splits, each a pair of sorted identities (train, test); then camera
+    # `query_camera` queries the others.
     splits: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
     query_camera: int | None = None
+    # What the numbers stand for, where the dataset uses names: {"identity": {...}, "camera": {...}}.
     names: dict[str, dict[str, int]] = field(default_factory=dict)
+    # Of the cameras (by name) whose frames are numbered as in a video of known rate.
     frames_per_second: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -85,10 +71,3 @@ class Dataset:
             if tracklet.key in seen:
                 raise DataError(f"dataset {self.name}: two tracklets have the key {tracklet.key}")
             seen.add(tracklet.key)
-
-
-def read_frame(frame: Frame) -> tuple[bytes, Literal["jpg", "png"]]:
-    """The picture of a frame, encoded; see `keyreid.datasets.frames`, which needs OpenCV."""
-    from keyreid.datasets.frames import read
-
-    return read(frame)

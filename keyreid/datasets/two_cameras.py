@@ -1,52 +1,129 @@
-"""What iLIDS-VID and PRID2011 share: a tracklet of each person in each of two cameras, and ten splits of the people."""
+"""Video datasets of two cameras, each with one tracklet of a person, and ten splits of the people.
+
+**iLIDS-VID** (Wang et al., ECCV 2014): 300 people in an airport hall. `ROOT/i-LIDS-VID/sequences/cam1/person001/*.png`
+as the archive unpacks it, and the published splits: `ls_set` in `ROOT/train-test people
+splits/train_test_splits_ilidsvid.mat` (10 rows of 300 places in the sorted list of people; the first half of a row is
+for testing) or a `splits.json` that others have made of it.
+
+**PRID2011** (Hirzer et al., SCIA 2011), multi-shot: two street cameras, 200 people whom both saw.
+`ROOT/prid_2011/multi_shot/cam_a/person_0001/*.png`. The usual protocol keeps the 178 people with enough frames in both
+cameras and halves them ten times; there is no official list, so a `splits_prid2011.json` or `splits.json` beside the
+data is used where there is one, and otherwise ten splits are drawn by `seed`. Figures of different splits differ.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
-from keyreid.datasets.listing import folders, pictures
-from keyreid.datasets.tracklet import Frame, Tracklet
+import numpy as np
+
+from keyreid.datasets.listing import folders, pictures, read_mat
+from keyreid.datasets.tracklet import Dataset, Frame, Tracklet
 from keyreid.errors import DataError
 
-Splits = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+SPLITS_MAT = Path("train-test people splits") / "train_test_splits_ilidsvid.mat"
+SHARED_PEOPLE = 200  # PRID2011: person_0001 .. person_0200 are the same in both cameras; higher numbers are not
+Splits = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # (train, test), each sorted identities
 
 
-def find_folder(root: Path, inner: tuple[str, ...], what: str) -> Path:
-    """The first of root/inner, root/inner[1:], ... that is a folder: people unpack archives at different depths.
+def open_ilids_vid(root: Path, splits: str | None = None) -> Dataset:
+    """Read everyone whom both cameras saw; camera 1 queries camera 2.
+
+    Args:
+        splits: a file of splits (.mat or .json); default the published .mat, else splits.json, below `root`.
 
     Raises:
-        DataError: none is.
+        DataError: a folder or the splits are missing, or they do not fit.
     """
-    for skip in range(len(inner)):
-        place = root.joinpath(*inner[skip:])
-        if place.is_dir():
-            return place
-    raise DataError(f"{root.joinpath(*inner)}: no such folder; {what}")
+    tracklets = _read_people(root, ("i-LIDS-VID", "sequences"), ("cam1", "cam2"), "iLIDS-VID")
+    people = sorted({tracklet.identity for tracklet in tracklets})
+    path = Path(splits) if splits else _find_splits(root, SPLITS_MAT)
+    if path is None:
+        raise DataError(
+            f"{root / SPLITS_MAT}: no such file, nor {root / 'splits.json'}; name one with the option splits=FILE"
+        )
+    chosen = _read_json_splits(path, set(people)) if path.suffix == ".json" else _read_published(path, people)
+    return Dataset("ilids_vid", tuple(tracklets), chosen, query_camera=1)
 
 
-def read_people(cameras: tuple[Path, Path], number_of: Callable[[str], int]) -> list[Tracklet]:
+def open_prid2011(root: Path, min_frames: int = 27, splits: str | None = None, seed: int = 0) -> Dataset:
+    """Read the people of both cameras; camera 1 (a) queries camera 2 (b).
+
+    Args:
+        min_frames: leave out people with fewer frames than this in either camera; 1 keeps all 200.
+        splits: a JSON file of splits; default splits_prid2011.json or splits.json below `root`, else drawn by `seed`.
+
+    Raises:
+        DataError: a folder is missing, no one is left, or the splits do not fit.
+    """
+    everyone = _read_people(root, ("prid_2011", "multi_shot"), ("cam_a", "cam_b"), "PRID2011")
+    left_out = {t.identity for t in everyone if t.identity > SHARED_PEOPLE or len(t.frames) < min_frames}
+    kept = tuple(tracklet for tracklet in everyone if tracklet.identity not in left_out)
+    people = {tracklet.identity for tracklet in kept}
+    if len(people) < 2:
+        raise DataError(f"{root}: {len(people)} people have {min_frames} frames in both cameras; lower min_frames")
+    path = Path(splits) if splits else _find_splits(root, "splits_prid2011.json")
+    chosen = _read_json_splits(path, people) if path else _draw_splits(people, seed, 10)
+    return Dataset("prid2011", kept, chosen, query_camera=1)
+
+
+def _read_people(root: Path, inner: tuple[str, ...], cameras: tuple[str, str], dataset: str) -> list[Tracklet]:
     """The tracklets of everyone whom both cameras saw, by person, then camera.
+
+    Args:
+        root: any of the folders `inner`, or what holds them: people unpack archives at different depths.
+        cameras: names of the cameras' folders, with a folder for each person in it.
 
     Raises:
         DataError: a folder is missing, or the cameras share no one, or someone has no pictures.
     """
-    seen = [{path.name: path for path in folders(camera)} for camera in cameras]
+    places = [root.joinpath(*inner[skip:]) for skip in range(len(inner))]
+    place = next((place for place in places if place.is_dir()), None)
+    if place is None:
+        raise DataError(f"{places[0]}: no such folder; {dataset} unpacks to {'/'.join(inner)}/{' and '.join(cameras)}")
+    seen = [{path.name: path for path in folders(place / camera)} for camera in cameras]
     both = [name for name in seen[0] if name in seen[1]]
     if not both:
-        raise DataError(f"{cameras[0]} and {cameras[1]} have no person's folder in common")
+        raise DataError(f"{place}: {' and '.join(cameras)} have no person's folder in common")
     tracklets = []
     for name in both:
         for camera, people in enumerate(seen, start=1):
             frames = tuple(Frame(path) for path in pictures(people[name]))
             if not frames:
                 raise DataError(f"{people[name]}: no pictures in it")
-            tracklets.append(Tracklet(f"{name}_cam{camera}", number_of(name), camera, "all", frames))
+            tracklets.append(Tracklet(f"{name}_cam{camera}", _person_number(name), camera, "all", frames))
     return tracklets
 
 
-def read_json_splits(path: Path, people: set[int], number_of: Callable[[str], int]) -> Splits:
+def _person_number(folder: str) -> int:
+    """`person017` -> 17."""
+    digits = folder.lower().removeprefix("person").lstrip("_")
+    if not digits.isdigit():
+        raise DataError(f"{folder!r} is not a person's folder such as person001")
+    return int(digits)
+
+
+def _find_splits(root: Path, name: Path | str) -> Path | None:
+    """The file of published splits: `name` at or beside `root`, else `root/splits.json`; None where there is none."""
+    places = (root / name, root.parent / name, root / "splits.json")
+    return next((place for place in places if place.is_file()), None)
+
+
+def _read_published(path: Path, people: list[int]) -> Splits:
+    places = read_mat(path, "ls_set").astype(np.int64)  # [splits, people], from 1
+    order = np.arange(1, len(people) + 1)
+    if places.ndim != 2 or places.shape[1] != len(people) or (np.sort(places, axis=1) != order).any():
+        raise DataError(
+            f"{path}: ls_set is {places.shape}, expected rows that order the {len(people)} people of both cameras"
+        )
+    numbers, half = np.array(people)[places - 1], len(people) // 2
+    splits = tuple((tuple(sorted(row[half:].tolist())), tuple(sorted(row[:half].tolist()))) for row in numbers)
+    _check_splits(splits, set(people), path)
+    return splits
+
+
+def _read_json_splits(path: Path, people: set[int]) -> Splits:
     """Splits as other code bases publish them: a list of {"train": [folder names], "test": [folder names]}.
 
     Raises:
@@ -55,26 +132,32 @@ def read_json_splits(path: Path, people: set[int], number_of: Callable[[str], in
     try:
         listed = json.loads(path.read_text())
         splits = tuple(
-            tuple(tuple(sorted(number_of(str(n)) for n in s[half])) for half in ("train", "test")) for s in listed
+            tuple(tuple(sorted(_person_number(str(n)) for n in s[half])) for half in ("train", "test")) for s in listed
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f'{path}: not a list of {{"train": [...], "test": [...]}} of person folders: {error!r}'
         ) from None
-    check_splits(splits, people, path)
+    _check_splits(splits, people, path)
     return splits
 
 
-def check_splits(splits: Splits, people: set[int], path: Path) -> None:
+def _draw_splits(people: set[int], seed: int, count: int) -> Splits:
+    """`count` random splits of people into halves for training and testing, the same for the same seed."""
+    ordered, half, splits = np.array(sorted(people)), len(people) // 2, []
+    for number in range(count):
+        order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, number]))).permutation(len(people))
+        splits.append(tuple(tuple(np.sort(ordered[part]).tolist()) for part in (order[half:], order[:half])))
+    return tuple(splits)
+
+
+def _check_splits(splits: Splits, people: set[int], path: Path) -> None:
     """Raises DataError if a split names people who are not there, or tests on those it trains on."""
     for number, (train, test) in enumerate(splits):
-        strangers = sorted(set(train + test) - people)
+        strangers, shared = sorted({*train, *test} - people), sorted({*train} & {*test})
         if strangers:
             raise DataError(f"{path}: split {number} names person {strangers[0]}, whom the two cameras do not have")
-        shared = sorted(set(train) & set(test))
-        if shared or not train or not test:
-            raise DataError(
-                f"{path}: split {number} trains and tests on person {shared[0]}"
-                if shared
-                else f"{path}: split {number} is empty"
-            )
+        if shared:
+            raise DataError(f"{path}: split {number} trains and tests on person {shared[0]}")
+        if not train or not test:
+            raise DataError(f"{path}: split {number} is empty")

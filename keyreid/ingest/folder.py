@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import compress
 from pathlib import Path
 
-from PIL import Image
-
 from keyreid.datasets.folder import open_folder
-from keyreid.datasets.tracklet import Frame
+from keyreid.datasets.frames import picture_size
 from keyreid.errors import DataError
-from keyreid.ingest.store import ImportedTracklet, add_source, check_target, source_name
-from keyreid.ingest.video import Imported
+from keyreid.ingest.store import Imported, ImportedTracklet, add_source, check_target, source_name
 from keyreid.progress import track
 
 
@@ -45,7 +43,9 @@ def import_folder(
     left_out: Counter[str] = Counter()
     kept = []
     for tracklet in track(data.tracklets, len(data.tracklets), "importing", "tracklets"):
-        frames = [frame for frame in tracklet.frames if _large_enough(frame, min_width, min_height)]
+        sizes = [picture_size(frame.path) for frame in tracklet.frames]
+        large = [width >= min_width and height >= min_height for width, height in sizes]
+        frames = list(compress(tracklet.frames, large))
         left_out["pictures too small"] += len(tracklet.frames) - len(frames)
         if len(frames) < min_length:
             left_out["tracklets too short"] += 1
@@ -58,15 +58,5 @@ def import_folder(
         **{"layout": layout, "test_share": test_share, "seed": seed},
         **{"min_width": min_width, "min_height": min_height, "min_length": min_length},
     }
-    about = {"kind": "folder", "file": str(source.resolve()), "settings": settings, "left_out": dict(left_out)}
-    add_source(out, name or source_name(source), kept, about)
-    named = sorted({tracklet.camera for tracklet in kept})
-    return Imported(len(kept), sum(len(t.pictures) for t in kept), named, dict(left_out))
-
-
-def _large_enough(frame: Frame, width: int, height: int) -> bool:
-    try:
-        with Image.open(frame.path) as picture:
-            return picture.width >= width and picture.height >= height
-    except OSError as error:
-        raise DataError(f"{frame.path}: not a picture: {error}; mend or remove it") from None
+    about = {"kind": "folder", "file": str(source.resolve()), "settings": settings}
+    return add_source(out, name or source_name(source), kept, about, left_out)

@@ -1,4 +1,4 @@
-"""Keypoints of every frame of a dataset: pictures in, one keypoint file a tracklet out.
+"""Keypoints of every frame of a dataset: pictures in, one keypoint file for each tracklet out.
 
 Reader processes decode and resize; this process runs the network and OpenPifPaf's decoder. A batch holds frames of one
 tracklet only, so that a tracklet's file depends on nothing but its frames and the settings, whatever was done before or
@@ -11,7 +11,9 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +21,13 @@ import cv2
 import numpy as np
 import torch
 
-from keyreid.datasets.tracklet import Dataset, Tracklet, read_frame
+from keyreid.datasets.frames import read_frame
+from keyreid.datasets.tracklet import Dataset, Frame, Tracklet
 from keyreid.errors import ConfigError, DataError
 from keyreid.files import replacing
 from keyreid.pose import keypoint_files, pifpaf
-from keyreid.pose.pictures import Fitted, Selection, choose, decode, fit
+from keyreid.pose.parts import NUM_KEYPOINTS
+from keyreid.pose.pictures import Fitted, Pose, Selection, choose, decode, fit
 from keyreid.processes import end_with_parent
 from keyreid.progress import track
 
@@ -35,10 +39,15 @@ class PoseSettings:
     """What keypoints depend on, beside the frames."""
 
     checkpoint: str = pifpaf.WALKERS
-    long_edge: int | None = None  # pixels of the longer side before the network; None: as the frame is
+    # Pixels of the longer side before the network; None: 128 for walkers, whom the network knows so, else as it is.
+    long_edge: int | None = None
     threshold: float | None = None  # confidence below which a joint is missing; None: OpenPifPaf's 0.15
     select: Selection = "score"
     dtype: Literal["float32", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.checkpoint == pifpaf.WALKERS and self.long_edge is None:
+            object.__setattr__(self, "long_edge", pifpaf.WALKERS_LONG_EDGE)
 
 
 @dataclass(frozen=True)
@@ -54,26 +63,24 @@ class PoseWork:
 
 @dataclass
 class Summary:
-    """What a run did.
+    """What a run did."""
 
-    Attributes:
-        tracklets: tracklets written by this run.
-        there: tracklets that an earlier run had written.
-        frames: frames of `tracklets`.
-        empty: frames without a person (readable ones).
-        unreadable: frames that could not be read, with the reason; their keypoints are zeros.
-    """
-
-    tracklets: int = 0
-    there: int = 0
-    frames: int = 0
-    empty: int = 0
-    unreadable: list[str] = field(default_factory=list)
+    tracklets: int = 0  # written by this run
+    there: int = 0  # tracklets that an earlier run had written
+    frames: int = 0  # of `tracklets`
+    empty: int = 0  # readable frames without a person
+    unreadable: list[str] = field(default_factory=list)  # frames and why; their keypoints are zeros
 
     def __iadd__(self, other: Summary) -> Summary:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
         return self
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tracklets} tracklets written, {self.there} were there; {self.frames} frames, "
+            f"{self.empty} without a person, {len(self.unreadable)} not readable"
+        )
 
 
 def estimate(
@@ -93,17 +100,20 @@ def estimate(
     if not 0 <= number < shares:
         raise ConfigError(f"share {number}/{shares}: of n tasks, the first is 0/n and the last (n - 1)/n")
     for device in work.devices:
-        _check_device(device)
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from None
     processes = len(work.devices)
-    cuts = [(position, processes * shares) for position in range(number * processes, (number + 1) * processes)]
+    mine = dataset.tracklets[number::shares]
     if processes == 1:
-        return _estimate_on(work.devices[0], dataset, out, settings, work, cuts[0], False)
+        return _estimate_on(work.devices[0], mine, out, settings, work)
     # A process for each device, started afresh: CUDA does not survive a fork, and OpenPifPaf would otherwise spread one
     # network over all GPUs that it sees.
     with ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent) as pool:
         jobs = [
-            pool.submit(_estimate_on, device, dataset, out, settings, work, cut, position > 0)
-            for position, (device, cut) in enumerate(zip(work.devices, cuts, strict=True))
+            pool.submit(_estimate_on, device, mine[position::processes], out, settings, work, quiet=position > 0)
+            for position, device in enumerate(work.devices)
         ]
         total = Summary()
         for job in jobs:
@@ -111,64 +121,51 @@ def estimate(
     return total
 
 
-def all_devices() -> tuple[str, ...]:
-    """Every visible GPU, or the CPU where there is none."""
-    return tuple(f"cuda:{i}" for i in range(torch.cuda.device_count())) or ("cpu",)
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from None
+def parse_devices(text: str) -> tuple[str, ...]:
+    """`auto` is every visible GPU, or the CPU where there is none; otherwise a list such as `cuda:0,cuda:1`."""
+    if text == "auto":
+        return tuple(f"cuda:{i}" for i in range(torch.cuda.device_count())) or ("cpu",)
+    return tuple(text.split(","))
 
 
 def _estimate_on(
-    device: str,
-    dataset: Dataset,
-    out: Path,
-    settings: PoseSettings,
-    work: PoseWork,
-    cut: tuple[int, int],
-    quiet: bool,
+    device: str, mine: Sequence[Tracklet], out: Path, settings: PoseSettings, work: PoseWork, quiet: bool = False
 ) -> Summary:
-    network, checkpoint = pifpaf.load_network(settings.checkpoint, work.trust)
+    network, sha256 = pifpaf.load_network(settings.checkpoint, work.trust)
     decoder = pifpaf.PoseDecoder(network, device, settings.threshold)
     provenance = {
         "tool": f"OpenPifPaf {pifpaf.import_openpifpaf().__version__}",
-        "checkpoint_sha256": checkpoint.sha256,
+        "checkpoint_sha256": sha256,
         **asdict(settings),
-        "checkpoint": Path(checkpoint.name).name,
+        "checkpoint": Path(settings.checkpoint).name,
     }
     _claim(out, provenance)
 
-    mine = dataset.tracklets[cut[0] :: cut[1]]
     todo = [tracklet for tracklet in mine if not keypoint_files.path_of(out, tracklet.key).exists()]
     summary = Summary(there=len(mine) - len(todo))
-    chunks = _Chunks(todo, work.batch_size, settings.long_edge)
-    loader = torch.utils.data.DataLoader(
-        chunks, batch_size=None, num_workers=work.workers, collate_fn=_as_it_is, worker_init_fn=_one_thread
-    )
-    frames = _frames(loader, chunks, decoder, settings.select)
+    reader = _Reader(todo, work.batch_size, settings.long_edge)
     total = sum(len(tracklet.frames) for tracklet in todo)
-    found: list[_FramePose] = []
-    remaining = iter(todo)
-    tracklet = next(remaining, None)
-    for frame in track(frames, total, "keypoints", "frames", quiet or not total):
-        found.append(frame)
-        if frame.fault is not None:
-            summary.unreadable.append(frame.fault)
-            if len(summary.unreadable) > work.max_unreadable:
-                raise DataError(
-                    f"{len(summary.unreadable)} frames cannot be read, more than --max-unreadable allows; the last: "
-                    + "; ".join(summary.unreadable[-3:])
-                )
-        if len(found) == len(tracklet.frames):
-            _write(out, tracklet, found, provenance, settings.dtype)
-            summary.tracklets += 1
-            summary.frames += len(found)
-            summary.empty += sum(frame.fault is None and frame.score == 0 for frame in found)
-            found, tracklet = [], next(remaining, None)
+    found = track(
+        _find(reader, work.workers, decoder, settings.select), total, "keypoints", "frames", not total or quiet
+    )
+    for number, frames in groupby(found, key=itemgetter(0)):
+        poses, faults = zip(*((pose, fault) for _, pose, fault in frames), strict=True)
+        summary.unreadable += filter(None, faults)
+        if len(summary.unreadable) > work.max_unreadable:
+            raise DataError(
+                f"{len(summary.unreadable)} frames cannot be read, more than --max-unreadable allows; the last: "
+                + "; ".join(summary.unreadable[-3:])
+            )
+        file = keypoint_files.KeypointFile(
+            keypoints=np.stack([pose.keypoints for pose in poses]),
+            scores=np.array([pose.score for pose in poses], np.float32),
+            frame_names=keypoint_files.frame_names(todo[number]),
+            provenance=provenance | {"unreadable": [i for i, fault in enumerate(faults) if fault]},
+        )
+        keypoint_files.save(keypoint_files.path_of(out, todo[number].key), file, settings.dtype)
+        summary.tracklets += 1
+        summary.frames += len(poses)
+        summary.empty += sum(not fault and pose.score == 0 for pose, fault in zip(poses, faults, strict=True))
     return summary
 
 
@@ -189,31 +186,28 @@ def _claim(out: Path, provenance: dict[str, Any]) -> None:
         partial.write_text(json.dumps(provenance, indent=1, sort_keys=True) + "\n")
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Frames of one tracklet that are read together: each a picture, or why it could not be read."""
+class _Reader(torch.utils.data.Dataset):
+    """What the reader processes do: read, decode and fit up to `size` frames in a row, all of one tracklet.
 
-    pictures: list[Fitted | str]
-
-
-class _Chunks(torch.utils.data.Dataset):
-    """What the reader processes do: read, decode and fit up to `size` frames in a row."""
+    An item is the tracklet's number, and for each frame a picture, or why it could not be read.
+    """
 
     def __init__(self, tracklets: Sequence[Tracklet], size: int, long_edge: int | None) -> None:
-        self.frames = [
-            tracklet.frames[start : start + size]
-            for tracklet in tracklets
+        self.chunks = [
+            (number, tracklet.frames[start : start + size])
+            for number, tracklet in enumerate(tracklets)
             for start in range(0, len(tracklet.frames), size)
         ]
         self.long_edge = long_edge
 
     def __len__(self) -> int:
-        return len(self.frames)
+        return len(self.chunks)
 
-    def __getitem__(self, position: int) -> _Chunk:
-        return _Chunk([self._read(frame) for frame in self.frames[position]])
+    def __getitem__(self, position: int) -> tuple[int, list[Fitted | str]]:
+        number, frames = self.chunks[position]
+        return number, [self._read(frame) for frame in frames]
 
-    def _read(self, frame) -> Fitted | str:
+    def _read(self, frame: Frame) -> Fitted | str:
         try:
             return fit(decode(read_frame(frame)[0]), self.long_edge)
         except (DataError, OSError, cv2.error) as error:
@@ -221,47 +215,29 @@ class _Chunks(torch.utils.data.Dataset):
             return str(error) if str(frame.path) in str(error) else f"{place}: {error}"
 
 
-@dataclass(frozen=True)
-class _FramePose:
-    """What was found in one frame; `fault` says why it could not be read."""
+def _find(
+    reader: _Reader, workers: int, decoder: pifpaf.PoseDecoder, select: Selection
+) -> Iterator[tuple[int, Pose, str | None]]:
+    """Frame after frame, in order: the tracklet's number, what was found, and why it could not be read.
 
-    keypoints: np.ndarray
-    score: float
-    fault: str | None = None
-
-
-def _frames(loader, chunks: _Chunks, decoder: pifpaf.PoseDecoder, select: Selection) -> Iterator[_FramePose]:
-    """Frame after frame, in order; pictures of one size in a chunk go through the network together."""
-    nobody = np.zeros((17, 3), np.float32)
-    for chunk in loader if len(chunks) else ():
-        results = [_FramePose(nobody, 0.0, picture if isinstance(picture, str) else None) for picture in chunk.pictures]
+    Pictures of one size in a chunk go through the network together.
+    """
+    nobody = Pose(np.zeros((NUM_KEYPOINTS, 3), np.float32), 0.0)
+    options = {"batch_size": None, "num_workers": workers, "worker_init_fn": _one_thread}
+    for number, pictures in torch.utils.data.DataLoader(reader, **options) if len(reader) else ():
+        results = [nobody] * len(pictures)
         by_size: dict[tuple[int, ...], list[int]] = {}
-        for position, picture in enumerate(chunk.pictures):
+        for position, picture in enumerate(pictures):
             if isinstance(picture, Fitted):
                 by_size.setdefault(picture.pixels.shape, []).append(position)
         for positions in by_size.values():
-            pictures = [chunk.pictures[position] for position in positions]
-            found = decoder.pictures(np.stack([picture.pixels for picture in pictures]))
-            for position, picture, poses in zip(positions, pictures, found, strict=True):
-                people = [(picture.to_picture(pose.keypoints), pose.score) for pose in poses]
-                chosen = choose(people, picture.size, select)
-                if chosen is not None:
-                    results[position] = _FramePose(*people[chosen])
-        yield from results
-
-
-def _write(out: Path, tracklet: Tracklet, found: Sequence[_FramePose], provenance: dict[str, Any], dtype: str) -> None:
-    file = keypoint_files.KeypointFile(
-        keypoints=np.stack([frame.keypoints for frame in found]),
-        scores=np.array([frame.score for frame in found], np.float32),
-        frame_names=tuple(keypoint_files.frame_name(frame) for frame in tracklet.frames),
-        provenance=provenance | {"unreadable": [i for i, frame in enumerate(found) if frame.fault is not None]},
-    )
-    keypoint_files.save(keypoint_files.path_of(out, tracklet.key), file, dtype)
-
-
-def _as_it_is(chunk: _Chunk) -> _Chunk:
-    return chunk
+            found = decoder.pictures(np.stack([pictures[position].pixels for position in positions]))
+            for position, poses in zip(positions, found, strict=True):
+                picture = pictures[position]
+                people = [picture.to_picture(pose) for pose in poses]
+                results[position] = choose(people, picture.size, select) or nobody
+        for picture, pose in zip(pictures, results, strict=True):
+            yield number, pose, picture if isinstance(picture, str) else None
 
 
 def _one_thread(_worker: int) -> None:

@@ -1,5 +1,4 @@
-"""Heatmap files: the part heatmaps of one tracklet's frames, as somebody else's pipeline made them, in one small
-`.npz`.
+"""Heatmap files: the part heatmaps of one tracklet's frames, as somebody else's pipeline made them, in a small `.npz`.
 
 keyreid itself keeps keypoints and renders heatmaps from them. This is for heatmaps that come without keypoints: the
 published pipeline writes one float64 file of 6 x H x W a frame, 1.57 MB at 256 x 128, almost all of it zeros.
@@ -11,15 +10,14 @@ from __future__ import annotations
 
 import json
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from keyreid.errors import DataError
 from keyreid.files import replacing
+from keyreid.pose.keypoint_files import reading
 
 
 def path_of(directory: Path, key: str) -> Path:
@@ -47,14 +45,9 @@ def load(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     Raises:
         DataError: it is missing or damaged.
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            for i, name in enumerate(arrays["frame_names"].tolist()):
-                yield name, arrays[f"heatmap_{i:04d}"]
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such heatmap file; `keyreid pose-import --kind npy` makes it") from None
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: not a heatmap file ({error})") from None
+    with reading(path, "heatmap file", "make it with `keyreid pose-import --kind npy`") as arrays:
+        for i, name in enumerate(arrays["frame_names"].tolist()):
+            yield name, arrays[f"heatmap_{i:04d}"]
 
 
 def _add(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:

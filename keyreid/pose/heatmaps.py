@@ -15,6 +15,7 @@ x 23 are touched, on one canvas that stays in the cache. Measured in benchmarks/
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -37,17 +38,9 @@ def render_heatmaps(keypoints: NDArray, width: int, height: int, parts: int = 6)
     Returns:
         float32 [N, P, H, W] in [0, 1].
     """
-    columns, rows, present = _centres(keypoints, width, height)
-    radius = int(width / 11)
-    gaussian = _gaussian(radius)
-    part_of = joint_parts(parts).tolist()
-    heatmaps = np.zeros((len(present), len(part_joints(parts)), height, width), np.float32)
-    for n, j in zip(*(axis.tolist() for axis in present.nonzero()), strict=True):
-        x, y = int(columns[n, j]), int(rows[n, j])
-        left, top = max(0, x - radius), max(0, y - radius)
-        window = heatmaps[n, part_of[j], top : y + radius + 1, left : x + radius + 1]
-        top, left = top - y + radius, left - x + radius
-        np.maximum(window, gaussian[top : top + window.shape[0], left : left + window.shape[1]], out=window)
+    heatmaps = np.empty((len(keypoints), len(part_joints(parts)), height, width), np.float32)
+    for heatmap, canvas in zip(heatmaps, _canvases(keypoints, width, height, parts), strict=True):
+        heatmap[:] = canvas
     return heatmaps
 
 
@@ -72,37 +65,6 @@ def render_tiles(keypoints: NDArray, width: ArrayLike, height: ArrayLike, parts:
         cells += 0.5
         tile[:] = cells
     return tiles
-
-
-def render_patches(
-    keypoints: NDArray,
-    width: ArrayLike,
-    height: ArrayLike,
-    picture: tuple[int, int] = (PICTURE_HEIGHT, PICTURE_WIDTH),
-    patch: int = 16,
-    stride: int = 16,
-    parts: int = 6,
-) -> NDArray[np.float32]:
-    """Render guidance straight at the patch grid: the heatmap's mean over each patch.
-
-    Args:
-        keypoints: [N, 17, 3] in pixels of frames of `width` x `height` (one number, or one a frame [N]).
-        picture: height and width of the model's input, to which the keypoints are scaled first.
-        patch: pixels of a patch, both ways.
-        stride: pixels from one patch to the next; less than `patch` where patches overlap.
-
-    Returns:
-        float32 [N, P, Hp, Wp] in [0, 1]; within 1e-6 of pooling `render_heatmaps`.
-    """
-    picture_height, picture_width = picture
-    scaled = scale_keypoints(keypoints, width, height, picture_width, picture_height)
-    by_rows = _box_means(picture_height, patch, stride)
-    by_columns = _box_means(picture_width, patch, stride).T
-    canvases = _canvases(scaled, picture_width, picture_height, parts)
-    patches = np.empty((len(scaled), len(part_joints(parts)), len(by_rows), by_columns.shape[1]), np.float32)
-    for grid, canvas in zip(patches, canvases, strict=True):
-        np.matmul(by_rows, canvas @ by_columns, out=grid)
-    return patches
 
 
 def visibility(keypoints: NDArray, width: ArrayLike, height: ArrayLike, parts: int = 6) -> NDArray[np.bool_]:
@@ -147,7 +109,7 @@ def _gaussian(radius: int) -> NDArray[np.float32]:
     return kernel
 
 
-def _canvases(keypoints: NDArray, width: int, height: int, parts: int):
+def _canvases(keypoints: NDArray, width: int, height: int, parts: int) -> Iterator[NDArray[np.float32]]:
     """Render frame after frame on one canvas: yields float32 [P, H, W], valid until the next one is asked for."""
     columns, rows, present = _centres(keypoints, width, height)
     radius = int(width / 11)
@@ -174,12 +136,3 @@ def _sum_every(values: NDArray, axis: int, out: NDArray) -> None:
     np.add(strided[0], strided[1], out=out)
     for addend in strided[2:]:
         out += addend
-
-
-@cache
-def _box_means(size: int, window: int, stride: int) -> NDArray[np.float32]:
-    """Matrix [cells, size] that averages windows of `window` pixels, one every `stride`."""
-    cells = (size - window) // stride + 1
-    starts = np.arange(cells)[:, None] * stride
-    pixels = np.arange(size)[None]
-    return ((pixels >= starts) & (pixels < starts + window)).astype(np.float32) / window

@@ -3,7 +3,7 @@
 Its layout is a tree beside the pictures' own: for `ROOT/bbox_train/0001/0001C1T0001F001.jpg` there is
 `TREE/bbox_train/0001/0001C1T0001F001.pose`, JSON of 17 lists [x, y, confidence] in pixels of the picture (all zeros:
 nobody found), and in a tree of heatmaps `...F001.npy`, float64 [6, H, W] at the picture's size. Both are read into the
-files that keyreid keeps, one a tracklet, and written back from them.
+files that keyreid keeps, one for each tracklet, and written back from them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from keyreid.datasets.tracklet import Dataset, Frame, Tracklet, read_frame
+from keyreid.datasets.frames import read_frame
+from keyreid.datasets.tracklet import Dataset, Frame, Tracklet
 from keyreid.errors import DataError
 from keyreid.pose import heatmap_files, keypoint_files
 from keyreid.pose.heatmaps import render_heatmaps
-from keyreid.pose.keypoint_files import KeypointFile, frame_name
+from keyreid.pose.keypoint_files import KeypointFile, frame_names
 from keyreid.pose.parts import NUM_KEYPOINTS
 from keyreid.pose.pictures import decode
 from keyreid.progress import track
@@ -49,31 +51,14 @@ def import_poses(
     Raises:
         DataError: a file is not a pose, frames are not picture files, or too many have none.
     """
-
-    def convert(tracklet: Tracklet, paths: list[Path], moved: Moved) -> None:
-        keypoints = np.zeros((len(paths), NUM_KEYPOINTS, 3), np.float32)
-        for i, path in enumerate(paths):
-            if path.is_file():
-                keypoints[i] = _read_pose(path)
-            else:
-                _miss(path, moved, max_missing)
-        scores = keypoints[..., 2].mean(1)
-        names = tuple(frame_name(frame) for frame in tracklet.frames)
-        file = KeypointFile(keypoints, scores, names, {"tool": "import of .pose files"})
+    moved, nobody = Moved(), np.zeros((NUM_KEYPOINTS, 3), np.float32)
+    for tracklet, paths in _walk(dataset, root, tree, ".pose", "importing poses", moved):
+        keypoints = np.stack(list(_read(paths, _read_pose, nobody, moved, max_missing)))
+        file = KeypointFile(
+            keypoints, keypoints[..., 2].mean(1), frame_names(tracklet), {"tool": "import of .pose files"}
+        )
         keypoint_files.save(keypoint_files.path_of(out, tracklet.key), file, dtype)
-
-    return _each(dataset, root, tree, ".pose", "importing poses", convert)
-
-
-def export_poses(dataset: Dataset, root: Path, files: Path, tree: Path) -> Moved:
-    """Write keypoint files as a tree of `.pose` files."""
-
-    def convert(tracklet: Tracklet, paths: list[Path], _moved: Moved) -> None:
-        for path, keypoints in zip(paths, _keypoints(files, tracklet), strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(keypoints.astype(np.float64).tolist(), indent=4))
-
-    return _each(dataset, root, tree, ".pose", "exporting poses", convert)
+    return moved
 
 
 def import_heatmaps(
@@ -84,54 +69,40 @@ def import_heatmaps(
     Args:
         dtype: of the stored heatmaps, `float16`, `float32` or `float64`; None keeps each file's.
     """
-
-    def convert(tracklet: Tracklet, paths: list[Path], moved: Moved) -> None:
-        def heatmaps() -> Iterator[np.ndarray]:
-            for path in paths:
-                if path.is_file():
-                    heatmap = _read_heatmap(path)
-                    yield heatmap if dtype is None else heatmap.astype(dtype)
-                else:
-                    _miss(path, moved, max_missing)
-                    yield np.zeros((6, 1, 1), dtype or np.float64)
-
-        names = [frame_name(frame) for frame in tracklet.frames]
-        provenance = {"tool": "import of .npy heatmaps", "dtype": dtype}
-        heatmap_files.save(heatmap_files.path_of(out, tracklet.key), heatmaps(), names, provenance)
-
-    return _each(dataset, root, tree, ".npy", "importing heatmaps", convert)
+    moved, nobody = Moved(), np.zeros((6, 1, 1))
+    provenance = {"tool": "import of .npy heatmaps", "dtype": dtype}
+    for tracklet, paths in _walk(dataset, root, tree, ".npy", "importing heatmaps", moved):
+        heatmaps = _read(paths, _read_heatmap, nobody, moved, max_missing)
+        stored = (heatmap.astype(dtype or heatmap.dtype) for heatmap in heatmaps)
+        heatmap_files.save(heatmap_files.path_of(out, tracklet.key), stored, frame_names(tracklet), provenance)
+    return moved
 
 
-def export_heatmaps(dataset: Dataset, root: Path, files: Path, tree: Path) -> Moved:
-    """Write a tree of float64 `.npy` heatmaps: from heatmap files where there are, else rendered from keypoints."""
+def export_tree(dataset: Dataset, root: Path, files: Path, tree: Path, kind: Literal["pose", "npy"]) -> Moved:
+    """Write a tree of `.pose` files from keypoint files, or of float64 `.npy` heatmaps.
 
-    def convert(tracklet: Tracklet, paths: list[Path], _moved: Moved) -> None:
-        stored = heatmap_files.path_of(files, tracklet.key)
-        if stored.exists():
-            heatmaps = (heatmap for _, heatmap in heatmap_files.load(stored))
-        else:
-            heatmaps = _rendered(tracklet, _keypoints(files, tracklet))
-        for path, heatmap in zip(paths, heatmaps, strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, heatmap.astype(np.float64))
-
-    return _each(dataset, root, tree, ".npy", "exporting heatmaps", convert)
-
-
-def _each(
-    dataset: Dataset,
-    root: Path,
-    tree: Path,
-    suffix: str,
-    what: str,
-    convert: Callable[[Tracklet, list[Path], Moved], None],
-) -> Moved:
+    Heatmaps come from heatmap files where there are, else they are rendered from keypoints.
+    """
     moved = Moved()
-    for tracklet in track(dataset.tracklets, len(dataset.tracklets), what, "tracklets"):
-        convert(tracklet, [_place(frame, root, tree, suffix) for frame in tracklet.frames], moved)
+    for tracklet, paths in _walk(dataset, root, tree, f".{kind}", "exporting", moved):
+        frames = _keypoints(files, tracklet) if kind == "pose" else _heatmaps(files, tracklet)
+        for path, frame in zip(paths, frames, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if kind == "pose":
+                path.write_text(json.dumps(frame.astype(np.float64).tolist(), indent=4))
+            else:
+                np.save(path, frame.astype(np.float64))
+    return moved
+
+
+def _walk(
+    dataset: Dataset, root: Path, tree: Path, suffix: str, doing: str, moved: Moved
+) -> Iterator[tuple[Tracklet, list[Path]]]:
+    """Each tracklet with its frames' files in the tree; counts those that were dealt with."""
+    for tracklet in track(dataset.tracklets, len(dataset.tracklets), doing, "tracklets"):
+        yield tracklet, [_place(frame, root, tree, suffix) for frame in tracklet.frames]
         moved.tracklets += 1
         moved.frames += len(tracklet.frames)
-    return moved
 
 
 def _place(frame: Frame, root: Path, tree: Path, suffix: str) -> Path:
@@ -141,6 +112,21 @@ def _place(frame: Frame, root: Path, tree: Path, suffix: str) -> Path:
         return (tree / frame.path.relative_to(root)).with_suffix(suffix)
     except ValueError:
         raise DataError(f"{frame.path} does not lie in {root}, whose folders the tree mirrors") from None
+
+
+def _read(
+    paths: list[Path], read: Callable[[Path], np.ndarray], nobody: np.ndarray, moved: Moved, max_missing: int
+) -> Iterator[np.ndarray]:
+    """What the files hold, and `nobody` for those that are missing."""
+    for path in paths:
+        if path.is_file():
+            yield read(path)
+            continue
+        moved.missing.append(str(path))
+        before = len(moved.missing) - 1
+        if before >= max_missing:
+            raise DataError(f"{path} is missing, with {before} before it; --max-missing allows {max_missing}")
+        yield nobody
 
 
 def _read_pose(path: Path) -> np.ndarray:
@@ -166,19 +152,16 @@ def _read_heatmap(path: Path) -> np.ndarray:
 def _keypoints(files: Path, tracklet: Tracklet) -> np.ndarray:
     path = keypoint_files.path_of(files, tracklet.key)
     file = keypoint_files.load(path)
-    names = tuple(frame_name(frame) for frame in tracklet.frames)
-    if file.frame_names != names:
+    if file.frame_names != frame_names(tracklet):
         raise DataError(f"{path}: keypoints of other frames than the tracklet's ({file.frame_names[0]} ... )")
     return file.keypoints
 
 
-def _rendered(tracklet: Tracklet, keypoints: np.ndarray) -> Iterator[np.ndarray]:
-    for frame, joints in zip(tracklet.frames, keypoints, strict=True):
+def _heatmaps(files: Path, tracklet: Tracklet) -> Iterator[np.ndarray]:
+    stored = heatmap_files.path_of(files, tracklet.key)
+    if stored.exists():
+        yield from (heatmap for _, heatmap in heatmap_files.load(stored))
+        return
+    for frame, joints in zip(tracklet.frames, _keypoints(files, tracklet), strict=True):
         height, width = decode(read_frame(frame)[0]).shape[:2]
         yield render_heatmaps(joints[None], width, height)[0]
-
-
-def _miss(path: Path, moved: Moved, limit: int) -> None:
-    moved.missing.append(str(path))
-    if len(moved.missing) > limit:
-        raise DataError(f"{path} is missing, with {len(moved.missing) - 1} before it; --max-missing allows {limit}")

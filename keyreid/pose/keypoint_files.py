@@ -7,39 +7,32 @@ JSON object). No pickle. Bytes depend on the content alone, so two runs can be c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from keyreid.datasets.tracklet import Frame, Tracklet
 from keyreid.errors import DataError
 from keyreid.files import replacing
 from keyreid.pose.parts import NUM_KEYPOINTS
 
-if TYPE_CHECKING:
-    from keyreid.datasets.tracklet import Frame
-
 
 @dataclass(frozen=True)
 class KeypointFile:
-    """Keypoints of one tracklet.
+    """Keypoints of one tracklet."""
 
-    Attributes:
-        keypoints: float32 [T, 17, 3]: x, y in pixels of the frame, confidence; COCO order; confidence 0 is missing.
-        scores: float32 [T]: the pose's score; 0 where no person was found (then the frame's keypoints are zeros).
-        frame_names: the frames' file names, in order, so that a file is never joined to other frames.
-        provenance: how the keypoints came about: tool, checkpoint and its hash, settings.
-    """
-
-    keypoints: np.ndarray
-    scores: np.ndarray
-    frame_names: tuple[str, ...]
-    provenance: dict[str, Any] = field(default_factory=dict)
+    keypoints: np.ndarray  # [T, 17, 3]: x, y in pixels of the frame, confidence; COCO order; confidence 0 is missing
+    scores: np.ndarray  # [T], of the poses; 0 where no person was found (then the frame's keypoints are zeros)
+    frame_names: tuple[str, ...]  # file names, in order, so that a file is never joined to other frames
+    provenance: dict[str, Any] = field(default_factory=dict)  # tool, checkpoint and its hash, settings
 
     def __post_init__(self) -> None:
         frames = len(self.frame_names)
@@ -58,6 +51,11 @@ def frame_name(frame: Frame) -> str:
     if frame.box is not None:
         name += "@" + ",".join(f"{value:g}" for value in frame.box)
     return name
+
+
+def frame_names(tracklet: Tracklet) -> tuple[str, ...]:
+    """The names of a tracklet's frames, in order."""
+    return tuple(frame_name(frame) for frame in tracklet.frames)
 
 
 def path_of(directory: Path, key: str) -> Path:
@@ -93,17 +91,24 @@ def load(path: Path) -> KeypointFile:
     Raises:
         DataError: it is missing, damaged or not a keypoint file.
     """
+    with reading(path, "keypoint file", "make it with `keyreid pose`") as arrays:
+        return KeypointFile(
+            keypoints=arrays["keypoints"].astype(np.float32),
+            scores=arrays["scores"].astype(np.float32),
+            frame_names=tuple(arrays["frame_names"].tolist()),
+            provenance=json.loads(str(arrays["provenance"])),
+        )
+
+
+@contextlib.contextmanager
+def reading(path: Path, kind: str, mend: str) -> Iterator[np.lib.npyio.NpzFile]:
+    """Open an `.npz` of which a tracklet has one; whatever is wrong in it is a DataError that names it."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return KeypointFile(
-                keypoints=arrays["keypoints"].astype(np.float32),
-                scores=arrays["scores"].astype(np.float32),
-                frame_names=tuple(arrays["frame_names"].tolist()),
-                provenance=json.loads(str(arrays["provenance"])),
-            )
+            yield arrays
     except FileNotFoundError:
-        raise DataError(f"{path}: no such keypoint file; make it with `keyreid pose`") from None
+        raise DataError(f"{path}: no such {kind}; {mend}") from None
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: not a keypoint file ({error}); delete it and run `keyreid pose` again") from None
+        raise DataError(f"{path}: not a {kind} ({error}); delete it and {mend} again") from None

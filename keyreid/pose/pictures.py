@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -21,36 +21,36 @@ PADDING_COLOUR = (124, 116, 104)  # the mean that OpenPifPaf normalises by
 Selection = Literal["score", "centre"]
 
 
+class Pose(NamedTuple):
+    """One person found in a picture."""
+
+    keypoints: np.ndarray  # float32 [17, 3]: x, y in pixels of the picture, confidence (0: not found)
+    score: float  # of the whole pose
+
+
 @dataclass(frozen=True)
 class Fitted:
-    """A picture as a network takes it.
+    """A picture as a network takes it."""
 
-    Attributes:
-        pixels: uint8 [H, W, 3], RGB; H and W are multiples of 16 plus 1.
-        scale: x and y pixels of `pixels` for one of the picture.
-        offset: x and y of the picture's first pixel in `pixels`.
-        size: width and height of the picture.
-    """
+    pixels: np.ndarray  # uint8 [H, W, 3], RGB; H and W are multiples of 16 plus 1
+    scale: tuple[float, float]  # x and y pixels of `pixels` for one of the picture
+    offset: tuple[int, int]  # x and y of the picture's first pixel in `pixels`
+    size: tuple[int, int]  # width and height of the picture
 
-    pixels: np.ndarray
-    scale: tuple[float, float]
-    offset: tuple[int, int]
-    size: tuple[int, int]
-
-    def to_picture(self, keypoints: np.ndarray) -> np.ndarray:
-        """Keypoints [17, 3] found in `pixels`, in pixels of the picture.
+    def to_picture(self, pose: Pose) -> Pose:
+        """A pose found in `pixels`, in pixels of the picture.
 
         A joint found outside the picture becomes zeros, that is missing. Rendering leaves it out in any case; so no
         coordinate leads out of the picture.
         """
         width, height = self.size
-        moved = keypoints.copy()
+        moved = pose.keypoints.copy()
         moved[:, :2] = (moved[:, :2] - self.offset) / self.scale
         pixel = np.trunc(moved[:, :2])  # as heatmaps place it: (-1, 0) still is pixel 0
         inside = ((pixel >= 0) & (pixel < (width, height))).all(1)
         moved[:, :2] = np.maximum(moved[:, :2], 0)
         moved[~inside | (moved[:, 2] <= 0)] = 0
-        return moved
+        return Pose(moved, pose.score)
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -90,24 +90,21 @@ def fit(picture: np.ndarray, long_edge: int | None) -> Fitted:
     return Fitted(pixels, scale, (left, top), (width, height))
 
 
-def choose(people: Sequence[tuple[np.ndarray, float]], size: tuple[int, int], selection: Selection) -> int | None:
+def choose(people: Sequence[Pose], size: tuple[int, int], selection: Selection) -> Pose | None:
     """Which of the people found in a crop is the one it was cut for; None where there is nobody.
 
     Args:
-        people: keypoints [17, 3] in pixels of the crop, and score.
+        people: in pixels of the crop.
         size: width and height of the crop.
         selection: `score` takes the best score (the published rule); `centre` the one whose joints' box has its middle
             nearest to the crop's.
     """
-    candidates = [i for i, (keypoints, _) in enumerate(people) if (keypoints[:, 2] > 0).any()]
-    if not candidates:
-        return None
-    if selection == "score":
-        return max(candidates, key=lambda i: people[i][1])
 
-    def distance(i: int) -> float:
-        joints = people[i][0]
-        joints = joints[joints[:, 2] > 0, :2]
+    def distance(person: Pose) -> float:
+        joints = person[0][person[0][:, 2] > 0, :2]
         return math.dist((joints.min(0) + joints.max(0)) / 2, ((size[0] - 1) / 2, (size[1] - 1) / 2))
 
-    return min(candidates, key=distance)
+    people = [person for person in people if (person[0][:, 2] > 0).any()]
+    if selection == "score":
+        return max(people, key=lambda person: person[1], default=None)
+    return min(people, key=distance, default=None)

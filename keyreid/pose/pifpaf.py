@@ -14,10 +14,8 @@ OpenPifPaf's own checkpoints are pickled networks, which run code when they are 
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,35 +26,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from keyreid.errors import CheckpointError, KeyreidError
+from keyreid.errors import CheckpointError, ConfigError, KeyreidError
+from keyreid.files import sha256
 from keyreid.pose.parts import KEYPOINT_NAMES
-from keyreid.synthetic.pose_net import WalkersNet
+from keyreid.pose.pictures import Pose
+from keyreid.pose.small_net import SmallNet
 
 WALKERS_WEIGHTS = Path(__file__).parents[1] / "assets" / "walkers_pose.safetensors"
 WALKERS = "walkers"  # names both the base network and its weights in this package
+WALKERS_LONG_EDGE = 128  # pixels of the pictures that it was trained on
 WEIGHTS_FORMAT = "keyreid-pose-1"
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1], as OpenPifPaf normalises
-
-
-@dataclass(frozen=True)
-class Pose:
-    """One person found in a picture.
-
-    Attributes:
-        keypoints: float32 [17, 3]: x, y in pixels of the picture given to the network, confidence (0: not found).
-        score: the decoder's score of the whole pose.
-    """
-
-    keypoints: np.ndarray
-    score: float
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Which weights a network has: what is written beside the keypoints it finds."""
-
-    name: str
-    sha256: str
 
 
 def is_installed() -> bool:
@@ -87,8 +67,8 @@ def import_openpifpaf() -> ModuleType:
     return openpifpaf
 
 
-def load_network(checkpoint: str, trust: bool = False) -> tuple[torch.nn.Module, Checkpoint]:
-    """Load a pose network for evaluation, on the CPU.
+def load_network(checkpoint: str, trust: bool = False) -> tuple[torch.nn.Module, str]:
+    """Load a pose network for evaluation, on the CPU; gives the SHA-256 of its file too.
 
     Args:
         checkpoint: `walkers` (the small network for rendered walkers that comes with keyreid), a pose weights file, an
@@ -112,7 +92,7 @@ def load_network(checkpoint: str, trust: bool = False) -> tuple[torch.nn.Module,
     keypoints = network.head_metas[0].keypoints
     if tuple(keypoints) != KEYPOINT_NAMES:
         raise CheckpointError(f"{path}: finds {len(keypoints)} joints {keypoints[:3]}..., not the 17 of COCO")
-    return network.eval(), Checkpoint(checkpoint, hashlib.sha256(path.read_bytes()).hexdigest())
+    return network.eval(), sha256(path)
 
 
 def build_network(base: str, upsample: int = 1) -> torch.nn.Module:
@@ -124,7 +104,7 @@ def build_network(base: str, upsample: int = 1) -> torch.nn.Module:
     """
     pifpaf = import_openpifpaf()
     if base == WALKERS:
-        base_net = WalkersNet()
+        base_net = SmallNet()
     elif base in pifpaf.BASE_FACTORIES:
         for kind in pifpaf.BASE_TYPES:
             if hasattr(kind, "pretrained"):
@@ -139,6 +119,12 @@ def build_network(base: str, upsample: int = 1) -> torch.nn.Module:
     network = pifpaf.network.nets.Shell(base_net, heads)
     pifpaf.network.nets.model_defaults(network)
     return network
+
+
+def check_weights_name(path: Path) -> None:
+    """Raise ConfigError where a pose weights file has another suffix than it is read by."""
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"{path}: a weights file's name ends in .safetensors")
 
 
 def save_weights(network: torch.nn.Module, path: Path) -> None:
@@ -235,9 +221,7 @@ def check() -> float:
     keypoints = upright * [16, -22, 1] + [64, 228, 0]
     (poses,) = PoseDecoder(network).fields([fields_of_targets(*Encoder(network)(keypoints, 129, 257))])
     if len(poses) != 1 or not (poses[0].keypoints[:, 2] > 0).all():
-        raise KeyreidError(
-            f"OpenPifPaf's decoder found {len(poses)} people in the fields of one: it does not work here"
-        )
+        raise KeyreidError(f"OpenPifPaf's decoder found {len(poses)} people where one is: it does not work here")
     return float(np.abs(poses[0].keypoints[:, :2] - keypoints[:, :2]).max())
 
 
@@ -251,9 +235,7 @@ def _load_weights(path: Path) -> torch.nn.Module:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a pose weights file ({error})") from None
     if metadata.get("format") != WEIGHTS_FORMAT:
-        raise CheckpointError(
-            f"{path}: not a pose weights file; `keyreid pose-convert` and `keyreid pose-train` write them"
-        )
+        raise CheckpointError(f"{path}: not a pose weights file; `keyreid pose-convert` and `pose-train` write them")
     network = build_network(metadata["base"], int(metadata["upsample"]))
     try:
         network.load_state_dict(state)
@@ -296,9 +278,7 @@ def main() -> None:
         error, version = check(), import_openpifpaf().__version__
     except KeyreidError as failure:
         sys.exit(f"error: {failure}")
-    print(
-        f"OpenPifPaf {version} works beside torch {torch.__version__}; encoded and decoded a pose to {error:.4f} pixels"
-    )
+    print(f"OpenPifPaf {version} works beside torch {torch.__version__}; a pose comes back to {error:.4f} pixels")
     print("OpenPifPaf is licensed under the AGPL-3.0; it is a separate program and no part of keyreid")
 
 

@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from keyreid.datasets.tracklet import Dataset, Tracklet, read_frame
+from keyreid.datasets.frames import read_frame
+from keyreid.datasets.tracklet import Dataset, Tracklet
 from keyreid.errors import DataError
 from keyreid.files import sha256
 from keyreid.shards import members

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from webdataset import TarWriter
 
-from keyreid.datasets import tracklet as source
+from keyreid.datasets import frames as source
 from keyreid.datasets.tracklet import Frame, Tracklet
 from keyreid.errors import DataError, KeyreidError
 from keyreid.files import replace_bytes, replacing, sha256, sync, writing

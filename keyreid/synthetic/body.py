@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from keyreid.synthetic.materials import MATERIALS
+
 # The 17 COCO keypoints, in COCO's order, then the points that only drawing needs.
 NOSE, LEFT_EYE, RIGHT_EYE, LEFT_EAR, RIGHT_EAR, LEFT_SHOULDER, RIGHT_SHOULDER, LEFT_ELBOW, RIGHT_ELBOW = range(9)
 LEFT_WRIST, RIGHT_WRIST, LEFT_HIP, RIGHT_HIP, LEFT_KNEE, RIGHT_KNEE, LEFT_ANKLE, RIGHT_ANKLE = range(9, 17)
@@ -31,13 +33,7 @@ class Build:
     @staticmethod
     def draw(rng: np.random.Generator) -> Build:
         """A random adult."""
-        return Build(
-            shoulders=rng.uniform(0.088, 0.118),
-            hips=rng.uniform(0.046, 0.06),
-            girth=rng.uniform(0.8, 1.3),
-            legs=rng.uniform(0.49, 0.55),
-            head=rng.uniform(0.94, 1.12),
-        )
+        return Build(**{name: rng.uniform(*bounds) for name, bounds in MATERIALS["build"].items()})
 
 
 @dataclass(frozen=True)
@@ -108,19 +104,8 @@ def _swung(length: float, angle: np.ndarray) -> np.ndarray:
 
 def _trunk(points: np.ndarray, build: Build, shoulder: float) -> None:
     """Fill in head, torso, and where hair and bags hang."""
-    scale = build.head
-    for joint, x, y, z in (
-        (NOSE, 0.0, 0.058, 0.918),
-        (LEFT_EYE, 0.02, 0.05, 0.935),
-        (RIGHT_EYE, -0.02, 0.05, 0.935),
-        (LEFT_EAR, 0.045, 0.0, 0.928),
-        (RIGHT_EAR, -0.045, 0.0, 0.928),
-        (CROWN, 0.0, 0.0, 0.985),
-        (CHIN, 0.0, 0.012, 0.878),
-        (NAPE, 0.0, -0.012, 0.955),
-        (LOCKS, 0.0, -0.04, 0.80),
-    ):
-        points[:, joint] = (scale * x, scale * y, 0.88 + scale * (z - 0.88))
+    for name, (x, y, z) in MATERIALS["head"].items():
+        points[:, globals()[name]] = (build.head * x, build.head * y, 0.88 + build.head * (z - 0.88))
     points[:, COLLAR] = (0.0, 0.0, shoulder + 0.03)
     points[:, CROTCH] = (0.0, 0.0, build.legs - 0.03)
     points[:, PACK_TOP] = (0.0, -0.085, shoulder)

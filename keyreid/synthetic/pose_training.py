@@ -10,9 +10,10 @@ over the last steps is what is written and judged, by the real decoder, on peopl
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -21,13 +22,12 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from keyreid.pose import keypoint_files, pifpaf
-from keyreid.pose.accuracy import errors, pck
 from keyreid.pose.parts import KEYPOINT_FLIP
 from keyreid.pose.pictures import PADDING_COLOUR, choose, decode, fit
+from keyreid.pose.quality import judge_keypoints
 from keyreid.progress import track
 from keyreid.synthetic import walkers
 
-HEIGHT = 128  # of pictures in the network, as `keyreid pose --checkpoint walkers` sends them
 UPSAMPLE = 2  # the heads' grid has a stride of 4 pixels
 # Of confidence where a joint (CIF) or an association (CAF) is. OpenPifPaf's decoder drops associations below 0.3 and
 # joints below 0.15, and what it dropped was most of what was wrong; with one person in the picture, a joint too many
@@ -38,6 +38,8 @@ CITIES = 8
 ONE_FRAME_EACH = {"frames": (1, 1), "tracklets": 1, "junk": 0}
 HELD_OUT_SEED = 10_000  # far from the cities' seeds
 PICTURES_A_PERSON = 5.4  # of `walkers.render` with one frame a tracklet; only sets how many people are drawn
+
+Example = tuple[np.ndarray, np.ndarray]  # picture [H, W, 3], true keypoints [17, 3]
 
 
 @dataclass(frozen=True)
@@ -52,18 +54,9 @@ class TrainingSettings:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """PCK@0.05 of the picture's height on held-out walkers: of all true joints, and of those in plain sight."""
-
-    all: float
-    seen: float
-    median_pixels: float
-
-
 def train(
     out: Path, settings: TrainingSettings, device: str = "cpu", processes: int = 1, held_out: int = 400
-) -> dict[int, Accuracy]:
+) -> dict[int, dict[str, Any]]:
     """Train the network and write its pose weights file.
 
     Args:
@@ -71,78 +64,72 @@ def train(
         held_out: pictures of each height that it is judged on.
 
     Returns:
-        The accuracy on held-out walkers, by the height that they were rendered at.
+        What `judge_keypoints` says of held-out walkers, by the height that they were rendered at.
     """
+    pifpaf.check_weights_name(out)
     if device == "cpu":
         torch.set_num_threads(1)  # the fields are small: with more threads they wait longer than they work
     torch.manual_seed(settings.seed)
     network = pifpaf.build_network(pifpaf.WALKERS, UPSAMPLE)
     with tempfile.TemporaryDirectory(prefix="keyreid-pose-") as folder:
-        examples = _render(Path(folder), settings.pictures, settings.seed, processes)
+        examples = _training_examples(Path(folder), settings.pictures, settings.seed, processes)
         pictures, targets = _encode(examples, pifpaf.Encoder(network), np.random.default_rng(settings.seed))
     average = _optimise(network, pictures, targets, settings, device)
     pifpaf.save_weights(average, out)
     return {height: judge(out, height, held_out, processes) for height in (256, 128)}
 
 
-def judge(weights: Path, height: int, pictures: int = 400, processes: int = 1) -> Accuracy:
+def judge(weights: Path, height: int, pictures: int = 400, processes: int = 1) -> dict[str, Any]:
     """Find held-out walkers with the real decoder and compare with the truth."""
     network, _ = pifpaf.load_network(str(weights))
     decoder = pifpaf.PoseDecoder(network)
     found, true = [], []
     with tempfile.TemporaryDirectory(prefix="keyreid-pose-") as folder:
-        examples = _held_out(Path(folder), height, pictures, processes)
+        people = round(pictures / PICTURES_A_PERSON) + 2
+        examples = _shuffled(_render(Path(folder), people, HELD_OUT_SEED, height, processes), 0, pictures)
         for picture, keypoints in track(examples, pictures, f"held-out walkers of {height} pixels", "pictures"):
-            fitted = fit(picture, HEIGHT)
-            people = [(fitted.to_picture(p.keypoints), p.score) for p in decoder.pictures(fitted.pixels[None])[0]]
-            chosen = choose(people, fitted.size, "score")
-            found.append(np.zeros((17, 3)) if chosen is None else people[chosen][0])
+            fitted = fit(picture, pifpaf.WALKERS_LONG_EDGE)
+            people = [fitted.to_picture(pose) for pose in decoder.pictures(fitted.pixels[None])[0]]
+            person = choose(people, fitted.size, "score")
+            found.append(np.zeros((17, 3)) if person is None else person.keypoints)
             true.append(keypoints)
-    distance, truth = errors(np.stack(found), np.stack(true)), np.stack(true)
-    heights = np.full(len(truth), height)
-    in_sight = np.where(truth[..., 2] == 1, distance, np.nan)
-    return Accuracy(pck(distance, heights), pck(in_sight, heights), float(np.nanmedian(distance)))
+    return judge_keypoints(np.stack(found), np.stack(true), np.full(len(true), height))
 
 
-def _render(folder: Path, count: int, seed: int, processes: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pictures [H, W, 3] and true keypoints [17, 3], `count` of them at most."""
+def _training_examples(folder: Path, count: int, seed: int, processes: int) -> list[Example]:
+    """Of every city and both heights, `count` in all."""
     people = max(2, round(count / CITIES / PICTURES_A_PERSON) + 1)
-    cities = [folder / str(city) for city in range(CITIES)]
-    for city, root in enumerate(cities):
-        height = (256, 128)[city % 2]
-        size = {"height": height, "width": height // 2}
-        walkers.render(root, people, 9, 100 * seed + city, processes=processes, quiet=True, **size, **ONE_FRAME_EACH)
-    every = [example for root in cities for example in _read(root)]
-    order = np.random.default_rng(seed).permutation(len(every))[:count]
-    return iter([every[i] for i in order])
+    every = []
+    for city in range(CITIES):
+        every += _render(folder / str(city), people, 100 * seed + city, (256, 128)[city % 2], processes)
+    return _shuffled(every, seed, count)
 
 
-def _held_out(folder: Path, height: int, count: int, processes: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    people = round(count / PICTURES_A_PERSON) + 2
+def _shuffled(examples: list[Example], seed: int, count: int) -> list[Example]:
+    return [examples[i] for i in np.random.default_rng(seed).permutation(len(examples))[:count]]
+
+
+def _render(root: Path, people: int, seed: int, height: int, processes: int) -> list[Example]:
+    """Walkers who show four joints at least, one frame a tracklet."""
     size = {"height": height, "width": height // 2}
-    walkers.render(folder, people, 9, HELD_OUT_SEED, processes=processes, quiet=True, **size, **ONE_FRAME_EACH)
-    examples = list(_read(folder))
-    order = np.random.default_rng(0).permutation(len(examples))[:count]
-    return iter([examples[i] for i in order])
-
-
-def _read(root: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    walkers.render(root, people, 9, seed, processes=processes, quiet=True, **size, **ONE_FRAME_EACH)
+    examples = []
     for path in sorted(root.glob("bbox_*/*/*.jpg")):
         truth = keypoint_files.load(keypoint_files.path_of(root / "keypoints", path.name.split("F")[0]))
         keypoints = truth.keypoints[truth.frame_names.index(path.name)]
         if (keypoints[:, 2] > 0).sum() >= 4:
-            yield decode(path.read_bytes()), keypoints
+            examples.append((decode(path.read_bytes()), keypoints))
+    return examples
 
 
 def _encode(
-    examples: Iterator[tuple[np.ndarray, np.ndarray]], encoder: pifpaf.Encoder, rng: np.random.Generator
+    examples: Sequence[Example], encoder: pifpaf.Encoder, rng: np.random.Generator
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Pictures uint8 [N, 3, 129, 65] and their fields, float16 [N, fields, values, h, w] for each head."""
-    examples = list(examples)
     pictures, fields = [], ([], [])
     for picture, keypoints in track(examples, len(examples), "encoding", "pictures"):
         picture, keypoints = _move(picture, keypoints, rng)
-        fitted = fit(picture, HEIGHT)
+        fitted = fit(picture, pifpaf.WALKERS_LONG_EDGE)
         pictures.append(torch.from_numpy(fitted.pixels).permute(2, 0, 1))
         inside = keypoints * [*fitted.scale, 1] + [*fitted.offset, 0]
         height, width = fitted.pixels.shape[:2]
@@ -260,7 +247,6 @@ def _develop(pictures: torch.Tensor) -> torch.Tensor:
     shape = (len(pictures), 3, 1, 1)
     gain = torch.exp(torch.randn(len(pictures), 1, 1, 1) * 0.2 + torch.randn(shape) * 0.1).to(pictures.device)
     offset = (torch.randn(shape) * 12).to(pictures.device)
-    grain = torch.randn(pictures.shape, device=pictures.device) * (torch.rand(len(pictures), 1, 1, 1) * 10).to(
-        pictures.device
-    )
+    grain = torch.randn(pictures.shape, device=pictures.device)
+    grain *= (torch.rand(len(pictures), 1, 1, 1) * 10).to(pictures.device)
     return pifpaf.normalise((pictures * gain + offset + grain).clamp(0, 255))

@@ -7,48 +7,27 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-# Colour gain (blue, green, red), saturation, hue turn in degrees, gamma, contrast, offset: one line a kind of camera.
-LOOKS = (
-    ((1.00, 1.00, 1.00), 1.05, 0, 1.00, 1.00, 0.00),  # fair daylight
-    ((0.86, 0.97, 1.06), 1.00, 1, 0.98, 0.99, 0.00),  # sodium lamps
-    ((1.10, 1.00, 0.90), 0.95, -2, 1.05, 0.96, 0.00),  # blue dusk
-    ((0.99, 1.00, 1.01), 0.82, 0, 0.94, 0.86, 0.07),  # haze
-    ((0.95, 1.06, 0.95), 0.97, 2, 1.04, 1.04, -0.01),  # old tubes, greenish
-    ((1.04, 0.94, 1.04), 1.05, -3, 1.10, 1.06, -0.01),  # bad white balance, deep shadows
-)
-DIRECTIONS = (0.1, 0.45, -0.35, 0.95, -0.15, -0.55)  # from which they look, radians from straight ahead (or behind)
+from keyreid.synthetic.materials import MATERIALS, pick
+
+LOOKS, DIRECTIONS = MATERIALS["looks"], MATERIALS["directions"]
 
 
 @dataclass(frozen=True)
 class Camera:
-    """A camera of the rendered street.
+    """A camera of the rendered street."""
 
-    Attributes:
-        yaw: direction from which it sees people who walk along the street, radians; half of them walk the other way.
-        pitch: looks down by so many radians.
-        colour: [3, 4] affine map of BGR in [0, 1].
-        gamma: exponent.
-        blur: standard deviation in pixels of a 256-pixel-high picture.
-        detail: share of the picture's resolution that the lens and the distance leave.
-        noise: standard deviation in grey levels.
-        quality: of JPEG.
-        tight: how much of the picture's height people fill.
-        light: where the light comes from: right, down, near.
-        street: uint8 [h, w, 3], background, wider than a picture; people stand at `ground` of its height.
-    """
-
-    yaw: float
-    pitch: float
-    colour: np.ndarray
-    gamma: float
-    blur: float
-    detail: float
-    noise: float
-    quality: int
-    tight: float
-    light: np.ndarray
-    ambient: float
-    street: np.ndarray
+    yaw: float  # from where it sees people who walk along the street, radians; half of them walk the other way
+    pitch: float  # looks down by so many radians
+    colour: np.ndarray  # [3, 4] affine map of BGR in [0, 1]
+    gamma: float  # exponent
+    blur: float  # standard deviation in pixels of a 256-pixel-high picture
+    detail: float  # share of the picture's resolution that the lens and the distance leave
+    noise: float  # standard deviation in grey levels
+    quality: int  # of JPEG
+    tight: float  # how much of the picture's height people fill
+    light: np.ndarray  # where the light comes from: right, down, near
+    ambient: float  # share of the light that comes from everywhere
+    street: np.ndarray  # uint8 [h, w, 3], background, wider than a picture
 
 
 def camera(number: int, rng: np.random.Generator, height: int, width: int) -> Camera:
@@ -175,14 +154,10 @@ class Occluder:
 
 def occluder(rng: np.random.Generator, height: int, width: int, frames: int) -> Occluder:
     """A post, a low thing (car, wall, bench) or a bush that hides a part of the body in some or all frames."""
-    kind = rng.choice(["post", "low", "bush", "edge"], p=[0.3, 0.35, 0.2, 0.15])
+    kind = pick(rng, "occluders")
     tone = np.clip(rng.uniform(0.08, 0.85) + rng.normal(0, 0.15, 3), 0.03, 0.95)
-    wide = int(
-        width
-        * {"post": rng.uniform(0.1, 0.25), "low": rng.uniform(0.8, 2.5), "bush": rng.uniform(0.4, 0.8), "edge": 0.4}[
-            kind
-        ]
-    )
+    shares = {"post": rng.uniform(0.1, 0.25), "low": rng.uniform(0.8, 2.5), "bush": rng.uniform(0.4, 0.8), "edge": 0.4}
+    wide = int(width * shares[kind])
     layer = np.zeros((height, max(wide, 3), 4), np.float32)
     if kind == "post":
         layer[...] = [*tone, 1]
@@ -202,20 +177,10 @@ def occluder(rng: np.random.Generator, height: int, width: int, frames: int) -> 
         for _ in range(90):
             x, y = rng.uniform(0.1, 0.9) * wide, height * rng.uniform(top, 1.05)
             shade = np.clip(leaf * rng.uniform(0.4, 1.6), 0.02, 0.95)
-            cv2.circle(
-                layer,
-                (int(x), int(y)),
-                max(int(height * rng.uniform(0.02, 0.06)), 1),
-                (*map(float, shade), 1.0),
-                -1,
-                cv2.LINE_AA,
-            )
+            radius = max(int(height * rng.uniform(0.02, 0.06)), 1)
+            cv2.circle(layer, (int(x), int(y)), radius, (*map(float, shade), 1.0), -1, cv2.LINE_AA)
     layer[..., :3] = np.clip(layer[..., :3], 0, 1) * layer[..., 3:]
     middle = width * rng.uniform(0.2, 0.8)
-    speed = (
-        rng.choice([-1, 1])
-        * width
-        * (rng.uniform(0.02, 0.12) if kind in ("post", "bush", "edge") else rng.uniform(0, 0.03))
-    )
+    speed = rng.choice([-1, 1]) * width * rng.uniform(*((0, 0.03) if kind == "low" else (0.02, 0.12)))
     start = middle - wide / 2 - speed * rng.uniform(0.2, 0.8) * frames
     return Occluder((layer * 255 + 0.5).astype(np.uint8), start, speed)

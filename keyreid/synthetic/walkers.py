@@ -12,6 +12,7 @@ Beside it: the true keypoints (`keypoints/KEY.npz`) and `walkers.json`, the sett
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
@@ -32,8 +33,8 @@ from keyreid.pose import keypoint_files
 from keyreid.processes import end_with_parent
 from keyreid.progress import track
 from keyreid.synthetic import scene
-from keyreid.synthetic.clothes import Person, dress
-from keyreid.synthetic.tracklet import random_stream, render_tracklet
+from keyreid.synthetic.clothes import dress
+from keyreid.synthetic.filming import random_stream, render_tracklet
 
 SETTINGS_FILE = "walkers.json"
 VERSION = 3  # of the drawing: raised whenever the same settings give other pictures
@@ -42,29 +43,17 @@ _PERSON, _CAMERA, _VISITS, _TRACKLET, _DISTRACTOR, _JUNK = range(1, 7)  # random
 
 @dataclass(frozen=True)
 class Walkers:
-    """What is rendered.
+    """What is rendered."""
 
-    Attributes:
-        identities: people, training and test together.
-        cameras: 2 to 9 (MARS's file names have one digit for it).
-        seed: of everything.
-        test_share: share of the identities that are kept for testing.
-        tracklets: at most so many of one person at one camera; in the test split the first of each is a query.
-        frames: least and most frames of a tracklet.
-        distractors: test tracklets of people whom no query looks for; None: as many as test identities x 2.
-        junk: test tracklets of badly placed boxes; None: a quarter of the distractors.
-        height, width: of the pictures, pixels.
-    """
-
-    identities: int
-    cameras: int = 6
-    seed: int = 0
-    test_share: float = 0.5
-    tracklets: int = 2
-    frames: tuple[int, int] = (8, 20)
-    distractors: int | None = None
-    junk: int | None = None
-    height: int = 256
+    identities: int  # people, training and test together
+    cameras: int = 6  # 2 to 9: MARS's file names have one digit for it
+    seed: int = 0  # of everything
+    test_share: float = 0.5  # of the identities, kept for testing
+    tracklets: int = 2  # at most so many of one person at one camera; in the test split the first of each is a query
+    frames: tuple[int, int] = (8, 20)  # least and most of a tracklet
+    distractors: int | None = None  # test tracklets of people whom no query looks for; None: twice the test identities
+    junk: int | None = None  # test tracklets of badly placed boxes; None: a quarter of the distractors
+    height: int = 256  # of the pictures, pixels
     width: int = 128
 
     def __post_init__(self) -> None:
@@ -140,9 +129,7 @@ def render(
         if done.read_text() != description:
             raise DataError(f"{root} holds walkers of other settings ({done}); choose another folder or remove it")
         return walkers
-    if root.is_dir() and any(
-        path.name not in ("bbox_train", "bbox_test", "keypoints", "info") for path in root.iterdir()
-    ):
+    if root.is_dir() and {path.name for path in root.iterdir()} - {"bbox_train", "bbox_test", "keypoints", "info"}:
         raise DataError(f"{root} is not empty and not a folder of walkers; choose another folder")
     train, test = _plan(walkers)
     for name, jobs in (("train", train), ("test", test)):
@@ -157,13 +144,11 @@ def _plan(walkers: Walkers) -> tuple[list[_Job], list[_Job]]:
     first_test = walkers.train_identities + 1
     train = [job for identity in range(1, first_test) for job in _visits(walkers, identity)]
     test = [job for identity in range(first_test, walkers.identities + 1) for job in _visits(walkers, identity)]
-    distractors = (
-        2 * (walkers.identities - walkers.train_identities) if walkers.distractors is None else walkers.distractors
-    )
-    junk = distractors // 4 if walkers.junk is None else walkers.junk
-    test += _extras(walkers, JUNK_IDENTITY, _JUNK, junk) + _extras(
-        walkers, DISTRACTOR_IDENTITY, _DISTRACTOR, distractors
-    )
+    distractors, junk = walkers.distractors, walkers.junk
+    if distractors is None:
+        distractors = 2 * (walkers.identities - walkers.train_identities)
+    test += _extras(walkers, JUNK_IDENTITY, _JUNK, distractors // 4 if junk is None else junk)
+    test += _extras(walkers, DISTRACTOR_IDENTITY, _DISTRACTOR, distractors)
     return train, sorted(test, key=lambda job: (job.identity, job.camera, job.number))
 
 
@@ -182,10 +167,8 @@ def _extras(walkers: Walkers, identity: int, kind: int, count: int) -> list[_Job
     jobs, numbers = [], [0] * (walkers.cameras + 1)
     for i in range(count):
         rng = random_stream(walkers.seed, kind, i)
-        camera, frames = (
-            int(rng.integers(1, walkers.cameras + 1)),
-            int(rng.integers(walkers.frames[0], walkers.frames[1] + 1)),
-        )
+        camera = int(rng.integers(1, walkers.cameras + 1))
+        frames = int(rng.integers(walkers.frames[0], walkers.frames[1] + 1))
         numbers[camera] += 1
         person = None if identity == JUNK_IDENTITY else (walkers.seed, kind, i, 1)
         jobs.append(_Job(identity, camera, numbers[camera], frames, person, (walkers.seed, kind, i, 2)))
@@ -195,14 +178,13 @@ def _extras(walkers: Walkers, identity: int, kind: int, count: int) -> list[_Job
 def _render_all(walkers: Walkers, root: Path, folder: str, jobs: list[_Job], processes: int, quiet: bool) -> None:
     work = functools.partial(_render_person, walkers, root, folder)
     people = [list(group) for _, group in groupby(jobs, key=lambda job: job.person or job.stream)]
-    label = f"walkers {folder}"
-    if processes == 1:
-        for _ in track(map(work, people), len(people), label, "people", quiet):
-            pass
-        return
-    # Fresh processes: a fork of a process that has run threads (OpenCV, PyTorch) may hang.
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), end_with_parent) as pool:
-        for _ in track(pool.map(work, people, chunksize=4), len(people), label, "people", quiet):
+    with contextlib.ExitStack() as stack:
+        done = map(work, people)
+        if processes > 1:  # fresh ones: a fork of a process that has run threads (OpenCV, PyTorch) may hang
+            spawn = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(processes, spawn, end_with_parent))
+            done = pool.map(work, people, chunksize=4)
+        for _ in track(done, len(people), f"walkers {folder}", "people", quiet):
             pass
 
 
@@ -210,12 +192,11 @@ def _render_person(walkers: Walkers, root: Path, folder: str, jobs: list[_Job]) 
     """Draw and write the tracklets of one person."""
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
-    person = _person(jobs[0].person)
+    person = dress(random_stream(*jobs[0].person)) if jobs[0].person else None
     for job in jobs:
         camera = _camera(walkers.seed, job.camera, walkers.height, walkers.width)
-        rendered = render_tracklet(
-            person, camera, job.frames, random_stream(*job.stream), walkers.height, walkers.width
-        )
+        stream = random_stream(*job.stream)
+        rendered = render_tracklet(person, camera, job.frames, stream, walkers.height, walkers.width)
         directory = root / folder / job.name
         directory.mkdir(parents=True, exist_ok=True)
         for frame, picture in enumerate(rendered.pictures):
@@ -226,10 +207,6 @@ def _render_person(walkers: Walkers, root: Path, folder: str, jobs: list[_Job]) 
         truth = keypoint_files.KeypointFile(rendered.keypoints, scores, names, provenance)
         keypoint_files.save(keypoint_files.path_of(root / "keypoints", job.key), truth, durable=False)
     cv2.setNumThreads(threads)
-
-
-def _person(stream: tuple[int, ...] | None) -> Person | None:
-    return None if stream is None else dress(random_stream(*stream))
 
 
 @functools.lru_cache(maxsize=16)

@@ -11,11 +11,10 @@ import pytest
 from keyreid.datasets.tracklet import Dataset, Frame, Tracklet
 from keyreid.errors import DataError
 from keyreid.pose import keypoint_files
-from keyreid.pose.accuracy import errors, pck
 from keyreid.pose.drawing import draw_heatmaps, draw_skeleton
 from keyreid.pose.keypoint_files import KeypointFile
 from keyreid.pose.parts import KEYPOINT_NAMES
-from keyreid.pose.report import write_report
+from keyreid.pose.quality import errors, pck, write_quality
 
 FRAMES = 4
 
@@ -47,7 +46,7 @@ def made(tmp_path) -> tuple[Dataset, Path, Path]:
 
 def test_numbers(made, tmp_path):
     dataset, found, true = made
-    numbers = write_report(dataset, found, tmp_path / "report", samples=8, truth=true)
+    numbers = write_quality(dataset, found, tmp_path / "report", samples=8, truth=true)
     assert json.loads((tmp_path / "report/report.json").read_text()) == numbers
     assert (numbers["tracklets"], numbers["tracklets_without_file"], numbers["frames"]) == (2, 1, 2 * FRAMES)
     assert numbers["frames_with_person"] == 0.75
@@ -61,7 +60,7 @@ def test_numbers(made, tmp_path):
 
 def test_page_and_pictures(made, tmp_path):
     dataset, found, _ = made
-    write_report(dataset, found, tmp_path / "report", samples=8)
+    write_quality(dataset, found, tmp_path / "report", samples=8)
     page = (tmp_path / "report/report.html").read_text()
     assert "&lt;0&gt;" in page
     assert "<0>" not in page
@@ -84,10 +83,10 @@ def test_page_and_pictures(made, tmp_path):
 def test_nothing_to_report_is_an_error(made, tmp_path):
     dataset, found, _ = made
     with pytest.raises(DataError, match="no keypoint file of made"):
-        write_report(dataset, tmp_path, tmp_path / "report")
+        write_quality(dataset, tmp_path, tmp_path / "report")
     longer = Tracklet("t0", 0, 1, "train", dataset.tracklets[0].frames * 2)
     with pytest.raises(DataError, match=r"t0\.npz: keypoints of 4 frames; its tracklet has 8"):
-        write_report(Dataset("made", (longer,)), found, tmp_path / "report")
+        write_quality(Dataset("made", (longer,)), found, tmp_path / "report")
 
 
 def test_pck_counts_what_was_not_found_as_wrong():

@@ -1,37 +1,28 @@
-"""How good the keypoints of a dataset are: numbers, histograms and a contact sheet, as PNG, JSON and one HTML page."""
+"""How good the keypoints of a dataset are: numbers, histograms, a contact sheet, and the distance from true ones."""
 
 from __future__ import annotations
 
-import html
 import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from keyreid.datasets.tracklet import Dataset, Frame, read_frame
+from keyreid.datasets.frames import read_frame
+from keyreid.datasets.tracklet import Dataset, Frame
 from keyreid.errors import DataError
+from keyreid.pages import Section, write_page
 from keyreid.pose import keypoint_files
-from keyreid.pose.accuracy import errors, pck
 from keyreid.pose.drawing import PART_COLOURS, draw_heatmaps, draw_skeleton, sheet
 from keyreid.pose.heatmaps import MIN_CONFIDENCE
 from keyreid.pose.parts import KEYPOINT_NAMES, joint_parts, part_joints, part_names
 from keyreid.pose.pictures import decode
 from keyreid.progress import track
 
-_STYLE = """body {
-    max-width: 1500px; margin: 2rem auto; padding: 0 1rem;
-    font: 15px/1.45 system-ui, sans-serif; color: #222
-}
-img { max-width: 100% }
-th { text-align: left; font-weight: 500; padding-right: 2rem }
-td { font-variant-numeric: tabular-nums }
-.part { margin-right: 1.2rem }
-.part i { display: inline-block; width: .8em; height: .8em; margin-right: .35em; border: 1px solid #555 }
-ol { columns: 3; font-size: 12px }"""
 CELL_HEIGHT, CELL_WIDTH = 256, 128  # of the contact sheet, pixels
 
 
@@ -47,7 +38,7 @@ class _Found:
     provenance: dict
 
 
-def write_report(
+def write_quality(
     dataset: Dataset, files: Path, out: Path, samples: int = 24, truth: Path | None = None, seed: int = 0
 ) -> dict:
     """Write `report.html`, `report.json`, `statistics.png` and `contact.png`.
@@ -55,7 +46,7 @@ def write_report(
     Args:
         files: folder of keypoint files.
         samples: crops on the contact sheet: half of them drawn at random, the other half those of the lowest scores,
-            one a tracklet.
+            one for each tracklet.
         truth: folder of keypoint files to judge these by.
 
     Returns:
@@ -72,7 +63,7 @@ def write_report(
     (out / "report.json").write_text(json.dumps(numbers, indent=1) + "\n")
     _draw_statistics(found, numbers, out / "statistics.png")
     captions = _draw_contact_sheet(found, samples, np.random.default_rng(seed), out / "contact.png")
-    (out / "report.html").write_text(_page(dataset.name, files, numbers, found, captions))
+    write_page(out / "report.html", f"Keypoints of {dataset.name}", _sections(files, numbers, found, captions))
     return numbers
 
 
@@ -127,61 +118,47 @@ def _accuracy(found: _Found, dataset: Dataset, truth: Path) -> dict:
     if true.shape != found.keypoints.shape:
         raise DataError(f"{truth}: true keypoints of {len(true)} frames for {len(found.keypoints)} found ones")
     heights = np.array([Image.open(io.BytesIO(read_frame(frame)[0])).height for frame in found.frames])
-    distance = errors(found.keypoints, true)
-    in_sight = np.where(true[..., 2] == 1, distance, np.nan)
-    near = distance[np.isfinite(distance)]
-    return {
-        "truth": str(truth),
-        "frames": len(true),
-        "pck_0.05": pck(distance, heights),
-        "pck_0.05_in_plain_sight": pck(in_sight, heights),
-        "median_pixels": float(np.median(near)) if len(near) else None,
-        "pck_0.05_by_joint": {name: pck(distance[:, j : j + 1], heights) for j, name in enumerate(KEYPOINT_NAMES)},
-    }
+    return {"truth": str(truth), **judge_keypoints(found.keypoints, true, heights)}
 
 
 def _draw_statistics(found: _Found, numbers: dict, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 3, width_ratios=(1.25, 1, 1))
-    colours = PART_COLOURS[joint_parts(6)] / 255
+    joint_names = [name.replace("_", " ") for name in KEYPOINT_NAMES]
+    edges = np.linspace(0, 1, 41)
 
     axes = figure.add_subplot(grid[:, 0])
-    shares = [numbers["joint_visible"][name] for name in KEYPOINT_NAMES]
-    bars = axes.barh(
-        [name.replace("_", " ") for name in KEYPOINT_NAMES], shares, color=colours, edgecolor="0.3", lw=0.5
-    )
+    shares = list(numbers["joint_visible"].values())
+    bars = axes.barh(joint_names, shares, color=PART_COLOURS[joint_parts(6)] / 255, edgecolor="0.3", lw=0.5)
     axes.bar_label(bars, [f"{share:.0%}" for share in shares], padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.set(xlim=(0, 1.16), xlabel="share of frames", title=f"joints found (confidence > {MIN_CONFIDENCE})")
+    parts = zip(PART_COLOURS / 255, part_names(6), strict=True)
+    handles = [Patch(color=colour, label=name.replace("_", " ")) for colour, name in parts]
+    axes.legend(handles=handles, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.06), frameon=False)
 
     axes = figure.add_subplot(grid[0, 1])
-    axes.hist(found.scores[found.scores > 0], np.linspace(0, 1, 41), color="0.35")
-    axes.set(
-        xlabel="score", ylabel="frames", title=f"scores; a person in {numbers['frames_with_person']:.1%} of frames"
-    )
+    axes.hist(found.scores[found.scores > 0], edges, color="0.35")
+    people = f"scores; a person in {numbers['frames_with_person']:.1%} of frames"
+    axes.set(xlabel="score", ylabel="frames", title=people)
 
     axes = figure.add_subplot(grid[0, 2])
     counts = (found.keypoints[..., 2] > MIN_CONFIDENCE).sum(1)
     axes.bar(np.arange(18), np.bincount(counts, minlength=18), color="0.35")
-    axes.set(xlabel="joints found in a frame", ylabel="frames", title="joints a frame", xticks=range(0, 18, 2))
+    axes.set(xlabel="joints found in a frame", ylabel="frames", title="joints per frame", xticks=range(0, 18, 2))
 
     axes = figure.add_subplot(grid[1, 1:])
-    edges = np.linspace(0, 1, 41)
     table = np.stack([np.histogram(column[column > 0], edges)[0] for column in found.keypoints[..., 2].T])
-    image = axes.imshow(
-        table / max(len(found.frames), 1),
-        aspect="auto",
-        extent=(0, 1, 16.5, -0.5),
-        cmap="viridis",
-        interpolation="nearest",
-        norm=PowerNorm(0.5, vmin=0),  # or the few joints of low confidence would not be seen beside the many others
-    )
-    axes.set_yticks(range(17), [name.replace("_", " ") for name in KEYPOINT_NAMES], fontsize=8)
+    norm = PowerNorm(0.5, vmin=0)  # or the few joints of low confidence would not be seen beside the many others
+    extent, shares = (0, 1, 16.5, -0.5), table / len(found.frames)
+    image = axes.imshow(shares, aspect="auto", extent=extent, cmap="viridis", interpolation="nearest", norm=norm)
+    axes.set_yticks(range(17), joint_names, fontsize=8)
     axes.set(xlabel="confidence", title="confidence of each joint where it was found")
     figure.colorbar(image, ax=axes, label="share of frames")
     figure.savefig(path, dpi=110)
@@ -190,7 +167,10 @@ def _draw_statistics(found: _Found, numbers: dict, path: Path) -> None:
 def _draw_contact_sheet(found: _Found, samples: int, rng: np.random.Generator, path: Path) -> list[str]:
     """Crops with skeletons, each beside its part heatmaps; gives what each shows."""
     random = rng.permutation(len(found.frames))[: samples - samples // 2]
-    worst = _worst_of_each(found)[: samples // 2]
+    ends = [*found.tracklet_starts[1:], len(found.scores)]
+    spans = zip(found.tracklet_starts, ends, strict=True)
+    lowest = [start + int(found.scores[start:end].argmin()) for start, end in spans]  # of each tracklet
+    worst = sorted(lowest, key=lambda i: found.scores[i])[: samples // 2]
     cells, captions = [], []
     for kind, chosen in (("random", random), ("lowest scores", worst)):
         for i in chosen:
@@ -206,57 +186,78 @@ def _draw_contact_sheet(found: _Found, samples: int, rng: np.random.Generator, p
     return captions
 
 
-def _worst_of_each(found: _Found) -> list[int]:
-    """The frame of the lowest score of each tracklet, the worst first."""
-    ends = [*found.tracklet_starts[1:], len(found.scores)]
-    lowest = [
-        start + int(found.scores[start:end].argmin()) for start, end in zip(found.tracklet_starts, ends, strict=True)
-    ]
-    return sorted(lowest, key=lambda i: found.scores[i])
-
-
 def _label(cell: np.ndarray, text: str) -> np.ndarray:
     for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
         cv2.putText(cell, text, (4, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.42, colour, thickness, cv2.LINE_AA)
     return cell
 
 
-def _page(name: str, files: Path, numbers: dict, found: _Found, captions: list[str]) -> str:
-    def table(rows: dict) -> str:
-        cells = (f"<tr><th>{html.escape(k)}</th><td>{html.escape(_say(v))}</td></tr>" for k, v in rows.items())
-        return f"<table>{''.join(cells)}</table>"
+def _sections(files: Path, numbers: dict, found: _Found, captions: list[str]) -> list[Section]:
+    absent = f"Without keypoints: {', '.join(found.absent[:50])}{' ...' if len(found.absent) > 50 else ''}"
+    contact = "Crops with skeletons and part heatmaps, in the colours of the parts above"
+    sections = [
+        Section(text=[str(files), *([absent] if found.absent else [])], table=_table("all frames", numbers)),
+        Section("Statistics", pictures=[("statistics.png", "Joints found, scores, confidences")]),
+        Section("Contact sheet", pictures=[("contact.png", contact)], items=captions),
+    ]
+    if "accuracy" in numbers:
+        accuracy = numbers["accuracy"]
+        sections.append(Section("Against true keypoints", table=_table("", accuracy | accuracy["pck_0.05_by_joint"])))
+    made = {name: value for name, value in found.provenance.items() if name != "unreadable"}
+    return [*sections, Section("How they were made", table=_table("", made))]
 
-    flat = {key.replace("_", " "): value for key, value in numbers.items() if not isinstance(value, dict)}
-    swatches = "".join(
-        f'<span class="part"><i style="background:rgb{colour}"></i>{part.replace("_", " ")}</span>'
-        for part, colour in zip(part_names(6), map(tuple, PART_COLOURS.astype(int).tolist()), strict=True)
+
+def _table(head: str, values: dict) -> list[tuple[str, str]]:
+    rows = [(k.replace("_", " "), v) for k, v in values.items() if not isinstance(v, dict)]
+    return [(head, ""), *((name, f"{v:.4g}" if isinstance(v, float) else str(v)) for name, v in rows)]
+
+
+def judge_keypoints(found: np.ndarray, true: np.ndarray, heights: np.ndarray) -> dict[str, Any]:
+    """PCK of all true joints, of those in plain sight (true confidence 1) and of each; median error of the found ones.
+
+    Args:
+        found, true: [N, 17, 3] in the same pixels; confidence 0 is missing.
+        heights: [N], of the pictures in pixels.
+    """
+    distance = errors(found, true)
+    near = distance[np.isfinite(distance)]
+    return {
+        "frames": len(true),
+        "pck_0.05": pck(distance, heights),
+        "pck_0.05_in_plain_sight": pck(np.where(true[..., 2] == 1, distance, np.nan), heights),
+        "median_pixels": float(np.median(near)) if len(near) else None,
+        "pck_0.05_by_joint": {name: pck(distance[:, j : j + 1], heights) for j, name in enumerate(KEYPOINT_NAMES)},
+    }
+
+
+def describe(accuracy: dict[str, Any]) -> str:
+    """What `judge_keypoints` gives, in a line."""
+    return (
+        f"PCK@0.05 of the height {accuracy['pck_0.05']:.3f} of all true joints, "
+        f"{accuracy['pck_0.05_in_plain_sight']:.3f} of those in plain sight; "
+        f"median error {accuracy['median_pixels'] or float('nan'):.2f} pixels"
     )
-    accuracy = numbers.get("accuracy")
-    judged = ""
-    if accuracy is not None:
-        rows = {k: v for k, v in accuracy.items() if not isinstance(v, dict)} | accuracy["pck_0.05_by_joint"]
-        judged = f"<h2>Against true keypoints</h2>{table({k.replace('_', ' '): v for k, v in rows.items()})}"
-    absent = ""
-    if found.absent:
-        absent = (
-            f"<p>Without keypoints: {html.escape(', '.join(found.absent[:50]))}{'...' * (len(found.absent) > 50)}</p>"
-        )
-    listed = "".join(f"<li>{html.escape(caption)}</li>" for caption in captions)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Keypoints of {html.escape(name)}</title><style>
-{_STYLE}
-</style></head><body>
-<h1>Keypoints of {html.escape(name)}</h1>
-<p>{html.escape(str(files))}</p>
-{table(flat)}{absent}
-<h2>Statistics</h2><img src="statistics.png" alt="joints found, scores, confidences">
-<h2>Contact sheet</h2><p>{swatches}</p>
-<img src="contact.png" alt="crops with skeletons and part heatmaps"><ol>{listed}</ol>
-{judged}
-<h2>How they were made</h2>{table({k.replace("_", " "): v for k, v in found.provenance.items() if k != "unreadable"})}
-</body></html>
-"""
 
 
-def _say(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def errors(found: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Distance of each found joint from the true one, pixels [N, 17].
+
+    Infinite where a joint was not found, NaN where there is no true one.
+    """
+    distance = np.linalg.norm(found[..., :2].astype(np.float64) - true[..., :2], axis=-1)
+    distance[found[..., 2] <= 0] = np.inf
+    distance[true[..., 2] <= 0] = np.nan
+    return distance
+
+
+def pck(distance: np.ndarray, heights: np.ndarray, share: float = 0.05) -> float:
+    """Percentage of correct keypoints, as a share in [0, 1]: joints found within `share` of the picture's height.
+
+    Args:
+        distance: [N, 17] of `errors`; what was not found counts as wrong, what has no truth not at all.
+        heights: [N], of the pictures in pixels.
+    """
+    judged = ~np.isnan(distance)
+    if not judged.any():
+        return float("nan")
+    return float((distance <= share * np.asarray(heights, np.float64)[:, None])[judged].mean())

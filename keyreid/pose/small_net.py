@@ -1,21 +1,25 @@
-"""The small base network that finds the joints of rendered walkers: minutes to train, and kept in the repository.
+"""A base network for OpenPifPaf that is small enough to be kept in a repository and trained in minutes on a core.
 
-It is a plain residual network of stride 8; `keyreid/pose/pifpaf.py` puts OpenPifPaf's heads on it.
+`walkers`, the weights that come with keyreid, are of this kind. The architecture stands here, beside OpenPifPaf's own
+base networks, because weights files name it and loading them must not depend on the renderer of walkers; how it was
+trained on them is `keyreid/synthetic/pose_training.py`. It is a plain residual network of stride 8, on which
+`keyreid/pose/pifpaf.py` puts OpenPifPaf's heads.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+from torchvision.ops import Conv2dNormActivation
 
 WIDTHS = (24, 48, 96)
-BLOCKS = 5
+DILATIONS = (1, 2, 4, 2, 1)  # grow and shrink again, so that a cell sees the whole body and what is between
 
 
-class WalkersNet(nn.Module):
+class SmallNet(nn.Module):
     """Pictures [N, 3, H, W] to features [N, 96, ceil(H / 8), ceil(W / 8)]."""
 
-    name = "walkers"
+    name = "walkers"  # in weights files
     stride = 8
     out_features = WIDTHS[-1]
 
@@ -24,8 +28,7 @@ class WalkersNet(nn.Module):
         self.first = _convolution(3, WIDTHS[0], kernel=5, stride=2)
         self.second = _Block(WIDTHS[0], WIDTHS[1], stride=2)
         self.third = _Block(WIDTHS[1], WIDTHS[2], stride=2)
-        # Dilation grows and shrinks again, so that a cell sees the whole body without missing what is between.
-        self.body = nn.Sequential(*(_Block(WIDTHS[2], WIDTHS[2], dilation=d) for d in (1, 2, 4, 2, 1)[:BLOCKS]))
+        self.body = nn.Sequential(*(_Block(WIDTHS[2], WIDTHS[2], dilation=dilation) for dilation in DILATIONS))
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """Features at a stride of 8 pixels."""
@@ -49,6 +52,5 @@ class _Block(nn.Module):
 def _convolution(
     inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dilation: int = 1, activate: bool = True
 ) -> nn.Sequential:
-    padding = dilation * (kernel // 2)
-    layers = [nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False), nn.BatchNorm2d(outputs)]
-    return nn.Sequential(*layers, *([nn.ReLU(inplace=True)] if activate else []))
+    activation = nn.ReLU if activate else None
+    return Conv2dNormActivation(inputs, outputs, kernel, stride, dilation=dilation, activation_layer=activation)

@@ -1,4 +1,4 @@
-"""One rendered tracklet: a person of `walkers_clothes` walks past a camera of `walkers_scene`."""
+"""One rendered tracklet: a person of `clothes` walks past a camera of `scene`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from keyreid.synthetic import body, drawing, scene
+from keyreid.synthetic import body, scene, sprites
 from keyreid.synthetic.clothes import Person, dress
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """What one tracklet is: encoded pictures and their true keypoints.
+    """What one tracklet is: JPEG bytes of each frame, and the true keypoints.
 
-    Attributes:
-        pictures: JPEG bytes of each frame.
-        keypoints: float32 [T, 17, 3]: x, y in pixels; confidence 1 seen, 0.5 behind the person's own body, 0 hidden by
-            something else or outside the picture.
+    Keypoints are float32 [T, 17, 3]: x, y in pixels; confidence 1 seen, 0.5 behind the person's own body, 0 hidden by
+    something else or outside the picture.
     """
 
     pictures: list[bytes]
@@ -29,10 +27,14 @@ class Rendered:
 class _Figure:
     """A person set in motion before the camera: what drawing a frame needs."""
 
-    sprites: dict[str, drawing.Sprite]
+    sprites: dict[str, sprites.Sprite]
     points: np.ndarray  # [T, POINTS, 3]
     crops: np.ndarray  # [T, 2, 3]
     scale: float
+
+    def draw(self, canvas: np.ndarray, owner: np.ndarray, t: int) -> None:
+        """Draw frame `t`; see `sprites.draw`."""
+        sprites.draw(canvas, owner, self.sprites, self.points[t], self.crops[t], self.scale)
 
 
 def random_stream(*numbers: int) -> np.random.Generator:
@@ -65,15 +67,15 @@ def render_tracklet(
         canvas = next(backdrop)
         owner[:] = 0
         if company and not company_in_front:
-            _draw(canvas, owner, company, t)
+            company.draw(canvas, owner, t)
             owner[:] = 0
         if not empty:
             _shade_ground(canvas, figure, t)
-            _draw(canvas, owner, figure, t)
+            figure.draw(canvas, owner, t)
         if company and company_in_front:
             veil = np.zeros_like(owner)
-            _draw(canvas, veil, company, t)
-            owner[veil > 0] = drawing.OCCLUDER
+            company.draw(canvas, veil, t)
+            owner[veil > 0] = sprites.OCCLUDER
         if obstacle:
             _obstruct(canvas, owner, obstacle, t)
         keypoints[t] = _true_keypoints(figure, t, owner)
@@ -94,7 +96,7 @@ def _enter(person: Person, camera, yaw: float, frames: int, rng, height: int, wi
     scale = camera.tight * height * np.exp(rng.normal(0, 0.025)) / (bottom - top + 0.03)
     light = camera.light + rng.normal(0, 0.2, 3)
     ambient = float(np.clip(camera.ambient + rng.normal(0, 0.05), 0.4, 0.95))
-    sprites = drawing.bake(person, yaw, light / np.linalg.norm(light), ambient, scale)
+    baked = sprites.bake(person, yaw, light / np.linalg.norm(light), ambient, scale)
     wander = np.cumsum(rng.normal(0, 0.006, (frames, 2)), axis=0)
     shift = rng.normal(0, (0.03, 0.012), 2)
     if junk:
@@ -104,7 +106,7 @@ def _enter(person: Person, camera, yaw: float, frames: int, rng, height: int, wi
     crops[:, 1, 1] = 1 + rng.normal(0, 0.006, frames)
     crops[:, 0, 2] = width * (0.5 + shift[0] + wander[:, 0])
     crops[:, 1, 2] = height * (0.5 + shift[1] + 0.5 * wander[:, 1]) - 0.5 * (top + bottom) * scale
-    return _Figure(sprites, points, crops, scale)
+    return _Figure(baked, points, crops, scale)
 
 
 def _backdrop(street: np.ndarray, frames: int, rng, height: int, width: int):
@@ -118,10 +120,6 @@ def _backdrop(street: np.ndarray, frames: int, rng, height: int, width: int):
         yield street[top : top + height, column : column + width].copy()
 
 
-def _draw(canvas: np.ndarray, owner: np.ndarray, figure: _Figure, t: int) -> None:
-    drawing.draw(canvas, owner, figure.sprites, figure.points[t], figure.crops[t], figure.scale)
-
-
 def _shade_ground(canvas: np.ndarray, figure: _Figure, t: int) -> None:
     feet = figure.points[t, [body.LEFT_TOE, body.RIGHT_TOE, body.LEFT_HEEL, body.RIGHT_HEEL], :2] * figure.scale
     feet = feet @ figure.crops[t, :, :2].T + figure.crops[t, :, 2]
@@ -131,10 +129,9 @@ def _shade_ground(canvas: np.ndarray, figure: _Figure, t: int) -> None:
     y0, y1 = max(int(top - 0.3 * pad), 0), min(int(bottom + 0.6 * pad), canvas.shape[0])
     if x1 > x0 and y1 > y0:
         mask = np.zeros((y1 - y0, x1 - x0), np.uint8)
-        cv2.ellipse(
-            mask, ((x1 - x0) // 2, (y1 - y0) // 2), ((x1 - x0) // 2, (y1 - y0) // 2), 0, 0, 360, 110, -1, cv2.LINE_AA
-        )
-        drawing.over(canvas[y0:y1, x0:x1], cv2.merge([np.zeros_like(mask)] * 3 + [mask]))
+        half = (x1 - x0) // 2, (y1 - y0) // 2
+        cv2.ellipse(mask, half, half, 0, 0, 360, 110, -1, cv2.LINE_AA)
+        sprites.over(canvas[y0:y1, x0:x1], cv2.merge([np.zeros_like(mask)] * 3 + [mask]))
 
 
 def _obstruct(canvas: np.ndarray, owner: np.ndarray, obstacle: scene.Occluder, t: int) -> None:
@@ -142,8 +139,8 @@ def _obstruct(canvas: np.ndarray, owner: np.ndarray, obstacle: scene.Occluder, t
     start, end = max(left, 0), min(left + obstacle.layer.shape[1], canvas.shape[1])
     if end > start:
         layer = obstacle.layer[:, start - left : end - left]
-        drawing.over(canvas[:, start:end], layer)
-        owner[:, start:end][layer[..., 3] > 127] = drawing.OCCLUDER
+        sprites.over(canvas[:, start:end], layer)
+        owner[:, start:end][layer[..., 3] > 127] = sprites.OCCLUDER
 
 
 def _true_keypoints(figure: _Figure, t: int, owner: np.ndarray) -> np.ndarray:
@@ -153,11 +150,11 @@ def _true_keypoints(figure: _Figure, t: int, owner: np.ndarray) -> np.ndarray:
     inside = (columns >= 0) & (columns < owner.shape[1]) & (rows >= 0) & (rows < owner.shape[0])
     covering = owner[np.where(inside, rows, 0), np.where(inside, columns, 0)]
     joints = np.arange(body.KEYPOINTS)
-    confidence = np.where((covering == 0) | drawing.SHOWS[covering, joints], 1.0, 0.5)
+    confidence = np.where((covering == 0) | sprites.SHOWS[covering, joints], 1.0, 0.5)
     head = figure.points[t, [body.CROWN, body.CHIN], 2].mean()
     turned_away = (joints <= body.RIGHT_EAR) & (points[:, 2] < head - 0.012)
     confidence[turned_away] = 0.5
-    confidence[~inside | (covering == drawing.OCCLUDER)] = 0.0
+    confidence[~inside | (covering == sprites.OCCLUDER)] = 0.0
     return np.column_stack([places, confidence]).astype(np.float32)
 
 
