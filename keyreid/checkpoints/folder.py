@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import re
 import shutil
 import threading
 from collections.abc import Mapping
@@ -34,6 +36,8 @@ WEIGHTS, EMA, TRAINING, STATE, MANIFEST = (
     "manifest.json",
 )
 PARTIAL = ".partial"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,12 +115,23 @@ def save(root: Path, snapshot: Snapshot) -> Path:
 
 
 def named(root: Path, name: str) -> Path | None:
-    """The folder that `latest` or `best` names."""
+    """The folder that `latest` or `best` names; None where there is no such file, or (with a warning) no such folder.
+
+    Raises:
+        CheckpointError: the file holds anything but the name of a checkpoint beside it.
+    """
     try:
-        folder = root / (root / name).read_text().strip()
-    except (OSError, ValueError):
+        step = (root / name).read_text(errors="replace").strip()
+    except OSError:
         return None
-    return folder if folder.parent == root and folder.is_dir() else None
+    if not re.fullmatch(r"step-\d+", step):
+        raise CheckpointError(
+            f"{root / name}: {step[:80]!r} is no checkpoint of this folder; write the name of one into it, or remove it"
+        )
+    if (root / step).is_dir():
+        return root / step
+    log.warning("%s names %s, which is not there", root / name, step)
+    return None
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -143,7 +158,8 @@ def verify(folder: Path) -> list[str]:
             faults.append(f"{path}: {path.stat().st_size} bytes, expected {size}")
         elif sha256(path) != digest:
             faults.append(f"{path}: SHA-256 does not fit, the file was changed or damaged")
-    return faults
+    strange = [path for path in folder.glob("*.safetensors") if path.name not in expected]
+    return faults + [f"{path}: not of this checkpoint, its manifest does not name it" for path in sorted(strange)]
 
 
 def newest_whole(root: Path, warn=print) -> Path | None:
@@ -178,7 +194,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return read_weights(folder / name) if (folder / name).exists() else {}
 
 
-def best_of(folders: list[Path]) -> Path | None:
+def _best_of(folders: list[Path]) -> Path | None:
     """The best checkpoint by what the newest readable one remembers, for when the file `best` is lost."""
     for folder in reversed(folders):
         try:
@@ -192,7 +208,12 @@ def best_of(folders: list[Path]) -> Path | None:
 def prune(root: Path, keep: int) -> list[Path]:
     """Remove all but the newest `keep`, the best, and those kept for ever; gives what was removed."""
     folders = checkpoints(root)
-    best = named(root, "best") or best_of(folders)
+    try:
+        best = named(root, "best")
+    except CheckpointError as error:
+        log.warning("%s", error)
+        best = None
+    best = best or _best_of(folders)
     removed = []
     for folder in folders[:-keep]:
         try:

@@ -144,4 +144,4 @@ def _check_packages() -> None:
         try:
             __import__(name)
         except ImportError:
-            raise ConfigError(f"ONNX export needs {name}: pip install 'keyreid[export]'") from None
+            raise ConfigError(f"ONNX export needs {name}: run `pip install -e .[export]` in the clone") from None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from keyreid.checkpoints.weights_file import WeightsHeader, write_weights
+from keyreid.checkpoints.weights_file import write_weights
 from keyreid.errors import ConfigError
 from keyreid.export.source import ExportSource
 from keyreid.files import replacing
@@ -18,14 +19,12 @@ def export_weights(source: ExportSource, out: Path) -> None:
     """
     if out.suffix != ".safetensors":
         raise ConfigError(f"{out}: the name of a weights file ends in .safetensors")
-    header = source.header
-    about = {**header.about, "averaged": source.averaged}
+    about = {**source.header.about, "averaged": source.averaged}
     if source.training:
         about["training"] = dict(source.training)
     if source.scores:
         about["scores"] = {name: value for name, value in source.scores.items() if name not in ("pictures", "vectors")}
+    model = source.header.model.model_copy(update={"weights": None})
     out.parent.mkdir(parents=True, exist_ok=True)
-    model = header.model.model_copy(update={"weights": None})
-    header = WeightsHeader(model, header.clip, header.identities, header.cameras, about)
     with replacing(out, alone=True) as partial:
-        write_weights(partial, source.tensors, header)
+        write_weights(partial, source.network.state_dict(), replace(source.header, model=model, about=about))
