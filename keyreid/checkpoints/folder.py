@@ -10,6 +10,7 @@ of ranks and any ZeRO stage (see state.py).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -28,13 +29,8 @@ from keyreid.checkpoints.weights_file import WeightsHeader, read_weights, write_
 from keyreid.errors import CheckpointError
 from keyreid.files import replace_text, sha256, sync
 
-WEIGHTS, EMA, TRAINING, STATE, MANIFEST = (
-    "weights.safetensors",
-    "ema.safetensors",
-    "training.safetensors",
-    "state.json",
-    "manifest.json",
-)
+WEIGHTS, EMA, TRAINING = "weights.safetensors", "ema.safetensors", "training.safetensors"
+STATE, MANIFEST = "state.json", "manifest.json"
 PARTIAL = ".partial"
 
 log = logging.getLogger(__name__)
@@ -194,35 +190,28 @@ def read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return read_weights(folder / name) if (folder / name).exists() else {}
 
 
-def _best_of(folders: list[Path]) -> Path | None:
-    """The best checkpoint by what the newest readable one remembers, for when the file `best` is lost."""
-    for folder in reversed(folders):
-        try:
-            step = read_state(folder).best_step
-        except CheckpointError:
-            continue
-        return None if step is None else folder.parent / folder_name(step)
-    return None
-
-
 def prune(root: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep`, the best, and those kept for ever; gives what was removed."""
+    """Remove all but the newest `keep`, the best, and those kept for ever; gives what was removed.
+
+    The best is the one that `best` names, and the one that the newest state remembers, should that file be lost.
+    """
     folders = checkpoints(root)
+    kept, best_step = set(folders[-keep:]), None
+    for folder in folders:
+        with contextlib.suppress(CheckpointError):  # damaged: good for nothing
+            state = read_state(folder)
+            best_step = state.best_step
+            if state.keep:
+                kept.add(folder)
+    if best_step is not None:
+        kept.add(root / folder_name(best_step))
     try:
-        best = named(root, "best")
+        kept.add(named(root, "best"))
     except CheckpointError as error:
         log.warning("%s", error)
-        best = None
-    best = best or _best_of(folders)
-    removed = []
-    for folder in folders[:-keep]:
-        try:
-            kept_for_ever = read_state(folder).keep
-        except CheckpointError:  # damaged: good for nothing
-            kept_for_ever = False
-        if folder != best and not kept_for_ever:
-            shutil.rmtree(folder)
-            removed.append(folder)
+    removed = [folder for folder in folders if folder not in kept]
+    for folder in removed:
+        shutil.rmtree(folder)
     for leftover in root.glob(f"step-*{PARTIAL}"):
         shutil.rmtree(leftover, ignore_errors=True)
     return removed
@@ -254,7 +243,6 @@ class BackgroundWriter:
         """
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
         if self.error is not None:
             raise self.error
 

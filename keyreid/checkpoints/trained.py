@@ -16,7 +16,7 @@ from keyreid.checkpoints.pretrained import CLASSIFIERS, load_network, read_state
 from keyreid.checkpoints.released import from_released, is_released, released_model
 from keyreid.checkpoints.run_folder import RunFolder, check_whole, find_weights
 from keyreid.checkpoints.weights_file import WeightsHeader, read_header, read_weights
-from keyreid.config import Config, ModelConfig, check_config, load_config, merge_overrides
+from keyreid.config import ClipConfig, Config, ModelConfig, check_config, load_config, merge_overrides
 from keyreid.errors import CheckpointError, ConfigError
 from keyreid.model import KeyReID, build_model
 from keyreid.shards.index import ShardSet
@@ -80,7 +80,8 @@ def open_trained(
     network, header = load_trained(file, verify)
     run = RunFolder.holding(file)
     settings = open_config(config or (run and run.config_file), overrides, shards)
-    return Trained(network, _with_network(settings, network, header), header, file, run)
+    own = header or header_of(network, file)
+    return Trained(network, settings.model_copy(update={"model": own.model, "clip": own.clip}), header, file, run)
 
 
 def open_config(path: Path | None, overrides: Sequence[str], shards: str | None) -> Config:
@@ -113,6 +114,18 @@ def load_trained(location: Path, verify: bool = True) -> tuple[KeyReID, WeightsH
     return network.eval(), header
 
 
+def header_of(network: KeyReID, file: Path) -> WeightsHeader:
+    """A header for a published checkpoint; its identities and cameras are counted, not named."""
+    height, width = network.image_size
+    return WeightsHeader(
+        model=ModelConfig(guidance=network.guidance, parts=network.parts),
+        clip=ClipConfig(frames=network.frames, height=height, width=width),
+        identities=list(range(network.num_identities)),
+        cameras=list(range(network.num_cameras)),
+        about={"converted_from": file.name},
+    )
+
+
 def load_state(location: Path, verify: bool = True) -> tuple[dict[str, torch.Tensor], WeightsHeader | None]:
     """The tensors alone, in our names; also of a bare state dict."""
     file, tensors, header = _load(location, verify)
@@ -132,12 +145,3 @@ def _load(location: Path, verify: bool) -> tuple[Path, dict[str, torch.Tensor], 
         header = read_header(file)
         return file, read_weights(file), header
     return file, read_state(file), None
-
-
-def _with_network(config: Config, network: KeyReID, header: WeightsHeader | None) -> Config:
-    if header is not None:
-        return config.model_copy(update={"model": header.model, "clip": header.clip})
-    height, width = network.image_size
-    clip = config.clip.model_copy(update={"frames": network.frames, "height": height, "width": width})
-    model = ModelConfig(guidance=network.guidance, parts=network.parts)
-    return config.model_copy(update={"clip": clip, "model": model})

@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
+from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -40,20 +41,16 @@ class WeightsHeader:
     clip: ClipConfig
     identities: Sequence[int]
     cameras: Sequence[int]
-    about: Mapping[str, object]
+    about: Mapping[str, Any]
+
+
+HEADER = TypeAdapter(WeightsHeader)
 
 
 def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], header: WeightsHeader) -> None:
     """Write tensors (names as in `KeyReID.state_dict()`) and header."""
-    fields = {
-        "sha256": UNSIGNED,
-        "model": header.model.model_dump(mode="json"),
-        "clip": header.clip.model_dump(mode="json"),
-        "identities": list(header.identities),
-        "cameras": list(header.cameras),
-        "about": dict(header.about),
-    }
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {FORMAT: json.dumps(fields)})
+    text = json.dumps({"sha256": UNSIGNED, **HEADER.dump_python(header, mode="json")})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {FORMAT: text})
     with path.open("r+b") as file:
         place = file.read(4096).index(UNSIGNED.encode())
         file.seek(place)
@@ -72,14 +69,8 @@ def read_header(path: Path) -> WeightsHeader:
             f"{path}: a safetensors file, but not one of keyreid's; give pretrained backbones as model.weights"
         )
     try:
-        return WeightsHeader(
-            model=ModelConfig.model_validate(fields["model"]),
-            clip=ClipConfig.model_validate(fields["clip"]),
-            identities=fields["identities"],
-            cameras=fields["cameras"],
-            about=fields["about"],
-        )
-    except (KeyError, ValueError) as error:
+        return HEADER.validate_python(fields)
+    except ValueError as error:
         raise CheckpointError(f"{path}: damaged header: {error}") from None
 
 

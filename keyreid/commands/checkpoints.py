@@ -45,9 +45,9 @@ def checkpoints(
         except CheckpointError:
             step, score = "?", "?"
         size = sum(path.stat().st_size for path in folder.iterdir())
-        state_word = ("no" if found else "yes") if verify else ""
         names = " ".join(name for name, path in marks.items() if path == folder)
-        table.add_row(folder.name, step, score, f"{size / 1e6:.1f} MB", names, state_word)
+        whole = ("no" if found else "yes") if verify else ""
+        table.add_row(folder.name, step, score, f"{size / 1e6:.1f} MB", names, whole)
     Console().print(table)
     if faults:
         raise CheckpointError("; ".join(faults))

@@ -29,8 +29,7 @@ def weights(
 ) -> None:
     """Write a network as one safetensors file, with a model card: `keyreid evaluate`, `embed` and `export` take it."""
     from keyreid.export.model_card import card_path, write_card
-    from keyreid.export.source import open_source
-    from keyreid.export.weights import export_weights
+    from keyreid.export.source import export_weights, open_source
 
     exported = open_source(source, best, averaged, verify)
     export_weights(exported, out)
@@ -67,14 +66,11 @@ def onnx(
 
 @app.command("released")
 def released(
-    weights: Annotated[
-        Path,
-        typer.Argument(help="A run's folder, a checkpoint, or a weights file, trained with model.guidance=released."),
-    ],
+    source: Source,
     out: Annotated[Path, typer.Argument(help="File to write, .pth.")],
     verify: Verify = True,
 ) -> None:
-    """Write a checkpoint with exactly the keys that the published KeyRe-ID code loads."""
+    """Write a checkpoint with the keys of the published KeyRe-ID code, of training with model.guidance=released."""
     import torch
 
     from keyreid.checkpoints.released import to_released
@@ -82,10 +78,10 @@ def released(
     from keyreid.errors import CheckpointError
     from keyreid.files import replacing
 
-    state, header = load_state(weights, verify)
+    state, header = load_state(source, verify)
     if header is not None and header.model.guidance != "released":
         raise CheckpointError(
-            f"{weights}: trained with model.guidance={header.model.guidance}; the published code computes another "
+            f"{source}: trained with model.guidance={header.model.guidance}; the published code computes another "
             "local branch and would give other features. Train with model.guidance=released to export for it"
         )
     tensors = to_released(state)

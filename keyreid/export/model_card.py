@@ -26,42 +26,34 @@ def write_card(path: Path, source: ExportSource, files: Sequence[Path], usage: s
         files: what was exported.
         usage: commands that show how to use it.
     """
+    header, training = source.header, source.training
+    about = {"dataset": None, "run": None, "step": None, "converted_from": None, **header.about}
+    initial = training.get("model", {}).get("weights") if training else header.model.weights
     template = resources.files("keyreid").joinpath("assets/model_card.md.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    replace_text(path, environment.from_string(template).render(_facts(source, files, usage)))
+    text = environment.from_string(template).render(
+        name=_name(about, source.file),
+        version=keyreid.__version__,
+        files=[{"name": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)} for file in files],
+        source=source,
+        model=header.model,
+        parameters=sum(parameter.numel() for parameter in source.network.parameters()),
+        parts=", ".join(part_names(header.model.parts)),
+        about=about,
+        training=training,
+        shown=[section for section in SHOWN_TRAINING if section in training],
+        initial=f"`{initial}`" if initial else "random, or not known",
+        scores=source.scores,
+        rates=SHOWN_RATES,
+        summaries={name: protocol.summary for name, protocol in PROTOCOLS.items()},
+        usage=usage,
+    )
+    replace_text(path, text)
 
 
 def card_path(exported: Path) -> Path:
     """FILE.card.md, beside the export."""
     return exported.with_name(f"{exported.name}.card.md")
-
-
-def _facts(source: ExportSource, files: Sequence[Path], usage: str) -> dict[str, Any]:
-    network, header, training = source.network, source.header, source.training
-    about = {"dataset": None, "run": None, "step": None, "converted_from": None, **header.about}
-    initial = training.get("model", {}).get("weights") if training else header.model.weights
-    return {
-        "name": _name(about, source.file),
-        "version": keyreid.__version__,
-        "files": [{"name": f.name, "bytes": f.stat().st_size, "sha256": sha256(f)} for f in files],
-        "model": header.model,
-        "clip": header.clip,
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "averaged": source.averaged,
-        "parts": ", ".join(part_names(header.model.parts)),
-        "cameras": len(header.cameras),
-        "identities": len(header.identities),
-        "width": network.width + network.parts * network.part_width,
-        "global_width": network.width,
-        "about": about,
-        "training": training,
-        "shown": [section for section in SHOWN_TRAINING if section in training],
-        "initial": f"`{initial}`" if initial else "random, or not known",
-        "scores": source.scores,
-        "rates": SHOWN_RATES,
-        "summaries": {name: protocol.summary for name, protocol in PROTOCOLS.items()},
-        "usage": usage,
-    }
 
 
 def _name(about: Mapping[str, Any], file: Path) -> str:

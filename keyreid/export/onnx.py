@@ -12,6 +12,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,6 @@ from keyreid.pose.parts import part_names
 OPSET = 20
 TOLERANCE = 1e-4  # of the largest absolute value of the vectors, or 1
 CHECKED_BATCHES = (1, 2, 5)
-ONE_FILE_BYTES = 1_900_000_000  # protobuf ends at 2 GiB; beyond this the weights lie beside the graph
 INPUTS = ("images", "guidance", "cameras")
 
 
@@ -58,16 +58,14 @@ def export_onnx(network: KeyReID, out: Path, about: Mapping[str, str], seed: int
         ConfigError: the packages are missing.
         KeyreidError: onnxruntime gives other vectors; nothing is written then.
     """
-    _check_packages()
+    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
+        raise ConfigError(f"ONNX export needs {', '.join(missing)}: run `pip install -e .[export]` in the clone")
     if out.suffix != ".onnx":
         raise ConfigError(f"{out}: the name of an ONNX file ends in .onnx")
-    import onnx
-
     module = ClipEmbedding(network.eval()).eval()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         path = Path(folder) / out.name
-        external = sum(p.numel() * 4 for p in network.parameters()) > ONE_FILE_BYTES
         # A batch that is equal to no other size, so that nothing is taken for constant by accident.
         example = example_inputs(network, 3, seed)
         batch = torch.export.Dim("batch", min=1)
@@ -85,10 +83,8 @@ def export_onnx(network: KeyReID, out: Path, about: Mapping[str, str], seed: int
                 opset_version=OPSET,
                 verbose=False,
             )
-        program.save(str(path), external_data=external)
-        model = onnx.load(str(path), load_external_data=False)
-        onnx.helper.set_model_props(model, {**_metadata(network), **about})
-        onnx.save(model, str(path))
+        program.model.metadata_props.update({**_metadata(network), **about})
+        program.save(str(path))  # protobuf ends at 2 GiB; from 1.5 GiB on the weights lie beside the graph
         difference = compare(module, path, seed)
         if difference > TOLERANCE:
             raise KeyreidError(
@@ -137,11 +133,3 @@ def _metadata(network: KeyReID) -> dict[str, str]:
         "cameras": f"int64 [batch], 0 to {network.num_cameras - 1}, or -1 for an unknown one",
         "vectors": f"the first {network.width} numbers are the global feature; compare by Euclidean distance",
     }
-
-
-def _check_packages() -> None:
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        try:
-            __import__(name)
-        except ImportError:
-            raise ConfigError(f"ONNX export needs {name}: run `pip install -e .[export]` in the clone") from None

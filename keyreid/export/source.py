@@ -1,4 +1,4 @@
-"""What is exported: a network, what it is, and what is known of its training and scores."""
+"""What is exported: a network, and what is known of it; and the export as one safetensors file with all of that."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 from keyreid.checkpoints.folder import EMA
 from keyreid.checkpoints.run_folder import RunFolder, find_weights
-from keyreid.checkpoints.trained import load_trained
-from keyreid.checkpoints.weights_file import WeightsHeader
-from keyreid.config import ClipConfig, ModelConfig
+from keyreid.checkpoints.trained import header_of, load_trained
+from keyreid.checkpoints.weights_file import WeightsHeader, write_weights
+from keyreid.errors import ConfigError
+from keyreid.files import replacing
 from keyreid.model import KeyReID
 
 
@@ -49,7 +50,7 @@ def open_source(location: Path, best: bool = True, averaged: bool | None = None,
     """
     file = find_weights(location, best, averaged)
     network, header = load_trained(file, verify)
-    header = header or _header_of(network, file)
+    header = header or header_of(network, file)
     about = dict(header.about)
     scores, training = about.pop("scores", {}), about.pop("training", {})
     run = None if training else RunFolder.holding(file)  # an exported file knows, wherever it lies now
@@ -60,13 +61,20 @@ def open_source(location: Path, best: bool = True, averaged: bool | None = None,
     return ExportSource(file, network, replace(header, about=about), averaged, training, scores)
 
 
-def _header_of(network: KeyReID, file: Path) -> WeightsHeader:
-    """A header for a published checkpoint; its identities and cameras are counted, not named."""
-    height, width = network.image_size
-    return WeightsHeader(
-        model=ModelConfig(guidance=network.guidance, parts=network.parts),
-        clip=ClipConfig(frames=network.frames, height=height, width=width),
-        identities=list(range(network.num_identities)),
-        cameras=list(range(network.num_cameras)),
-        about={"converted_from": file.name},
-    )
+def export_weights(source: ExportSource, out: Path) -> None:
+    """Write one safetensors file, which whatever takes WEIGHTS takes; it is there whole or not at all.
+
+    Raises:
+        ConfigError: the file's name does not end in .safetensors.
+    """
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"{out}: the name of a weights file ends in .safetensors")
+    about = {**source.header.about, "averaged": source.averaged}
+    if source.training:
+        about["training"] = dict(source.training)
+    if source.scores:
+        about["scores"] = {name: value for name, value in source.scores.items() if name not in ("pictures", "vectors")}
+    model = source.header.model.model_copy(update={"weights": None})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out, alone=True) as partial:
+        write_weights(partial, source.network.state_dict(), replace(source.header, model=model, about=about))
