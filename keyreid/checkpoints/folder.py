@@ -16,8 +16,8 @@ import json
 import logging
 import re
 import shutil
-import threading
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -121,9 +121,7 @@ def named(root: Path, name: str) -> Path | None:
     except OSError:
         return None
     if not re.fullmatch(r"step-\d+", step):
-        raise CheckpointError(
-            f"{root / name}: {step[:80]!r} is no checkpoint of this folder; write the name of one into it, or remove it"
-        )
+        raise CheckpointError(f"{root / name}: {step[:80]!r} is no checkpoint of this folder; remove or correct it")
     if (root / step).is_dir():
         return root / step
     log.warning("%s names %s, which is not there", root / name, step)
@@ -218,22 +216,23 @@ def prune(root: Path, keep: int) -> list[Path]:
 
 
 class BackgroundWriter:
-    """Writes checkpoints in a thread while training goes on; one at a time."""
+    """Writes checkpoints in a thread while training goes on, one at a time; after a failure nothing more is written."""
 
     def __init__(self, root: Path, keep: int) -> None:
         self.root = root
         self.keep = keep
-        self.error: CheckpointError | None = None
-        self._thread: threading.Thread | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._last: Future[None] | None = None
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why the last one could not be written."""
+        return self._last.exception() if self._last is not None and self._last.done() else None
 
     def write(self, snapshot: Snapshot, best: bool) -> None:
-        """Wait for the one before, then start; a failure shows in `error`, and nothing more is written."""
-        if self._thread is not None:
-            self._thread.join()
-        if self.error is not None:
-            return
-        self._thread = threading.Thread(target=self._run, args=(snapshot, best), name="checkpoint")
-        self._thread.start()
+        """Wait for the one before, then start; a failure shows in `error`."""
+        if self._last is None or self._last.exception() is None:
+            self._last = self._thread.submit(self._write, snapshot, best)
 
     def wait(self) -> None:
         """Until what was begun is on disk.
@@ -241,21 +240,19 @@ class BackgroundWriter:
         Raises:
             CheckpointError: it could not be written.
         """
-        if self._thread is not None:
-            self._thread.join()
-        if self.error is not None:
-            raise self.error
+        if self._last is not None:
+            self._last.result()
 
-    def _run(self, snapshot: Snapshot, best: bool) -> None:
+    def _write(self, snapshot: Snapshot, best: bool) -> None:
         try:
             folder = save(self.root, snapshot)
             if best:
                 replace_text(self.root / "best", folder.name)
             prune(self.root, self.keep)
-        except CheckpointError as error:
-            self.error = error
-        except Exception as error:  # of pruning, or unforeseen: training must hear of it, not this thread alone
-            self.error = CheckpointError(f"{self.root}: {type(error).__name__}: {error}")
+        except CheckpointError:
+            raise
+        except Exception as error:  # of pruning, or unforeseen: training must hear of it
+            raise CheckpointError(f"{self.root}: {type(error).__name__}: {error}") from error
 
 
 def _write_manifest(folder: Path) -> None:

@@ -19,6 +19,7 @@ import yaml
 from keyreid.checkpoints.folder import EMA, MANIFEST, WEIGHTS, checkpoints, folder_name, named, verify
 from keyreid.checkpoints.weights_file import check_sha256
 from keyreid.errors import CheckpointError
+from keyreid.tracking import TRACKING
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,7 @@ class RunFolder:
     @property
     def tracking(self) -> Path:
         """What MLflow gets: see keyreid.tracking."""
-        return self.path / "tracking"
-
-    @property
-    def logs(self) -> Path:
-        """A log file for each rank."""
-        return self.path / "logs"
+        return self.path / TRACKING
 
     def config(self) -> dict[str, Any]:
         """The configuration as the run wrote it, without today's defaults; empty where it cannot be read."""
@@ -65,14 +61,10 @@ class RunFolder:
         except (OSError, ValueError, yaml.YAMLError):
             return {}
 
-    def evaluated(self, step: int) -> Path:
-        """The folder of a checkpoint's evaluation while training."""
-        return self.evaluation / folder_name(step)
-
     def scores(self, step: int) -> dict[str, Any]:
         """What the evaluation at a step wrote; empty where there is none."""
         try:
-            return json.loads((self.evaluated(step) / "scores.json").read_text())
+            return json.loads((self.evaluation / folder_name(step) / "scores.json").read_text())
         except (OSError, ValueError):
             return {}
 
@@ -115,9 +107,6 @@ def check_whole(file: Path) -> None:
     """
     if (file.parent / MANIFEST).is_file():
         if faults := verify(file.parent):
-            raise CheckpointError(
-                f"{file.parent}: damaged: {'; '.join(faults)}. Restore it from a copy or take another checkpoint: "
-                f"`keyreid checkpoints {file.parent.parent} --verify` lists them"
-            )
+            raise CheckpointError(f"{file.parent}: damaged: {'; '.join(faults)}. Take another checkpoint, or a copy")
     elif file.suffix == ".safetensors":
         check_sha256(file)

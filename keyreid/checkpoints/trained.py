@@ -1,7 +1,4 @@
-"""From a run, a checkpoint, a weights file or a published checkpoint to a network and the configuration to use it with.
-
-All weights are found by `find_weights` and, unless somebody wants the seconds, compared with what was written.
-"""
+"""From a run, a checkpoint, a weights file or a published checkpoint to a network and its configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ import torch
 from keyreid.checkpoints.pretrained import CLASSIFIERS, load_network, read_state
 from keyreid.checkpoints.released import from_released, is_released, released_model
 from keyreid.checkpoints.run_folder import RunFolder, check_whole, find_weights
-from keyreid.checkpoints.weights_file import WeightsHeader, read_header, read_weights
+from keyreid.checkpoints.weights_file import WeightsHeader, read_header
 from keyreid.config import ClipConfig, Config, ModelConfig, check_config, load_config, merge_overrides
 from keyreid.errors import CheckpointError, ConfigError
 from keyreid.model import KeyReID, build_model
@@ -141,7 +138,5 @@ def _load(location: Path, verify: bool) -> tuple[Path, dict[str, torch.Tensor], 
     file = find_weights(location)
     if verify:
         check_whole(file)
-    if file.suffix == ".safetensors":
-        header = read_header(file)
-        return file, read_weights(file), header
-    return file, read_state(file), None
+    header = read_header(file) if file.suffix == ".safetensors" else None
+    return file, read_state(file), header

@@ -23,7 +23,6 @@ from keyreid.config import ClipConfig, ModelConfig
 from keyreid.errors import CheckpointError
 
 FORMAT = "keyreid-weights-2"
-FIRST_FORMAT = "keyreid-weights-1"  # a metadata key for each field, no SHA-256
 UNSIGNED = "0" * 64
 
 
@@ -65,9 +64,7 @@ def read_header(path: Path) -> WeightsHeader:
     """
     fields = _fields(path)
     if fields is None:
-        raise CheckpointError(
-            f"{path}: a safetensors file, but not one of keyreid's; give pretrained backbones as model.weights"
-        )
+        raise CheckpointError(f"{path}: not one of keyreid's files; give pretrained backbones as model.weights")
     try:
         return HEADER.validate_python(fields)
     except ValueError as error:
@@ -100,7 +97,7 @@ def _fields(path: Path) -> dict[str, Any] | None:
     try:
         if FORMAT in metadata:
             return {"sha256": "", **json.loads(metadata[FORMAT])}
-        if metadata.get("format") == FIRST_FORMAT:
+        if metadata.get("format") == "keyreid-weights-1":  # a key for each field, no SHA-256
             return {name: json.loads(text) for name, text in metadata.items() if name != "format"}
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged header: {error}") from None

@@ -54,13 +54,11 @@ def onnx(
     from keyreid.export.source import open_source
 
     exported = open_source(source, best, averaged, verify)
-    about = {"weights": exported.file.name, "model": exported.header.model.model_dump_json()}
-    difference = export_onnx(exported.network, out, about)
+    difference = export_onnx(exported, out)
     files = [path for path in (out, out.with_name(f"{out.name}.data")) if path.is_file()]
     write_card(card_path(out), exported, files)
-    print(
-        f"{out}: {sum(path.stat().st_size for path in files) / 1e6:.0f} MB; onnxruntime's vectors differ from torch's"
-    )
+    size = sum(path.stat().st_size for path in files)
+    print(f"{out}: {size / 1e6:.0f} MB; onnxruntime's vectors differ from torch's")
     print(f"by {difference:.1e} at most, allowed are {TOLERANCE:.0e}; {card_path(out)}: model card")
 
 

@@ -53,8 +53,7 @@ def open_source(location: Path, best: bool = True, averaged: bool | None = None,
     header = header or header_of(network, file)
     about = dict(header.about)
     scores, training = about.pop("scores", {}), about.pop("training", {})
-    run = None if training else RunFolder.holding(file)  # an exported file knows, wherever it lies now
-    if run is not None:
+    if not training and (run := RunFolder.holding(file)):  # an exported file knows, wherever it lies now
         training = run.config()
         scores = run.scores(about["step"]) if "step" in about else {}
     averaged = file.name == EMA or bool(about.get("averaged"))
