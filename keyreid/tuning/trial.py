@@ -12,7 +12,6 @@ from typing import Any
 import ray
 from ray import tune
 
-from keyreid.checkpoints.run_folder import RunFolder
 from keyreid.config import Config
 from keyreid.errors import KeyreidError
 from keyreid.tuning.ranks import RankGroup
@@ -67,9 +66,7 @@ class KeyreidTrial(tune.Trainable):
         self._checkpoint: Path | None = None
         self._epoch = 0
         self._donor: str | None = None
-        shutil.rmtree(
-            RunFolder(self._config.run_dir).checkpoints, ignore_errors=True
-        )  # of a start that is not gone on from
+        shutil.rmtree(self._config.run_dir / "checkpoints", ignore_errors=True)  # of a start that is not gone on from
 
     def step(self) -> dict[str, Any]:
         """Train up to the next evaluation."""
@@ -110,7 +107,7 @@ class KeyreidTrial(tune.Trainable):
         self._epoch = origin[EPOCH]
         self._donor = origin["trial"] if origin["trial"] != self.trial_name else None
         for folder in Path(checkpoint_dir).glob("step-*"):
-            shutil.copytree(folder, RunFolder(self._config.run_dir).checkpoints / folder.name, copy_function=_link)
+            shutil.copytree(folder, self._config.run_dir / "checkpoints" / folder.name, copy_function=_link)
 
     def cleanup(self) -> None:
         """End the ranks; the run's tracking is closed in order."""
