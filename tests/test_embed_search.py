@@ -14,7 +14,7 @@ import torch
 from packed import HEIGHT, WIDTH, make_dataset, pack_dataset
 from typer.testing import CliRunner
 
-from keyreid.checkpoints.opened import open_trained
+from keyreid.checkpoints.trained import open_trained
 from keyreid.checkpoints.weights_file import WeightsHeader, write_weights
 from keyreid.cli import app
 from keyreid.config import ClipConfig, ModelConfig

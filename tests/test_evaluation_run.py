@@ -11,8 +11,8 @@ from evaluation_toys import save_weights, toy_config, toy_model, toy_network, to
 from packed import index_only
 from typer.testing import CliRunner
 
-from keyreid.checkpoints.opened import open_trained
 from keyreid.checkpoints.released import to_released
+from keyreid.checkpoints.trained import open_trained
 from keyreid.cli import app
 from keyreid.embedding.distance import pairwise
 from keyreid.embedding.vectors import Vectors

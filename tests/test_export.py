@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from keyreid.checkpoints import folder as checkpoints
 from keyreid.checkpoints.folder import Snapshot, TrainingState
 from keyreid.checkpoints.trained import load_trained
-from keyreid.checkpoints.weights_file import WeightsHeader, read_header, read_weights
+from keyreid.checkpoints.weights_file import WeightsHeader, read_header, read_weights, write_weights
 from keyreid.cli import app
 from keyreid.config import ClipConfig, ModelConfig, check_config, save_config
 from keyreid.errors import CheckpointError, KeyreidError
@@ -129,13 +129,17 @@ def test_onnx_gives_the_same_vectors_for_any_number_of_clips(tmp_path, guidance,
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    network = build_model(tiny_model(guidance), CLIP, 3, 2).eval()
-    out = tmp_path / "clip.onnx"
-    assert onnx.export_onnx(network, out, {"weights": "w"}) < 1e-5
-    assert [path.name for path in tmp_path.iterdir()] == ["clip.onnx"]
+    header = WeightsHeader(tiny_model(guidance), CLIP, [5, 6, 9], [1, 2], {})
+    write_weights(tmp_path / "w.safetensors", build_model(header.model, CLIP, 3, 2).state_dict(), header)
+    source = open_source(tmp_path / "w.safetensors")
+    network = source.network
+    out = tmp_path / "onnx" / "clip.onnx"
+    assert onnx.export_onnx(source, out) < 1e-5
+    assert [path.name for path in out.parent.iterdir()] == ["clip.onnx"]
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     properties = session.get_modelmeta().custom_metadata_map
     assert properties["format"] == "keyreid-onnx/1" and json.loads(properties["parts"])[0] == "head"
+    assert properties["weights"] == "w.safetensors" and ModelConfig(**json.loads(properties["model"])) == header.model
     images, guidance_values, cameras = onnx.example_inputs(network, 7, seed=5)
     given = session.run(
         None, {"images": images.numpy(), "guidance": guidance_values.numpy(), "cameras": cameras.numpy()}
@@ -148,5 +152,5 @@ def test_onnx_gives_the_same_vectors_for_any_number_of_clips(tmp_path, guidance,
     if guidance == "aligned":
         monkeypatch.setattr(onnx, "compare", lambda *_: 2e-4)
         with pytest.raises(KeyreidError, match="not written: onnxruntime's vectors differ"):
-            onnx.export_onnx(network, tmp_path / "bad.onnx", {})
+            onnx.export_onnx(source, tmp_path / "bad.onnx")
         assert not (tmp_path / "bad.onnx").exists()

@@ -1,11 +1,16 @@
 """Networks from a run, a checkpoint, a weights file or a published checkpoint."""
 
+import json
+import random
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from keyreid.checkpoints.released import to_released
-from keyreid.checkpoints.trained import find_weights, load_state, load_trained
-from keyreid.checkpoints.weights_file import WeightsHeader, write_weights
+from keyreid.checkpoints.run_folder import find_weights
+from keyreid.checkpoints.trained import load_state, load_trained
+from keyreid.checkpoints.weights_file import WeightsHeader, check_sha256, read_header, write_weights
 from keyreid.config import ClipConfig, ModelConfig
 from keyreid.errors import CheckpointError
 from keyreid.model import build_model
@@ -35,6 +40,50 @@ def test_weights_file_builds_its_network(tmp_path, network):
         assert torch.equal(tensor, loaded.state_dict()[name]), name
     state, _ = load_state(tmp_path / "trained.safetensors")
     assert state.keys() == network.state_dict().keys()
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path, network):
+    for number in range(4):
+        write(tmp_path / f"{number}.safetensors", network)
+    assert len({(tmp_path / f"{number}.safetensors").read_bytes() for number in range(4)}) == 1
+
+
+def test_every_flipped_byte_of_a_weights_file_is_found(tmp_path, network):
+    path = tmp_path / "trained.safetensors"
+    write(path, network)
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    draw = random.Random(0)
+    for place in [*range(100), *draw.sample(range(100, header), 80), *draw.sample(range(header, len(content)), 40)]:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"trained\.safetensors: "):
+            load_state(path)
+    load_trained(path, verify=False)  # of the last one, in a tensor
+
+
+def test_files_of_the_first_format_are_still_read(tmp_path, network):
+    metadata = {
+        "format": "keyreid-weights-1",
+        "model": MODEL.model_dump_json(),
+        "clip": CLIP.model_dump_json(),
+        "identities": "[4, 7, 9]",
+        "cameras": "[1, 2]",
+        "about": json.dumps({"step": 3}),
+    }
+    save_file(network.state_dict(), tmp_path / "old.safetensors", metadata)
+    loaded, header = load_trained(tmp_path / "old.safetensors")
+    assert header == WeightsHeader(MODEL, CLIP, [4, 7, 9], [1, 2], {"step": 3})
+    assert torch.equal(loaded.part_necks.weight, network.part_necks.weight)
+    metadata["model"] = metadata["model"][1:]
+    save_file(network.state_dict(), tmp_path / "damaged.safetensors", metadata)
+    with pytest.raises(CheckpointError, match=r"damaged\.safetensors: damaged header"):
+        load_trained(tmp_path / "damaged.safetensors")
+    save_file(network.state_dict(), tmp_path / "foreign.safetensors")
+    check_sha256(tmp_path / "foreign.safetensors")  # has none
+    with pytest.raises(CheckpointError, match="not one of keyreid's"):
+        read_header(tmp_path / "foreign.safetensors")
 
 
 def test_of_a_run_the_best_and_averaged(tmp_path, network):

@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from keyreid.checkpoints import folder as checkpoints
 from keyreid.checkpoints.folder import BackgroundWriter, Snapshot, TrainingState
+from keyreid.checkpoints.run_folder import find_weights
 from keyreid.checkpoints.weights_file import WeightsHeader, read_header, read_weights
+from keyreid.cli import app
 from keyreid.config import ClipConfig, ModelConfig
 from keyreid.errors import CheckpointError
 
@@ -87,6 +90,29 @@ def test_a_manifest_cannot_point_out_of_its_folder(tmp_path):
     text = (folder / checkpoints.MANIFEST).read_text().replace(checkpoints.STATE, "../outside")
     (folder / checkpoints.MANIFEST).write_text(text)
     assert checkpoints.verify(folder)
+
+
+@pytest.mark.parametrize("text", ["../..", "step-00000001/..", "/tmp", ".", "", "step-1.partial", "\0", "latest"])
+def test_best_and_latest_cannot_lead_out_of_their_folder(tmp_path, text):
+    save_all(tmp_path, snapshot(1, best_score=0.9, best_step=1), snapshot(2, best_score=0.9, best_step=1), keep=5)
+    for name in ("best", "latest"):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(CheckpointError, match=rf"{name}: .* is no checkpoint of this folder"):
+            checkpoints.named(tmp_path, name)
+    with pytest.raises(CheckpointError, match=r"best: .* is no checkpoint of this folder"):
+        find_weights(tmp_path)
+    assert checkpoints.prune(tmp_path, 1) == []  # the best one is known from the states
+    listed = CliRunner().invoke(app, ["checkpoints", str(tmp_path)])
+    assert "step-00000002" in listed.output and "latest" not in listed.output
+    assert isinstance(listed.exception, CheckpointError) and "/best: " in str(listed.exception)
+
+
+def test_a_best_that_is_not_there_is_said(tmp_path, caplog):
+    save_all(tmp_path, snapshot(1), snapshot(2))
+    (tmp_path / "best").write_text("step-00000007")
+    assert checkpoints.named(tmp_path, "best") is None
+    assert "best names step-00000007, which is not there" in caplog.text
+    assert find_weights(tmp_path) == tmp_path / "step-00000002" / checkpoints.EMA
 
 
 def test_a_write_that_fails_leaves_the_one_before(tmp_path):

@@ -10,11 +10,14 @@ of ranks and any ZeRO stage (see state.py).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
+import re
 import shutil
-import threading
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,14 +29,11 @@ from keyreid.checkpoints.weights_file import WeightsHeader, read_weights, write_
 from keyreid.errors import CheckpointError
 from keyreid.files import replace_text, sha256, sync
 
-WEIGHTS, EMA, TRAINING, STATE, MANIFEST = (
-    "weights.safetensors",
-    "ema.safetensors",
-    "training.safetensors",
-    "state.json",
-    "manifest.json",
-)
+WEIGHTS, EMA, TRAINING = "weights.safetensors", "ema.safetensors", "training.safetensors"
+STATE, MANIFEST = "state.json", "manifest.json"
 PARTIAL = ".partial"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,21 @@ def save(root: Path, snapshot: Snapshot) -> Path:
 
 
 def named(root: Path, name: str) -> Path | None:
-    """The folder that `latest` or `best` names."""
+    """The folder that `latest` or `best` names; None where there is no such file, or (with a warning) no such folder.
+
+    Raises:
+        CheckpointError: the file holds anything but the name of a checkpoint beside it.
+    """
     try:
-        folder = root / (root / name).read_text().strip()
-    except (OSError, ValueError):
+        step = (root / name).read_text(errors="replace").strip()
+    except OSError:
         return None
-    return folder if folder.parent == root and folder.is_dir() else None
+    if not re.fullmatch(r"step-\d+", step):
+        raise CheckpointError(f"{root / name}: {step[:80]!r} is no checkpoint of this folder; remove or correct it")
+    if (root / step).is_dir():
+        return root / step
+    log.warning("%s names %s, which is not there", root / name, step)
+    return None
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -143,7 +152,8 @@ def verify(folder: Path) -> list[str]:
             faults.append(f"{path}: {path.stat().st_size} bytes, expected {size}")
         elif sha256(path) != digest:
             faults.append(f"{path}: SHA-256 does not fit, the file was changed or damaged")
-    return faults
+    strange = [path for path in folder.glob("*.safetensors") if path.name not in expected]
+    return faults + [f"{path}: not of this checkpoint, its manifest does not name it" for path in sorted(strange)]
 
 
 def newest_whole(root: Path, warn=print) -> Path | None:
@@ -178,52 +188,51 @@ def read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return read_weights(folder / name) if (folder / name).exists() else {}
 
 
-def best_of(folders: list[Path]) -> Path | None:
-    """The best checkpoint by what the newest readable one remembers, for when the file `best` is lost."""
-    for folder in reversed(folders):
-        try:
-            step = read_state(folder).best_step
-        except CheckpointError:
-            continue
-        return None if step is None else folder.parent / folder_name(step)
-    return None
-
-
 def prune(root: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep`, the best, and those kept for ever; gives what was removed."""
+    """Remove all but the newest `keep`, the best, and those kept for ever; gives what was removed.
+
+    The best is the one that `best` names, and the one that the newest state remembers, should that file be lost.
+    """
     folders = checkpoints(root)
-    best = named(root, "best") or best_of(folders)
-    removed = []
-    for folder in folders[:-keep]:
-        try:
-            kept_for_ever = read_state(folder).keep
-        except CheckpointError:  # damaged: good for nothing
-            kept_for_ever = False
-        if folder != best and not kept_for_ever:
-            shutil.rmtree(folder)
-            removed.append(folder)
+    kept, best_step = set(folders[-keep:]), None
+    for folder in folders:
+        with contextlib.suppress(CheckpointError):  # damaged: good for nothing
+            state = read_state(folder)
+            best_step = state.best_step
+            if state.keep:
+                kept.add(folder)
+    if best_step is not None:
+        kept.add(root / folder_name(best_step))
+    try:
+        kept.add(named(root, "best"))
+    except CheckpointError as error:
+        log.warning("%s", error)
+    removed = [folder for folder in folders if folder not in kept]
+    for folder in removed:
+        shutil.rmtree(folder)
     for leftover in root.glob(f"step-*{PARTIAL}"):
         shutil.rmtree(leftover, ignore_errors=True)
     return removed
 
 
 class BackgroundWriter:
-    """Writes checkpoints in a thread while training goes on; one at a time."""
+    """Writes checkpoints in a thread while training goes on, one at a time; after a failure nothing more is written."""
 
     def __init__(self, root: Path, keep: int) -> None:
         self.root = root
         self.keep = keep
-        self.error: CheckpointError | None = None
-        self._thread: threading.Thread | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._last: Future[None] | None = None
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why the last one could not be written."""
+        return self._last.exception() if self._last is not None and self._last.done() else None
 
     def write(self, snapshot: Snapshot, best: bool) -> None:
-        """Wait for the one before, then start; a failure shows in `error`, and nothing more is written."""
-        if self._thread is not None:
-            self._thread.join()
-        if self.error is not None:
-            return
-        self._thread = threading.Thread(target=self._run, args=(snapshot, best), name="checkpoint")
-        self._thread.start()
+        """Wait for the one before, then start; a failure shows in `error`."""
+        if self._last is None or self._last.exception() is None:
+            self._last = self._thread.submit(self._write, snapshot, best)
 
     def wait(self) -> None:
         """Until what was begun is on disk.
@@ -231,22 +240,19 @@ class BackgroundWriter:
         Raises:
             CheckpointError: it could not be written.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self.error is not None:
-            raise self.error
+        if self._last is not None:
+            self._last.result()
 
-    def _run(self, snapshot: Snapshot, best: bool) -> None:
+    def _write(self, snapshot: Snapshot, best: bool) -> None:
         try:
             folder = save(self.root, snapshot)
             if best:
                 replace_text(self.root / "best", folder.name)
             prune(self.root, self.keep)
-        except CheckpointError as error:
-            self.error = error
-        except Exception as error:  # of pruning, or unforeseen: training must hear of it, not this thread alone
-            self.error = CheckpointError(f"{self.root}: {type(error).__name__}: {error}")
+        except CheckpointError:
+            raise
+        except Exception as error:  # of pruning, or unforeseen: training must hear of it
+            raise CheckpointError(f"{self.root}: {type(error).__name__}: {error}") from error
 
 
 def _write_manifest(folder: Path) -> None:

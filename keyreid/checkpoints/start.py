@@ -9,6 +9,7 @@ import torch
 
 from keyreid.checkpoints.pretrained import CLASSIFIERS, download_backbone, load_backbone, load_network, read_state
 from keyreid.checkpoints.released import from_released, is_released
+from keyreid.checkpoints.run_folder import check_whole
 from keyreid.config import ClipConfig, ModelConfig
 from keyreid.model import KeyReID, build_model
 from keyreid.model.backbone import create_vit
@@ -45,5 +46,8 @@ def _initial_weights(model: ModelConfig) -> dict[str, torch.Tensor] | None:
         return None
     if model.weights == "timm":
         return download_backbone(model.backbone)
-    state = read_state(Path(model.weights).expanduser())
+    file = Path(model.weights).expanduser()
+    if file.is_file():
+        check_whole(file)
+    state = read_state(file)
     return from_released(state) if is_released(state) else state

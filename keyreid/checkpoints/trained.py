@@ -1,22 +1,97 @@
-"""Trained networks from wherever people have them: a run, a checkpoint, a weights file, a published checkpoint."""
+"""From a run, a checkpoint, a weights file or a published checkpoint to a network and its configuration."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from keyreid.checkpoints.pretrained import CLASSIFIERS, load_network, read_state
 from keyreid.checkpoints.released import from_released, is_released, released_model
-from keyreid.checkpoints.weights_file import WeightsHeader, read_header, read_weights
-from keyreid.errors import CheckpointError
-from keyreid.model.build import build_model
-from keyreid.model.keyreid import KeyReID
+from keyreid.checkpoints.run_folder import RunFolder, check_whole, find_weights
+from keyreid.checkpoints.weights_file import WeightsHeader, read_header
+from keyreid.config import ClipConfig, Config, ModelConfig, check_config, load_config, merge_overrides
+from keyreid.errors import CheckpointError, ConfigError
+from keyreid.model import KeyReID, build_model
+from keyreid.shards.shard_set import ShardSet
 
-AVERAGED, TRAINED = "ema.safetensors", "weights.safetensors"
+
+@dataclass(frozen=True)
+class Trained:
+    """A network and what is known of it.
+
+    Attributes:
+        config: of the run, the file or the defaults; its model and clip are the network's own.
+        header: what the weights file says; None for a published checkpoint.
+        file: the weights file itself.
+        run: the run that they belong to, if any.
+    """
+
+    network: KeyReID
+    config: Config
+    header: WeightsHeader | None
+    file: Path
+    run: RunFolder | None
+
+    def knows_cameras(self, shards: ShardSet) -> bool:
+        """Whether the camera embeddings belong to the cameras of these shards."""
+        if self.header is None:
+            return len(shards.camera_index) == self.network.num_cameras
+        same_dataset = self.header.about.get("dataset") in (None, shards.card["name"])
+        return same_dataset and list(self.header.cameras) == list(shards.camera_index)
+
+    def trained_on(self, shards: ShardSet, positions: Sequence[int]) -> set[int]:
+        """Identities of these tracklets that the network was trained on, as far as its file tells."""
+        if self.header is None or self.header.about.get("dataset") != shards.card["name"]:
+            return set()
+        return set(self.header.identities) & {shards.tracklets[position].identity for position in positions}
 
 
-def load_trained(location: Path) -> tuple[KeyReID, WeightsHeader | None]:
+def open_trained(
+    location: str | Path,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+    shards: str | None = None,
+    verify: bool = True,
+) -> Trained:
+    """Load weights and find their configuration.
+
+    Args:
+        location: a run's folder (its best checkpoint), a checkpoint, a .safetensors of keyreid, a published .pth.
+        config: a configuration file; default the run's own, else the defaults.
+        overrides: `section.key=value`; not of `model` and `clip`, which come with the weights.
+        shards: instead of the configuration's `data.shards`.
+        verify: refuse weights of which a byte was altered.
+
+    Raises:
+        CheckpointError: the weights cannot be used.
+        ConfigError: the configuration cannot, or none names shards.
+    """
+    fixed = [text for text in overrides if text.split(".")[0] in ("model", "clip")]
+    if fixed:
+        raise ConfigError(f"override {fixed[0]!r}: model and clip come with the weights")
+    file = find_weights(Path(location))
+    network, header = load_trained(file, verify)
+    run = RunFolder.holding(file)
+    settings = open_config(config or (run and run.config_file), overrides, shards)
+    own = header or header_of(network, file)
+    return Trained(network, settings.model_copy(update={"model": own.model, "clip": own.clip}), header, file, run)
+
+
+def open_config(path: Path | None, overrides: Sequence[str], shards: str | None) -> Config:
+    """The configuration for work that needs no network; arguments as for `open_trained`."""
+    overrides = [*overrides, *([] if shards is None else [f"data.shards={json.dumps(shards)}"])]
+    if path is not None:
+        return load_config(path, overrides)
+    if not any(text.startswith("data.shards=") for text in overrides):
+        raise ConfigError("name the shards to evaluate on: --shards FOLDER")
+    return check_config(merge_overrides({}, overrides), "command line")
+
+
+def load_trained(location: Path, verify: bool = True) -> tuple[KeyReID, WeightsHeader | None]:
     """The network of a run's folder (its best checkpoint), a checkpoint, a keyreid .safetensors, or a published .pth.
 
     Returns:
@@ -25,45 +100,43 @@ def load_trained(location: Path) -> tuple[KeyReID, WeightsHeader | None]:
     Raises:
         CheckpointError: there are no weights, or they are damaged or of an unknown kind.
     """
-    path = find_weights(location)
-    if path.suffix != ".safetensors":
-        state = read_state(path)
-        if not is_released(state):
-            raise CheckpointError(f"{path}: not a published KeyRe-ID checkpoint, nor a keyreid .safetensors")
-        return released_model(state).eval(), None
-    header = read_header(path)
+    file, tensors, header = _load(location, verify)
+    if header is None:
+        if not is_released(tensors):
+            raise CheckpointError(f"{file}: not a published KeyRe-ID checkpoint, nor a keyreid .safetensors")
+        return released_model(tensors).eval(), None
     own = header.model.model_copy(update={"weights": None})
     network = build_model(own, header.clip, len(header.identities), len(header.cameras))
-    load_network(network, read_weights(path), str(path), keep_classifiers=True, strict=True)
+    load_network(network, tensors, str(file), keep_classifiers=True, strict=True)
     return network.eval(), header
 
 
-def load_state(location: Path) -> tuple[dict[str, torch.Tensor], WeightsHeader | None]:
+def header_of(network: KeyReID, file: Path) -> WeightsHeader:
+    """A header for a published checkpoint; its identities and cameras are counted, not named."""
+    height, width = network.image_size
+    return WeightsHeader(
+        model=ModelConfig(guidance=network.guidance, parts=network.parts),
+        clip=ClipConfig(frames=network.frames, height=height, width=width),
+        identities=list(range(network.num_identities)),
+        cameras=list(range(network.num_cameras)),
+        about={"converted_from": file.name},
+    )
+
+
+def load_state(location: Path, verify: bool = True) -> tuple[dict[str, torch.Tensor], WeightsHeader | None]:
     """The tensors alone, in our names; also of a bare state dict."""
-    path = find_weights(location)
-    if path.suffix == ".safetensors":
-        return read_weights(path), read_header(path)
-    state = read_state(path)
-    if is_released(state):
-        return from_released(state), None
-    if CLASSIFIERS[0] not in state:
-        raise CheckpointError(f"{path}: not a KeyRe-ID network")
-    return state, None
+    file, tensors, header = _load(location, verify)
+    if header is None and is_released(tensors):
+        tensors = from_released(tensors)
+    if CLASSIFIERS[0] not in tensors:
+        raise CheckpointError(f"{file}: not a KeyRe-ID network")
+    return tensors, header
 
 
-def find_weights(location: Path) -> Path:
-    """The file that holds the weights: of a run the best checkpoint's or else the newest's, the average if it has one.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    location = location.expanduser()
-    if location.is_file():
-        return location
-    root = location / "checkpoints" if (location / "checkpoints").is_dir() else location
-    named = [root / (root / name).read_text().strip() for name in ("best", "latest") if (root / name).is_file()]
-    for folder in (*named, root):
-        for name in (AVERAGED, TRAINED):
-            if (folder / name).is_file():
-                return folder / name
-    raise CheckpointError(f"{location}: no run, checkpoint or weights file")
+def _load(location: Path, verify: bool) -> tuple[Path, dict[str, torch.Tensor], WeightsHeader | None]:
+    """The one way in for weights: the file, its tensors as they are named there, and its header if it is ours."""
+    file = find_weights(location)
+    if verify:
+        check_whole(file)
+    header = read_header(file) if file.suffix == ".safetensors" else None
+    return file, read_state(file), header

@@ -18,9 +18,10 @@ def checkpoints(
     from rich.table import Table
 
     from keyreid.checkpoints import folder as store
+    from keyreid.checkpoints.run_folder import checkpoints_of
     from keyreid.errors import CheckpointError
 
-    root = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    root = checkpoints_of(run)
     if prune is not None:
         for folder in store.prune(root, prune):
             print(f"removed {folder}")
@@ -28,20 +29,25 @@ def checkpoints(
     if not folders:
         raise CheckpointError(f"{root}: no checkpoints here")
     table = Table("checkpoint", "step", "best so far", "size", "", "whole" if verify else "")
-    latest, best = store.named(root, "latest"), store.named(root, "best")
     faults: list[str] = []
+    marks = {}
+    for name in ("latest", "best"):
+        try:
+            marks[name] = store.named(root, name)
+        except CheckpointError as error:
+            faults.append(str(error))
     for folder in folders:
         found = store.verify(folder) if verify else []
         faults += found
-        marks = [name for name, path in (("latest", latest), ("best", best)) if path == folder]
         try:
             state = store.read_state(folder)
             step, score = str(state.step), "" if state.best_score is None else f"{state.best_score:.4f}"
         except CheckpointError:
             step, score = "?", "?"
         size = sum(path.stat().st_size for path in folder.iterdir())
-        state_word = ("no" if found else "yes") if verify else ""
-        table.add_row(folder.name, step, score, f"{size / 1e6:.1f} MB", " ".join(marks), state_word)
+        names = " ".join(name for name, path in marks.items() if path == folder)
+        whole = ("no" if found else "yes") if verify else ""
+        table.add_row(folder.name, step, score, f"{size / 1e6:.1f} MB", names, whole)
     Console().print(table)
     if faults:
         raise CheckpointError("; ".join(faults))

@@ -107,7 +107,7 @@ def _embed(
 ) -> None:
     import torch
 
-    from keyreid.checkpoints.opened import open_trained
+    from keyreid.checkpoints.trained import open_trained
     from keyreid.embedding.embedding import EmbeddingJob, EmbedSettings
     from keyreid.shards.shard_set import ShardSet
 

@@ -77,7 +77,7 @@ def attention(
     """Where the last block's class token, and each part's token, look."""
     import torch
 
-    from keyreid.checkpoints.opened import open_trained
+    from keyreid.checkpoints.trained import open_trained
     from keyreid.shards.shard_set import ShardSet
     from keyreid.visualization.attention import attention_picture
 

@@ -23,7 +23,7 @@ import pyarrow as pa
 import torch
 from filelock import FileLock
 
-from keyreid.checkpoints.opened import Trained
+from keyreid.checkpoints.trained import Trained
 from keyreid.embedding.features import extract
 from keyreid.embedding.vector_file import VectorFiles, VectorsAbout, make_table, read_about, write_vectors
 from keyreid.errors import DataError

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from keyreid.checkpoints.opened import Trained, open_config, open_trained
+from keyreid.checkpoints.trained import Trained, open_config, open_trained
 from keyreid.config import Config
 from keyreid.embedding.features import extract
 from keyreid.embedding.vectors import Vectors
@@ -21,7 +21,7 @@ from keyreid.evaluation.report import COUNTS, RATES, combine
 from keyreid.evaluation.run import judge_vectors, test_positions
 from keyreid.files import writing
 from keyreid.shards.shard_set import ShardSet
-from keyreid.tracking import RUN_ID, TRACKING, Tracker
+from keyreid.tracking import RUN_ID, Tracker
 
 
 class Evaluation:
@@ -123,8 +123,8 @@ class Evaluation:
         run = None if trained is None else trained.run
         if self.ranks[0] > 0 or (run is None and self.settings[0] is None and config.tracking.uri is None):
             return
-        output = Path(config.output) if run is None else run.parent
-        known = None if run is None else run / TRACKING / RUN_ID
+        output = Path(config.output) if run is None else run.path.parent
+        known = None if run is None else run.tracking / RUN_ID
         parent = {"mlflow.parentRunId": known.read_text().strip()} if known is not None and known.is_file() else {}
         settings = config.tracking.model_copy(update={"system_metrics": False})
         events = Path(tempfile.mkdtemp(prefix="mlflow-", dir=folder))
@@ -153,7 +153,7 @@ class Evaluation:
         elif trained.run is None:
             folder = trained.file.with_name(f"{trained.file.stem}-evaluation-{name}")
         else:
-            folder = trained.run / "evaluation" / f"{name}-{trained.file.parent.name}"
+            folder = trained.run.evaluation / f"{name}-{trained.file.parent.name}"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         return folder

@@ -11,7 +11,7 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,13 @@ import torch
 from torch import nn
 
 from keyreid.errors import ConfigError, KeyreidError, install_hint
+from keyreid.export.source import ExportSource
 from keyreid.model import KeyReID
 from keyreid.pose.parts import part_names
 
 OPSET = 20
 TOLERANCE = 1e-4  # of the largest absolute value of the vectors, or 1
 CHECKED_BATCHES = (1, 2, 5)
-ONE_FILE_BYTES = 1_900_000_000  # protobuf ends at 2 GiB; beyond this the weights lie beside the graph
 INPUTS = ("images", "guidance", "cameras")
 
 
@@ -44,12 +44,8 @@ class ClipEmbedding(nn.Module):
         return self.network.embed(normalised, guidance, cameras)
 
 
-def export_onnx(network: KeyReID, out: Path, about: Mapping[str, str], seed: int = 0) -> float:
+def export_onnx(source: ExportSource, out: Path) -> float:
     """Write the embedding of clips; large networks get a second file, OUT.data.
-
-    Args:
-        network: on the CPU, in float32.
-        about: further entries of the file's metadata.
 
     Returns:
         The largest difference between onnxruntime and torch, relative to TOLERANCE's scale.
@@ -58,18 +54,16 @@ def export_onnx(network: KeyReID, out: Path, about: Mapping[str, str], seed: int
         ConfigError: the packages are missing.
         KeyreidError: onnxruntime gives other vectors; nothing is written then.
     """
-    _check_packages()
+    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
+        raise ConfigError(f"ONNX export needs {', '.join(missing)}; {install_hint('export')}")
     if out.suffix != ".onnx":
         raise ConfigError(f"{out}: the name of an ONNX file ends in .onnx")
-    import onnx
-
-    module = ClipEmbedding(network.eval()).eval()
+    module = ClipEmbedding(source.network).eval()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         path = Path(folder) / out.name
-        external = sum(p.numel() * 4 for p in network.parameters()) > ONE_FILE_BYTES
         # A batch that is equal to no other size, so that nothing is taken for constant by accident.
-        example = example_inputs(network, 3, seed)
+        example = example_inputs(source.network, 3, seed=0)
         batch = torch.export.Dim("batch", min=1)
         for name in ("onnxscript", "onnx_ir"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -85,11 +79,9 @@ def export_onnx(network: KeyReID, out: Path, about: Mapping[str, str], seed: int
                 opset_version=OPSET,
                 verbose=False,
             )
-        program.save(str(path), external_data=external)
-        model = onnx.load(str(path), load_external_data=False)
-        onnx.helper.set_model_props(model, {**_metadata(network), **about})
-        onnx.save(model, str(path))
-        difference = compare(module, path, seed)
+        program.model.metadata_props.update(_metadata(source))
+        program.save(str(path))  # protobuf ends at 2 GiB; from 1.5 GiB on the weights lie beside the graph
+        difference = compare(module, path)
         if difference > TOLERANCE:
             raise KeyreidError(
                 f"{out}: not written: onnxruntime's vectors differ from torch's by {difference:.2g}, "
@@ -100,7 +92,7 @@ def export_onnx(network: KeyReID, out: Path, about: Mapping[str, str], seed: int
     return difference
 
 
-def compare(module: ClipEmbedding, path: Path, seed: int = 0) -> float:
+def compare(module: ClipEmbedding, path: Path) -> float:
     """The largest difference of vectors between onnxruntime and torch, over several batch sizes."""
     import onnxruntime
 
@@ -109,7 +101,7 @@ def compare(module: ClipEmbedding, path: Path, seed: int = 0) -> float:
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     worst = 0.0
     for number, clips in enumerate(CHECKED_BATCHES):
-        inputs = example_inputs(module.network, clips, seed + number)
+        inputs = example_inputs(module.network, clips, seed=number)
         with torch.no_grad():
             expected = module(*inputs).numpy()
         given = session.run(["vectors"], {name: value.numpy() for name, value in zip(INPUTS, inputs, strict=True)})[0]
@@ -126,7 +118,8 @@ def example_inputs(network: KeyReID, clips: int, seed: int) -> tuple[torch.Tenso
     return images, guidance, torch.randint(-1, max(1, network.num_cameras), (clips,), generator=draw)
 
 
-def _metadata(network: KeyReID) -> dict[str, str]:
+def _metadata(source: ExportSource) -> dict[str, str]:
+    network = source.network
     height, width = network.image_size
     return {
         "format": "keyreid-onnx/1",
@@ -136,12 +129,6 @@ def _metadata(network: KeyReID) -> dict[str, str]:
         "parts": json.dumps(part_names(network.parts)),
         "cameras": f"int64 [batch], 0 to {network.num_cameras - 1}, or -1 for an unknown one",
         "vectors": f"the first {network.width} numbers are the global feature; compare by Euclidean distance",
+        "weights": source.file.name,
+        "model": source.header.model.model_dump_json(),
     }
-
-
-def _check_packages() -> None:
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        try:
-            __import__(name)
-        except ImportError:
-            raise ConfigError(f"ONNX export needs {name}; {install_hint('export')}") from None

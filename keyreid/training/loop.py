@@ -14,6 +14,7 @@ import torch
 
 from keyreid.checkpoints import folder as checkpoints
 from keyreid.checkpoints.folder import BackgroundWriter, TrainingState
+from keyreid.checkpoints.run_folder import RunFolder
 from keyreid.checkpoints.start import start_network
 from keyreid.checkpoints.weights_file import WeightsHeader
 from keyreid.config import Config
@@ -76,7 +77,7 @@ class Trainer:
         self.on_evaluation = on_evaluation
         self._numbers: dict[str, float] = {}
         self._bad_in_a_row = 0
-        self.root = config.run_dir / "checkpoints"
+        self.root = RunFolder(config.run_dir).checkpoints
         check_precision(config.training, ranks.device)
 
         self.shards = ShardSet.from_config(config.data)
@@ -274,7 +275,7 @@ class Trainer:
     def _evaluate(self) -> dict:
         """Embed and judge the test split with the weights that would be used: the average where there is one."""
         with self._weights_to_use() as network:
-            folder = self.config.run_dir / "evaluation" / checkpoints.folder_name(self.state.step)
+            folder = RunFolder(self.config.run_dir).evaluation / checkpoints.folder_name(self.state.step)
             part = self._part
             ranks = self.ranks
             where = ranks.rank, ranks.world_size, ranks.device
