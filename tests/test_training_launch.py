@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from keyreid.distributed import launch
 launch.MODULE = [sys.executable, "-c", Path(sys.argv[1]).read_text()]
-sys.exit(launch.run_ranks([], 2, Path(sys.argv[2])))
+sys.exit(launch.run_ranks(2, Path(sys.argv[2]), []))
 """
 
 

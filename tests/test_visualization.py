@@ -12,16 +12,14 @@ from typer.testing import CliRunner
 from keyreid.cli import app
 from keyreid.embedding.features import extract
 from keyreid.errors import DataError
-from keyreid.evaluation.protocols import PROTOCOLS, ranked_list
-from keyreid.evaluation.run import split_vectors
-from keyreid.evaluation.scoring import rank_gallery
+from keyreid.evaluation.pictures import chosen_queries, write_result_page
+from keyreid.evaluation.protocols import PROTOCOLS
+from keyreid.evaluation.ranking import rank_gallery, split_vectors
 from keyreid.shards import open_reader
 from keyreid.shards.plan import evaluation_clips
 from keyreid.visualization.attention import attention_maps
 from keyreid.visualization.canvas import QUERY, RIGHT, UNKNOWN, WRONG, fit_text, text_width
 from keyreid.visualization.curves import draw_cmc
-from keyreid.visualization.evaluation import chosen_queries
-from keyreid.visualization.page import write_page
 from keyreid.visualization.ranked import FRAME, PICTURE, RankedRow, Tile, draw_ranked
 from keyreid.visualization.strips import Strip, draw_strips, overlay
 
@@ -31,7 +29,7 @@ def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     shards, config, model, _ = toy_network(folder)
     vectors = extract(model, shards, range(len(shards)), config)
-    vectors.save(folder / "vectors.npz")
+    vectors.save(folder / "vectors.parquet")
     return shards, config, model, vectors, folder
 
 
@@ -88,9 +86,7 @@ def test_ranked_lists_are_what_was_judged(toy, protocol):
     query, gallery = split_vectors(vectors, shards, 0)
     ranking = rank_gallery(query, gallery, config.evaluation, (protocol,))[protocol]
     for row in range(len(query)):
-        entries, right = ranked_list(
-            ranking.distance, row, ranking.query.side, ranking.gallery.side, protocol, top=len(ranking.gallery)
-        )
+        entries, right = ranking.nearest(row, top=len(ranking.gallery))
         assert (np.diff(ranking.distance[row, entries]) >= 0).all()
         ranks = np.flatnonzero(right) + 1
         assert ranking.scores.first_match[row] == (ranks[0] if len(ranks) else 0)
@@ -162,7 +158,7 @@ def test_curves_and_page(tmp_path):
     counts = dict.fromkeys(("mAP", "mINP", "rank1", "rank5", "rank10", "rank20"), 0.5)
     counts |= dict.fromkeys(("queries", "valid_queries", "gallery", "junk", "distractors"), 3)
     result = {"dataset": "made <data>", "protocol": "official", "protocols": {"official": counts}, "distance": "cosine"}
-    write_page(tmp_path / "index.html", result, [tmp_path / "cmc.png"])
+    write_result_page(tmp_path / "index.html", result, [tmp_path / "cmc.png"])
     page = (tmp_path / "index.html").read_text()
     assert "made &lt;data&gt;" in page
     assert "<data>" not in page
@@ -173,7 +169,7 @@ def test_commands_draw(toy, tmp_path):
     shards, _, _, vectors, folder = toy
     here, key = f"--shards={shards.location}", str(vectors.keys[16])
     commands = {
-        "ranked": [f"{folder}/vectors.npz", here, "--protocol=inclusive", f"--key={key}"],
+        "ranked": [f"{folder}/vectors.parquet", here, "--protocol=inclusive", f"--key={key}"],
         "guidance": [shards.location, "--count=2", "--frames=3"],
         "attention": [f"{folder}/weights.safetensors", here, f"--key={key}", "data.reader=plain", "data.workers=1"],
     }

@@ -53,7 +53,11 @@ class Trained:
 
 
 def open_trained(
-    location: str | Path, config: Path | None = None, overrides: Sequence[str] = (), shards: str | None = None
+    location: str | Path,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+    shards: str | None = None,
+    verify: bool = True,
 ) -> Trained:
     """Load weights and find their configuration.
 
@@ -70,7 +74,7 @@ def open_trained(
     fixed = [text for text in overrides if text.split(".")[0] in ("model", "clip")]
     if fixed:
         raise ConfigError(f"override {fixed[0]!r}: model and clip come with the weights")
-    network, header = load_trained(Path(location))
+    network, header = load_trained(Path(location), verify)
     file = find_weights(Path(location))
     settings = _configuration(config or _run_config(file), overrides, shards)
     return Trained(network, _with_network(settings, network, header), header, file)

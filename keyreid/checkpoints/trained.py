@@ -16,7 +16,7 @@ from keyreid.model.keyreid import KeyReID
 AVERAGED, TRAINED = "ema.safetensors", "weights.safetensors"
 
 
-def load_trained(location: Path) -> tuple[KeyReID, WeightsHeader | None]:
+def load_trained(location: Path, verify: bool = True) -> tuple[KeyReID, WeightsHeader | None]:
     """The network of a run's folder (its best checkpoint), a checkpoint, a keyreid .safetensors, or a published .pth.
 
     Returns:

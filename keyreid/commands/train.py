@@ -70,7 +70,7 @@ def train(
         if ranks > 1:
             _check_data(settings)  # once and soon, not by every rank after it has imported everything
             arguments = ["train", str(config), f"--resume={resume}", "--", *overrides]
-            sys.exit(run_ranks(arguments, ranks, settings.run_dir / "logs"))
+            sys.exit(run_ranks(ranks, settings.run_dir / "logs", arguments))
     _train(settings, resume == "auto")
 
 

@@ -37,14 +37,15 @@ def is_launched() -> bool:
     return position()[1] > 1
 
 
-def run_ranks(arguments: Sequence[str], ranks: int, log_dir: Path) -> int:
-    """Run `keyreid ARGUMENTS` as `ranks` processes until all have ended.
+def run_ranks(ranks: int, log_dir: Path, arguments: Sequence[str] | None = None) -> int:
+    """Run `keyreid ARGUMENTS` (by default this process's own) as `ranks` processes until all have ended.
 
     The first rank writes to this terminal, the others to `LOG_DIR/rank-N.log`.
 
     Returns:
         0 when all ranks returned 0, else the status of the one that failed first.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     log_dir.mkdir(parents=True, exist_ok=True)
     port = _free_port()
     processes = [_start(arguments, rank, ranks, port, log_dir) for rank in range(ranks)]

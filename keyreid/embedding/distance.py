@@ -169,8 +169,12 @@ def _check(query: Embeddings, gallery: Embeddings, metric: Metric) -> None:
     if metric == "visible":
         for side in (query, gallery):
             parts = 0 if side.visibility is None else side.visibility.shape[1]
-            if not parts or (side.vectors.shape[1] - side.global_width) % parts:
-                raise ConfigError("distance visible needs the parts' visibility beside the vectors; use euclidean")
+            rest = side.vectors.shape[1] - side.global_width
+            if not parts or not rest or rest % parts:
+                raise ConfigError(
+                    "distance visible needs the parts' visibility and their vectors beside the global feature; embed "
+                    "whole vectors, or use euclidean"
+                )
 
 
 def _prepare(side: Embeddings, metric: Metric, centre: torch.Tensor, device: torch.device | str) -> _Prepared:

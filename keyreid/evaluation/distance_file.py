@@ -12,7 +12,7 @@ import numpy as np
 
 from keyreid.errors import DataError
 from keyreid.evaluation.protocols import JUNK_IDENTITY, Side, judge, protocol_named
-from keyreid.evaluation.report import combine
+from keyreid.evaluation.scores import combine
 
 ARRAYS = ("distance", "query_ids", "gallery_ids", "query_cameras", "gallery_cameras")
 FRAME_ARRAYS = ("query_frames", "gallery_frames")  # only `released` needs them
@@ -20,7 +20,7 @@ _LARGEST_FLOAT = 2**53  # beyond it a float is no longer one whole number
 
 
 def judge_file(path: Path, protocols: Sequence[str]) -> dict[str, Any]:
-    """Judge the matrix in a file by each protocol; gives `report.combine`'s object.
+    """Judge the matrix in a file by each protocol; gives `scores.combine`'s object.
 
     The gallery is taken as the file has it: for `official` and `inclusive` it should hold the queries.
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from keyreid.embedding.distance import Metric
-from keyreid.embedding.vector_file import VectorFiles, matrix
+from keyreid.embedding.vectors import VectorFiles, matrix
 from keyreid.errors import ConfigError, DataError
 from keyreid.files import replacing
 from keyreid.progress import track
@@ -61,6 +61,13 @@ class GalleryIndex:
             _card_path(path).unlink(missing_ok=True)  # it must not vouch for the new index
         _card_path(path).write_text(json.dumps(_card(gallery, metric), indent=1))
         return cls(path, gallery, metric)
+
+    @classmethod
+    def fitting(cls, path: Path, gallery: VectorFiles, metric: Metric, probes: int | None = None) -> GalleryIndex:
+        """The index at a path, built first where it is not there or not of these very vectors."""
+        if not cls.fits(path, gallery, metric):
+            cls.build(gallery, path, metric)
+        return cls(path, gallery, metric, probes)
 
     @staticmethod
     def fits(path: Path, gallery: VectorFiles, metric: Metric) -> bool:
@@ -115,7 +122,7 @@ def _faiss():
         import faiss
     except ImportError:
         raise ConfigError(
-            "an index needs FAISS: pip install 'keyreid[search]'; without --index the search is exact"
+            "an index needs FAISS: `pip install -e .[search]` in the clone; without --index the search is exact"
         ) from None
     return faiss
 
@@ -126,10 +133,8 @@ def _check_metric(metric: Metric) -> None:
 
 
 def _card(gallery: VectorFiles, metric: Metric) -> dict:
-    files = [
-        {"file": path.name, "bytes": path.stat().st_size, "fingerprint": gallery.about.fingerprint}
-        for path in gallery.paths
-    ]
+    made = gallery.about.fingerprint
+    files = [{"file": path.name, "bytes": path.stat().st_size, "fingerprint": made} for path in gallery.paths]
     return {"format": FORMAT, "metric": metric, "rows": len(gallery), "files": files, "weights": gallery.about.weights}
 
 
@@ -155,7 +160,7 @@ def _vectors(table: pa.Table, gallery: VectorFiles, metric: Metric) -> np.ndarra
 
 def _for_metric(vectors: np.ndarray, metric: Metric) -> np.ndarray:
     """float32, and of length 1 for cosine: |a - b|^2 / 2 is then 1 - cos."""
-    vectors = np.ascontiguousarray(vectors, np.float32)
+    vectors = np.array(vectors, np.float32, order="C")
     if metric == "cosine":
-        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        _faiss().normalize_L2(vectors)
     return vectors

@@ -1,7 +1,7 @@
 """Find the nearest tracklets of query vectors: exactly, in one pass over the gallery's files, or by an index.
 
 Memory of the exact search: the queries of one pass (QUERY_BYTES at most), one block of the gallery, and what
-`evaluation.distance` needs (256 MiB), whatever the gallery's size.
+`embedding.distance` needs (256 MiB), whatever the gallery's size.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 
 from keyreid.embedding.distance import BLOCK_BYTES, Metric, nearest
 from keyreid.embedding.reranking import rerank
-from keyreid.embedding.vector_file import DESCRIPTION, VectorFiles, check_comparable, embeddings_of
+from keyreid.embedding.vectors import DESCRIPTION, VectorFiles, check_comparable, embeddings_of
 from keyreid.errors import ConfigError
 from keyreid.retrieval.index import GalleryIndex
 
 QUERY_BYTES = 256 * 2**20
-SHOWN = [name for name, _ in DESCRIPTION]
+SHOWN = list(DESCRIPTION)
 RERANK_CANDIDATES = 200
 
 
@@ -31,7 +31,7 @@ class SearchSettings:
 
     Attributes:
         top: hits a query.
-        metric: as `evaluation.distance`.
+        metric: as `embedding.distance` has them.
         other_cameras: leave out tracklets of the query's own camera.
         rerank: k-reciprocal re-ranking among each query's RERANK_CANDIDATES nearest.
     """
@@ -72,8 +72,6 @@ def search(
         DataError: queries and gallery were embedded by different networks.
     """
     check_comparable(gallery.about, queries.about, f"{gallery.paths[0]}", f"{queries.paths[0]}")
-    if settings.metric == "visible" and gallery.about.width == gallery.about.global_width:
-        raise ConfigError("--metric visible compares parts, and these are global features only; embed whole vectors")
     if len(gallery) == 0:
         raise ConfigError(f"{gallery.paths[0]}: the gallery is empty")
     cameras = _cameras(gallery) if settings.other_cameras or index is not None else None

@@ -43,8 +43,8 @@ class Rank(RayProcess):
         config = check_config(values, values["name"])
 
         def report(epoch: int, numbers: Mapping[str, float], checkpoint: Path) -> bool:
-            for vectors in (config.run_dir / "evaluation").glob("*/vectors.npz"):
-                vectors.unlink(missing_ok=True)  # hundreds of megabytes that no search looks at
+            # Hundreds of megabytes that no search looks at
+            (config.run_dir / "evaluation" / "vectors.parquet").unlink(missing_ok=True)
             self._reports.put({"epoch": epoch, "numbers": dict(numbers), "checkpoint": str(checkpoint.absolute())})
             return self._answers.get()
 

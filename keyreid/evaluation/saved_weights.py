@@ -2,58 +2,49 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
-
-import torch
 
 from keyreid.checkpoints.opened import Trained, open_config, open_trained
 from keyreid.config import Config
+from keyreid.distributed.ranks import Ranks
 from keyreid.embedding.features import extract
+from keyreid.embedding.job import weights_identity
 from keyreid.embedding.vectors import Vectors
 from keyreid.errors import ConfigError
-from keyreid.evaluation.report import COUNTS, RATES, combine
-from keyreid.evaluation.run import judge_vectors, test_positions
+from keyreid.evaluation.judging import VECTORS, judge_vectors
+from keyreid.evaluation.ranking import query_and_gallery
+from keyreid.evaluation.scores import mean_over_splits
 from keyreid.files import writing
 from keyreid.shards.index import ShardSet
 from keyreid.tracking import RUN_ID, TRACKING, Tracker
 
 
-class Evaluation:
+@dataclass(frozen=True)
+class SavedEvaluation:
     """What `keyreid evaluate` was asked for. Every rank makes one and calls the same method.
 
-    Args:
+    Attributes:
         weights: as `open_trained` takes them; may hold `{split}`. None with `vectors`.
-        overrides, config, shards: see `open_trained`.
+        overrides, config, shards, verify: see `open_trained`.
         protocols: names; none: the configuration's.
-        vectors: a file of vectors to judge instead of embedding.
+        vectors: judged instead of embedding.
         out: folder to write to; default one beside the weights.
     """
 
-    def __init__(
-        self,
-        weights: str | None,
-        overrides: Sequence[str],
-        config: Path | None,
-        shards: str | None,
-        protocols: Sequence[str],
-        vectors: Path | None,
-        out: Path | None,
-        rank: int,
-        world_size: int,
-        device: torch.device,
-    ) -> None:
-        self.weights = weights
-        self.settings = (config, overrides, shards)
-        self.protocols = protocols
-        self.vectors = None if vectors is None else Vectors.load(vectors)
-        self.out = out if out is not None or vectors is None else vectors.parent
-        self.ranks = (rank, world_size, device)
+    weights: str | None
+    overrides: Sequence[str] = ()
+    config: Path | None = None
+    shards: str | None = None
+    protocols: Sequence[str] = ()
+    vectors: Vectors | None = None
+    out: Path | None = None
+    ranks: Ranks = field(default_factory=Ranks.alone)
+    verify: bool = True
 
     def one_split(self, number: int | None = None) -> dict[str, Any]:
         """`judge_vectors`' result on one split (None: the configuration's), with the `folder` it was written to."""
@@ -94,55 +85,12 @@ class Evaluation:
         self._track(trained, config, result, folder, [file for split in results for file in split["files"]])
         return {**result, "folder": str(folder)}
 
-    def _embed(
-        self, trained: Trained | None, shards: ShardSet, config: Config, splits: Iterable[int], folder: Path
-    ) -> Vectors | None:
-        """The vectors of these splits' test tracklets on the first rank, kept in `folder`."""
-        if self.vectors is not None:
-            return self.vectors
-        known = trained.knows_cameras(shards)
-        if self.ranks[0] == 0:
-            _print_notes(trained, shards, splits, known)
-        sides = (side for number in splits for side in test_positions(shards, number))
-        wanted = sorted({position for side in sides for position in side})
-        vectors = extract(trained.network, shards, wanted, config, *self.ranks, known)
-        if vectors is not None:
-            vectors.save(folder / "vectors.npz")
-        return vectors
-
-    def _judge(
-        self, trained: Trained | None, shards: ShardSet, config: Config, folder: Path, vectors: Vectors | None
-    ) -> dict[str, Any]:
-        model = None if trained is None else trained.network
-        return judge_vectors(vectors, model, shards, config, folder, *self.ranks, self.protocols)
-
-    def _track(
-        self, trained: Trained | None, config: Config, result: dict[str, Any], folder: Path, files: Sequence[str]
-    ) -> None:
-        """Log to MLflow where a run or a configuration says to which: as a run of its own, below the training's."""
-        run = None if trained is None else trained.run
-        if self.ranks[0] > 0 or (run is None and self.settings[0] is None and config.tracking.uri is None):
-            return
-        output = Path(config.output) if run is None else run.parent
-        known = None if run is None else run / TRACKING / RUN_ID
-        parent = {"mlflow.parentRunId": known.read_text().strip()} if known is not None and known.is_file() else {}
-        settings = config.tracking.model_copy(update={"system_metrics": False})
-        events = Path(tempfile.mkdtemp(prefix="mlflow-", dir=folder))
-        with Tracker(settings, output, events, f"{config.name} on {result['dataset']}", parent) as tracker:
-            about = {"dataset": result["dataset"], "protocols": ", ".join(result["protocols"])}
-            tracker.params(about | {key: result[key] for key in ("part", "distance", "rerank")})
-            tracker.metrics({f"{result['part']}/{name}": value for name, value in result["metrics"].items()}, step=0)
-            for file in map(Path, files):
-                tracker.artifact(file, "/".join(("evaluation", *file.parent.relative_to(folder).parts)))
-        if tracker.all_sent:
-            shutil.rmtree(events)
-
     def _open(self, number: int) -> tuple[Trained | None, Config]:
-        config, overrides, shards = self.settings
         if self.weights is None:
-            return None, open_config(config, overrides, shards)
-        trained = open_trained(self.weights.replace("{split}", str(number)), config, overrides, shards)
-        trained.network.to(self.ranks[2])
+            return None, open_config(self.config, self.overrides, self.shards)
+        location = self.weights.replace("{split}", str(number))
+        trained = open_trained(location, self.config, self.overrides, self.shards, self.verify)
+        trained.network.to(self.ranks.device)
         return trained, trained.config
 
     def _folder(self, trained: Trained | None, shards: ShardSet) -> Path:
@@ -158,25 +106,55 @@ class Evaluation:
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def _embed(
+        self, trained: Trained | None, shards: ShardSet, config: Config, splits: Iterable[int], folder: Path
+    ) -> Vectors | None:
+        """The vectors of these splits' test tracklets on the first rank, kept in `folder`."""
+        known = trained is not None and trained.knows_cameras(shards)
+        if self.vectors is not None:
+            about = self.vectors.about
+            # Files of the last version do not say what their network took the cameras for.
+            return (
+                self.vectors
+                if about.cameras_known is not None
+                else replace(self.vectors, about=replace(about, cameras_known=known))
+            )
+        if self.ranks.first:
+            _print_notes(trained, shards, splits, known)
+        sides = (side for number in splits for side in query_and_gallery(shards, number))
+        wanted = sorted({position for side in sides for position in side})
+        identity = weights_identity(trained) if self.ranks.first else None
+        vectors = extract(trained.network, shards, wanted, config, self.ranks, known, identity)
+        if vectors is not None:
+            vectors.save(folder / VECTORS)
+        return vectors
 
-def mean_over_splits(results: Sequence[dict[str, Any]], dataset: str) -> dict[str, Any]:
-    """One object of several splits' results: rates are means, `RATE_deviation` sample standard deviations.
+    def _judge(
+        self, trained: Trained | None, shards: ShardSet, config: Config, folder: Path, vectors: Vectors | None
+    ) -> dict[str, Any]:
+        model = None if trained is None else trained.network
+        return judge_vectors(vectors, model, shards, config, folder, self.ranks, self.protocols)
 
-    Counts are means too (whole numbers where the splits agree), `cmc` the mean curve; `splits` holds each split's own.
-    """
-    scores = {}
-    for name in results[0]["protocols"]:
-        each = [result["protocols"][name] for result in results]
-        rates = {rate: fmean(split[rate] for split in each) for rate in RATES}
-        deviations = {f"{rate}_deviation": stdev(split[rate] for split in each) for rate in RATES}
-        counts = {key: fmean(split[key] for split in each) for key in COUNTS}
-        counts = {key: int(value) if math.floor(value) == value else value for key, value in counts.items()}
-        curve = [fmean(values) for values in zip(*(split["cmc"] for split in each), strict=True)]
-        scores[name] = {"protocol": name, **rates, **deviations, **counts, "cmc": curve}
-    about = {key: results[0][key] for key in ("part", "distance", "rerank")}
-    return combine(
-        scores, f"{dataset}, {len(results)} splits", **about, splits=[result["protocols"] for result in results]
-    )
+    def _track(
+        self, trained: Trained | None, config: Config, result: dict[str, Any], folder: Path, files: Sequence[str]
+    ) -> None:
+        """Log to MLflow where a run or a configuration says to which: as a run of its own, below the training's."""
+        run = None if trained is None else trained.run
+        if not self.ranks.first or (run is None and self.config is None and config.tracking.uri is None):
+            return
+        output = Path(config.output) if run is None else run.parent
+        known = None if run is None else run / TRACKING / RUN_ID
+        parent = {"mlflow.parentRunId": known.read_text().strip()} if known is not None and known.is_file() else {}
+        settings = config.tracking.model_copy(update={"system_metrics": False})
+        events = Path(tempfile.mkdtemp(prefix="mlflow-", dir=folder))
+        with Tracker(settings, output, events, f"{config.name} on {result['dataset']}", parent) as tracker:
+            about = {"dataset": result["dataset"], "protocols": ", ".join(result["protocols"])}
+            tracker.params(about | {key: result[key] for key in ("part", "distance", "rerank")})
+            tracker.metrics({f"{result['part']}/{name}": value for name, value in result["metrics"].items()}, step=0)
+            for file in map(Path, files):
+                tracker.artifact(file, "/".join(("evaluation", *file.parent.relative_to(folder).parts)))
+        if tracker.all_sent:
+            shutil.rmtree(events)
 
 
 def _on_split(config: Config, number: int) -> Config:
@@ -188,6 +166,6 @@ def _print_notes(trained: Trained, shards: ShardSet, splits: Iterable[int], came
     if not cameras_known and trained.network.backbone.camera is not None:
         print("note: the weights were trained on other cameras; the mean of their camera embeddings is used")
     for number in splits:
-        seen = trained.trained_on(shards, test_positions(shards, number)[0])
+        seen = trained.trained_on(shards, query_and_gallery(shards, number)[0])
         if seen:
             print(f"note: split {number}: the weights were trained on {len(seen)} of its test identities")

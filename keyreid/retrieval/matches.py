@@ -13,8 +13,8 @@ import pyarrow as pa
 from PIL import Image
 from rich.table import Table
 
-from keyreid.embedding.vector_file import VectorFiles
-from keyreid.errors import KeyreidError
+from keyreid.embedding.vectors import VectorFiles
+from keyreid.files import writing
 from keyreid.retrieval.search import Found, SearchSettings
 from keyreid.visualization.ranked import RankedRow, Tile, draw_ranked
 
@@ -46,7 +46,7 @@ def summary(results: Sequence[Found]) -> str:
     return line
 
 
-def write_json(results: Sequence[Found], settings: SearchSettings, path: Path) -> None:
+def write_matches(results: Sequence[Found], settings: SearchSettings, path: Path) -> None:
     """Write all results, with the settings that they were found by.
 
     Raises:
@@ -58,11 +58,9 @@ def write_json(results: Sequence[Found], settings: SearchSettings, path: Path) -
         "rerank": settings.rerank,
         "results": [{"query": found.query, "hits": found.hits} for found in results],
     }
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values, indent=1) + "\n")
-    except OSError as error:
-        raise KeyreidError(f"{path}: {error.strerror}") from None
 
 
 def ranked_picture(
