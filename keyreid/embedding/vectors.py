@@ -12,8 +12,6 @@ import difflib
 import hashlib
 import io
 import json
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -25,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from keyreid.embedding.distance import Embeddings
+from keyreid.embedding.npz import read_arrays
 from keyreid.errors import DataError
 from keyreid.files import replacing, sha256, writing
 from keyreid.shards.format import UNKNOWN_IDENTITY
@@ -44,6 +43,7 @@ DESCRIPTION = {
     "start_seconds": pa.float64(),
     "end_seconds": pa.float64(),
 }
+_NPZ = ("vectors", "visibility", "global_width", "dataset")
 _KEYS_COMPARED = 20_000  # for the nearest one to a mistyped key, which takes long
 
 
@@ -383,20 +383,14 @@ def _open(path: Path) -> pq.ParquetFile:
 
 def _read_npz(path: Path) -> Vectors:
     """What evaluations of the last version wrote; by an unknown network, so that it compares with no other file."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            columns = {"key": file["keys"], "identity": file["identities"], "camera": file["cameras"]}
-            vectors, visibility = file["vectors"], file["visibility"]
-            columns |= {"camera_name": columns["camera"].astype(np.str_), "frames": file["frames"]}
-            described = description(columns)
-            about = VectorsAbout(
-                *(vectors.shape[1], visibility.shape[1], int(file["global_width"]), str(file["dataset"])),
-                weights={"name": f"unknown weights of {path.name}", "sha256": sha256(path)},
-            )
-            if not len(described) == len(vectors) == len(visibility):
-                raise ValueError(f"{len(described)} keys for {len(vectors)} vectors, {len(visibility)} visibilities")
-            return Vectors(about, described, vectors, visibility)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: not a file of vectors ({error})") from None
+    file = read_arrays(path, ("keys", "identities", "cameras", "frames", *_NPZ))
+    vectors, visibility, global_width, dataset = (file.pop(name) for name in _NPZ)
+    lengths = {len(array) for array in (vectors, visibility, *file.values())}
+    if vectors.ndim != 2 or visibility.ndim != 2 or len(lengths) > 1:
+        raise DataError(f"{path}: not a file of vectors: {len(vectors)} vectors, {len(file['keys'])} keys")
+    weights = {"name": f"unknown weights of {path.name}", "sha256": sha256(path)}
+    about = VectorsAbout(vectors.shape[1], visibility.shape[1], int(global_width), str(dataset), weights)
+    columns = {name: file[f"{name}s"] for name in ("key", "camera")}
+    columns |= {"identity": file["identities"], "frames": file["frames"]}
+    described = description({**columns, "camera_name": file["cameras"].astype(np.str_)})
+    return Vectors(about, described, vectors, visibility)
