@@ -329,6 +329,49 @@ def test_commands_from_shards_to_a_ranked_picture(packed, weights, tmp_path):
     assert "16 queries; of 16 whose person is known" in text
 
 
+def test_evaluate_and_search_take_each_others_vectors(packed, weights, tmp_path):
+    def scores(*words):
+        out = tmp_path / "scores.json"
+        run_command("evaluate", "--shards", packed[0], "--ranks", "1", "--json", out, *words)
+        return json.loads(out.read_text())["protocols"]
+
+    def found(gallery, query):
+        words = ["--json", tmp_path / "found.json", "--other-cameras", "--top", "16"]
+        run_command("search", gallery, "--query", query, *words)
+        results = json.loads((tmp_path / "found.json").read_text())["results"]
+        distances = [hit["distance"] for result in results for hit in result["hits"]]
+        return [[result["query"]["key"], *(hit["key"] for hit in result["hits"])] for result in results], distances
+
+    plain = ["--", "data.reader=plain", "evaluation.pictures=0", "training.precision=fp32"]
+    expected = scores("--out", tmp_path / "out", "--protocol", "inclusive", weights, *plain)
+    judged, embedded = tmp_path / "out" / "vectors.parquet", tmp_path / "embedded.parquet"
+    run_command("embed", weights, packed[0], "--out", embedded, "--ranks", "1", *plain)
+    vectors_alone = ["--protocol", "inclusive", "--out", tmp_path / "again", "--", "evaluation.pictures=0"]
+    for file in (embedded, judged):
+        again = scores("--vectors", file, *vectors_alone)
+        assert again["inclusive"]["mAP"] == pytest.approx(expected["inclusive"]["mAP"], abs=1e-9)
+        assert again["inclusive"]["cmc"] == expected["inclusive"]["cmc"]
+    assert VectorFiles([judged]).about.weights == VectorFiles([embedded]).about.weights
+    keys, distances = found(judged, judged)
+    test_set = {record.key for record in packed[1].tracklets if record.split in ("query", "gallery")}
+    assert {row[0] for row in keys} == test_set
+    # One's queries in the other's gallery: the same network made both.
+    for gallery, query in ((judged, embedded), (embedded, judged)):
+        theirs = {row[0]: row[1:] for row in found(gallery, query)[0]}
+        for key, *hits in keys:
+            assert [hit for hit in theirs[key] if hit in test_set][: len(hits)] == hits
+    assert len(distances) and (np.diff(distances[: len(keys[0]) - 1]) >= 0).all()
+
+    kept = Vectors.load(judged)  # as the last version wrote it
+    names = ("keys", "identities", "cameras", "frames", "vectors", "visibility")
+    arrays = {name: getattr(kept, name) for name in names}
+    np.savez(tmp_path / "vectors.npz", **arrays, global_width=kept.about.global_width, dataset="toy")
+    assert scores("--vectors", tmp_path / "vectors.npz", *vectors_alone) == expected
+    assert found(tmp_path / "vectors.npz", tmp_path / "vectors.npz") == (keys, distances)
+    with pytest.raises(DataError, match=r"embedded by unknown weights of vectors\.npz"):
+        found(judged, tmp_path / "vectors.npz")
+
+
 def test_a_folder_is_packed_on_the_way(packed, weights, tmp_path):
     pictures = Path(packed[0]).parent / "pictures"
     layout = ["--option", "layout=tracklet", "--ranks", "1"]

@@ -5,16 +5,18 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from evaluation_toys import toy_network
+from evaluation_toys import toy_config, toy_network
 from PIL import Image
 from typer.testing import CliRunner
 
+from keyreid.checkpoints.weights_file import WeightsHeader, write_weights
 from keyreid.cli import app
 from keyreid.embedding.features import extract
 from keyreid.errors import DataError
 from keyreid.evaluation.pictures import chosen_queries, write_result_page
 from keyreid.evaluation.protocols import PROTOCOLS
 from keyreid.evaluation.ranking import rank_gallery, split_vectors
+from keyreid.model.backbone import Backbone
 from keyreid.shards import open_reader
 from keyreid.shards.plan import evaluation_clips
 from keyreid.visualization.attention import attention_maps
@@ -124,6 +126,57 @@ def test_attention_is_where_the_guidance_is(toy):
         peaks = maps.parts[:, part].reshape(3, -1).argmax(1)
         assert (peaks == part % rows * columns + part % columns).all()
     assert len(model.global_branch.block.attention._forward_pre_hooks) == hooks
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_attention_is_drawn_with_the_cameras_that_were_embedded(toy, tmp_path, known):
+    """By `evaluate` and by `visualize attention`: what the backbone is told of the cameras is the same each time."""
+    shards, config, model, _, folder = toy
+    weights = folder / "weights.safetensors"
+    if not known:
+        header = WeightsHeader(config.model, config.clip, [0, 1, 2, 3], [7, 8, 9], {"dataset": "another"})
+        weights = tmp_path / "elsewhere.safetensors"
+        write_weights(weights, model.state_dict(), header)
+    told = []
+    forward = Backbone.forward
+
+    def listening(self, images, cameras, *rest):
+        told.append(set(cameras.tolist()))
+        return forward(self, images, cameras, *rest)
+
+    settings = ["data.reader=plain", "data.workers=1", "training.precision=fp32", "evaluation.pictures=1"]
+    here, key = f"--shards={shards.location}", str(shards.tracklets[shards.select("query")[0]].key)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Backbone, "forward", listening)
+        run = CliRunner().invoke(app, ["evaluate", here, f"--out={tmp_path}/out", "--ranks=1", str(weights), *settings])
+        assert run.exit_code == 0, run.exception
+        *embedded, drawn = told
+        told.clear()
+        arguments = [here, f"--key={key}", f"--out={tmp_path}/alone.png", str(weights), *settings]
+        run = CliRunner().invoke(app, ["visualize", "attention", *arguments])
+        assert run.exit_code == 0, run.exception
+        kept = [f"--vectors={tmp_path}/out/vectors.parquet", f"--out={tmp_path}/again"]
+        run = CliRunner().invoke(app, ["evaluate", here, *kept, str(weights), *settings])
+        assert run.exit_code == 0, run.exception
+    alone, again = told
+    cameras = set().union(*embedded)
+    assert (cameras == {-1}) == (not known)
+    assert all(shown <= cameras for shown in (drawn, alone, again))
+
+
+def test_attention_of_unknown_cameras_is_that_of_their_mean(toy):
+    shards, _, model, _, _ = toy
+    reader = open_reader(shards, iter([evaluation_clips(shards, [3, 7, 8], 2)[:3]]), toy_config(shards), workers=0)
+    batch = next(iter(reader))
+    reader.close()
+    known, unknown = (attention_maps(model, batch, flag) for flag in (True, False))
+    assert np.abs(known.frames - unknown.frames).max() > 1e-5
+    was = model.backbone.camera.detach().clone()
+    with torch.no_grad():
+        model.backbone.camera[:] = was.mean(0)
+        as_mean = attention_maps(model, batch)
+        model.backbone.camera[:] = was
+    assert unknown.frames == pytest.approx(as_mean.frames, abs=1e-6)
 
 
 def test_attention_gives_what_the_network_computes(toy):
