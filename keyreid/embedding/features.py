@@ -27,7 +27,6 @@ from keyreid.shards.batch import ClipBatch, ClipPlan
 from keyreid.shards.index import ShardSet
 from keyreid.shards.plan import evaluation_clips
 
-_GATHER_BYTES = 64 * 2**20
 UNKNOWN_CAMERA = -1  # what the network takes for a camera that it has not been trained on
 
 
@@ -186,21 +185,18 @@ def _embed(model: KeyReID, batch: ClipBatch, config: Config, cameras_known: bool
 
 
 def _gather_rows(rows: torch.Tensor, lengths: list[int], ranks: Ranks) -> torch.Tensor:
-    """All ranks' rows in rank order, on the first rank's CPU; the others get their own back.
+    """All ranks' rows in rank order on the first rank; the others get their own back.
 
     Args:
-        lengths: rows of each rank. They travel in pieces of `_GATHER_BYTES`, padded to equal length.
+        lengths: rows of each rank.
     """
-    step = max(1, _GATHER_BYTES // (4 * rows.shape[1]))
-    first_row = [sum(lengths[:owner]) for owner in range(len(lengths))]
-    gathered = torch.empty(sum(lengths), rows.shape[1]) if ranks.first else rows
-    for start in range(0, max(lengths), step):
-        piece = torch.zeros(min(step, max(lengths) - start), rows.shape[1], device=ranks.device)
-        own = rows[start : start + len(piece)]
-        piece[: len(own)] = own.to(ranks.device)
-        pieces = [torch.empty_like(piece) for _ in lengths] if ranks.first else None
-        dist.gather(piece, pieces, dst=0)
-        for owner, received in enumerate(pieces or []):
-            count = min(len(received), max(0, lengths[owner] - start))
-            gathered[first_row[owner] + start :][:count] = received[:count].cpu()
+    if not ranks.first:
+        if len(rows):
+            dist.send(rows, 0, group=ranks.control)
+        return rows
+    gathered = torch.empty(sum(lengths), rows.shape[1])
+    gathered[: len(rows)] = rows
+    for rank, theirs in enumerate(gathered.split(lengths)):
+        if rank > 0 and len(theirs):
+            dist.recv(theirs, rank, group=ranks.control)
     return gathered
