@@ -10,23 +10,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from keyreid.commands.options import Overrides, RankCount, Verify, Weights
 from keyreid.errors import ConfigError
 
 PACKED = "KEYREID_PACKED"  # tells the ranks that we start where the source has been packed
 
-Weights = Annotated[
-    Path, typer.Argument(help="A run's folder, a checkpoint, exported .safetensors, or a published .pth.")
-]
 Source = Annotated[
     str, typer.Argument(help="Shards (folder or URL), a folder or table of pictures, or a video with --tracks.")
 ]
 Out = Annotated[Path, typer.Option(help="Vector file to write (.parquet).")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="Changes to the weights' configuration: evaluation.clips=4 data.reader=plain ...", show_default=False
-    ),
-]
 Selection = Literal["all", "train", "query", "gallery", "junk"]
 Dataset = Annotated[
     str | None,
@@ -41,10 +33,6 @@ Keypoints = Annotated[
 Features = Annotated[
     Literal["whole", "global"], typer.Option(help="global: the global feature alone, 25 times smaller.")
 ]
-RankCount = Annotated[
-    int | None, typer.Option(min=1, help="Processes on this machine. Default: one for each GPU, else one.")
-]
-Verify = Annotated[bool, typer.Option(help="Check the weights' hash first; --no-verify saves the seconds.")]
 
 
 def embed(
@@ -122,7 +110,7 @@ def _as_shards(
     return str(work)
 
 
-def _embed(weights: Path, source: str, out: Path, overrides: list[str], split: Selection, settings: Any, verify: bool):
+def _embed(weights: str, source: str, out: Path, overrides: list[str], split: Selection, settings: Any, verify: bool):
     import torch
 
     from keyreid.checkpoints.opened import open_trained

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from keyreid.commands.options import Configuration, Overrides, RankCount, Shards, Verify
 from keyreid.errors import ConfigError
 
 Weights = Annotated[
@@ -19,9 +20,6 @@ Weights = Annotated[
         show_default=False,
     ),
 ]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Changes to the configuration: section.key=value ...", show_default=False)
-]
 Protocols = Annotated[
     list[str] | None,
     typer.Option(
@@ -31,22 +29,16 @@ Protocols = Annotated[
 ]
 Distance = Annotated[Path | None, typer.Option(help="Judge the distance matrix in this .npz file; needs no model.")]
 Json = Annotated[Path | None, typer.Option(help="Write the scores as JSON to this file too.")]
-Configuration = Annotated[Path | None, typer.Option(help="Configuration. Default: the run's own, or the defaults.")]
-Shards = Annotated[str | None, typer.Option(help="Shards to evaluate on. Default: those of the configuration.")]
 VectorFile = Annotated[
     Path | None, typer.Option(help="What `evaluate` or `embed` wrote; then nothing is embedded again.")
 ]
 Out = Annotated[
     Path | None, typer.Option(help="Folder for vectors, scores and pictures. Default: one beside the weights.")
 ]
-RankCount = Annotated[
-    int | None, typer.Option(min=1, help="Processes on this machine. Default: one for each GPU, else one.")
-]
 SplitNumber = Annotated[
     int | None, typer.Option(min=0, help="Which split of the dataset (iLIDS-VID, PRID2011: 0 to 9).")
 ]
 AllSplits = Annotated[bool, typer.Option(help="Mean and standard deviation over all splits of the dataset.")]
-Verify = Annotated[bool, typer.Option(help="Check the weights' hash first; --no-verify saves the seconds.")]
 
 
 def evaluate(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from keyreid.commands.options import Metric
 from keyreid.errors import ConfigError
 
 TABLES = 10  # queries whose hits are printed
@@ -17,10 +18,6 @@ Gallery = Annotated[
 ]
 Query = Annotated[
     list[str], typer.Option(help="A tracklet's key, or a vector file, all of whose rows ask. Repeat it for several.")
-]
-Metric = Annotated[
-    Literal["euclidean", "cosine", "visible"],
-    typer.Option(help="visible: parts count by how much both sides see of them."),
 ]
 Index = Annotated[
     Path | None,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from keyreid.commands.options import Configuration, Metric, Overrides, Shards, Verify, Weights
 
 app = typer.Typer(help="Draw ranked lists, guidance, attention and curves.", no_args_is_help=True)
 
@@ -19,9 +21,7 @@ def ranked(
     shards: Annotated[str, typer.Option(help="Shards with the tracklets' pictures.")],
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("ranked.png"),
     protocol: Annotated[str, typer.Option(help="torchreid, official, inclusive or released.")] = "torchreid",
-    distance: Annotated[
-        Literal["euclidean", "cosine", "visible"], typer.Option(help="What ranks the gallery.")
-    ] = "euclidean",
+    distance: Metric = "euclidean",
     rerank: Annotated[bool, typer.Option(help="Re-rank by k-reciprocal neighbours.")] = False,
     count: Annotated[int, typer.Option(min=1, help="Queries of each kind: best, worst, random.")] = 8,
     key: Keys = None,
@@ -61,14 +61,14 @@ def guidance(
 
 @app.command("attention")
 def attention(
-    weights: Annotated[str, typer.Argument(help="A run, a checkpoint, keyreid .safetensors, or a published .pth.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
-    shards: Annotated[str | None, typer.Option(help="Default: those of the run.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Configuration. Default: the run's own.")] = None,
+    weights: Weights,
+    overrides: Overrides = None,
+    shards: Shards = None,
+    config: Configuration = None,
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("attention.png"),
     key: Keys = None,
     count: Count = 4,
-    verify: Annotated[bool, typer.Option(help="Check the weights' hash first; --no-verify saves the seconds.")] = True,
+    verify: Verify = True,
 ) -> None:
     """Where the last block's class token, and each part's token, look."""
     import torch

@@ -49,13 +49,12 @@ class SavedEvaluation:
     def one_split(self, number: int | None = None) -> dict[str, Any]:
         """`judge_vectors`' result on one split (None: the configuration's), with the `folder` it was written to."""
         trained, config = self._open(number or 0)
-        config = _on_split(config, config.data.split_number if number is None else number)
-        shards = ShardSet.from_config(config.data)
+        number = config.data.split_number if number is None else number
+        shards = ShardSet.from_config(_on_split(config, number).data)
         folder = self._folder(trained, shards)
-        vectors = self._embed(trained, shards, config, [config.data.split_number], folder)
-        result = self._judge(trained, shards, config, folder, vectors)
-        self._track(trained, config, result, folder, result["files"])
-        return {**result, "folder": str(folder)}
+        vectors = self._embed(trained, shards, [number], folder)
+        result = self._judge(trained, shards, _on_split(config, number), folder, vectors)
+        return self._tracked(trained, config, result, folder, result["files"])
 
     def all_splits(self) -> dict[str, Any]:
         """Mean and sample standard deviation (`RATE_deviation`) over all splits.
@@ -72,18 +71,16 @@ class SavedEvaluation:
             raise ConfigError(f"{shards.location}: {shards.card['name']} has one split; leave out --all-splits")
         folder = self._folder(trained, shards)
         weights_by_split = self.weights is not None and "{split}" in self.weights
-        vectors, results = None, []
-        if not weights_by_split:
-            vectors = self._embed(trained, shards, config, splits, folder)
+        vectors = None if weights_by_split else self._embed(trained, shards, splits, folder)
+        results = []
         for number in splits:
             own = folder / f"split-{number}"
             if weights_by_split:
                 trained, config = self._open(number)
-                vectors = self._embed(trained, shards, config, [number], own)
+                vectors = self._embed(trained, shards, [number], own)
             results.append(self._judge(trained, shards, _on_split(config, number), own, vectors))
-        result = mean_over_splits(results, shards.card["name"])
-        self._track(trained, config, result, folder, [file for split in results for file in split["files"]])
-        return {**result, "folder": str(folder)}
+        files = [file for split in results for file in split["files"]]
+        return self._tracked(trained, config, mean_over_splits(results, shards.card["name"]), folder, files)
 
     def _open(self, number: int) -> tuple[Trained | None, Config]:
         if self.weights is None:
@@ -106,25 +103,19 @@ class SavedEvaluation:
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def _embed(
-        self, trained: Trained | None, shards: ShardSet, config: Config, splits: Iterable[int], folder: Path
-    ) -> Vectors | None:
+    def _embed(self, trained: Trained | None, shards: ShardSet, splits: Iterable[int], folder: Path) -> Vectors | None:
         """The vectors of these splits' test tracklets on the first rank, kept in `folder`."""
         known = trained is not None and trained.knows_cameras(shards)
         if self.vectors is not None:
             about = self.vectors.about
-            # Files of the last version do not say what their network took the cameras for.
-            return (
-                self.vectors
-                if about.cameras_known is not None
-                else replace(self.vectors, about=replace(about, cameras_known=known))
-            )
+            if about.cameras_known is None:  # files of the last version do not say
+                about = replace(about, cameras_known=known)
+            return replace(self.vectors, about=about)
         if self.ranks.first:
             _print_notes(trained, shards, splits, known)
-        sides = (side for number in splits for side in query_and_gallery(shards, number))
-        wanted = sorted({position for side in sides for position in side})
+        wanted = {position for number in splits for side in query_and_gallery(shards, number) for position in side}
         identity = weights_identity(trained) if self.ranks.first else None
-        vectors = extract(trained.network, shards, wanted, config, self.ranks, known, identity)
+        vectors = extract(trained.network, shards, sorted(wanted), trained.config, self.ranks, known, identity)
         if vectors is not None:
             vectors.save(folder / VECTORS)
         return vectors
@@ -135,13 +126,17 @@ class SavedEvaluation:
         model = None if trained is None else trained.network
         return judge_vectors(vectors, model, shards, config, folder, self.ranks, self.protocols)
 
-    def _track(
+    def _tracked(
         self, trained: Trained | None, config: Config, result: dict[str, Any], folder: Path, files: Sequence[str]
-    ) -> None:
-        """Log to MLflow where a run or a configuration says to which: as a run of its own, below the training's."""
+    ) -> dict[str, Any]:
+        """The result with its `folder`, after MLflow has it: as a run of its own, below the training's.
+
+        MLflow hears of it where a run or a configuration says which.
+        """
         run = None if trained is None else trained.run
+        whole = {**result, "folder": str(folder)}
         if not self.ranks.first or (run is None and self.config is None and config.tracking.uri is None):
-            return
+            return whole
         output = Path(config.output) if run is None else run.parent
         known = None if run is None else run / TRACKING / RUN_ID
         parent = {"mlflow.parentRunId": known.read_text().strip()} if known is not None and known.is_file() else {}
@@ -155,6 +150,7 @@ class SavedEvaluation:
                 tracker.artifact(file, "/".join(("evaluation", *file.parent.relative_to(folder).parts)))
         if tracker.all_sent:
             shutil.rmtree(events)
+        return whole
 
 
 def _on_split(config: Config, number: int) -> Config:

@@ -119,18 +119,9 @@ def attention_picture(
 
 def _spread_clip(shards: ShardSet, position: int, frames: int) -> ClipPlan:
     """A clip over the whole tracklet instead of consecutive frames."""
-    chosen = evenly_spaced(shards.tracklets[position].frames, frames)
-    chosen = np.array((chosen * frames)[:frames] if len(chosen) < frames else chosen)
-    nothing = np.zeros(frames, bool)
-    return ClipPlan(
-        position,
-        -1,
-        np.sort(chosen),
-        nothing,
-        np.zeros((frames, 2), np.int64),
-        np.zeros((frames, 4), np.int64),
-        nothing,
-    )
+    chosen = np.sort(np.resize(evenly_spaced(shards.tracklets[position].frames, frames), frames))
+    nothing, no_crop, no_erasing = np.zeros(frames, bool), np.zeros((frames, 2), int), np.zeros((frames, 4), int)
+    return ClipPlan(position, -1, chosen, nothing, no_crop, no_erasing, nothing)
 
 
 def _overlaid(pictures: Sequence[np.ndarray], maps: Sequence[np.ndarray]) -> list[np.ndarray]:
