@@ -1,7 +1,5 @@
 """Protocols against a naive loop, against trec_eval, and on the real MARS index."""
 
-import time
-
 import numpy as np
 import pytest
 import pytrec_eval
@@ -147,51 +145,34 @@ def test_camera_entries_of_the_published_loader_on_the_real_mars_index(mars):
     assert cameras_as_released(Side(np.array([5, 6]), np.array([1, 2]), np.array([3, 3]))).cameras.tolist() == [1, 1]
 
 
-def test_blocks_change_nothing_and_memory_keeps_its_bound():
+def test_memory_keeps_its_bound():
     import tracemalloc
 
     rng = np.random.default_rng(1)
     query, gallery = (Side(rng.integers(1, 300, n), rng.integers(1, 7, n)) for n in (400, 5000))
     distance = rng.random((400, 5000), dtype=np.float32)
-    whole = judge(distance, query, gallery, "torchreid")
     tracemalloc.start()
-    cut = judge(distance, query, gallery, "torchreid", block_bytes=2**20)
+    judge(distance, query, gallery, "torchreid")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**20 + 2**18
-    assert cut.as_dict() == whole.as_dict()
-    assert np.array_equal(cut.average_precision, whole.average_precision, equal_nan=True)
 
 
-def test_twenty_times_faster_than_a_loop_over_queries():
-    """At a twentieth of MARS's queries, against the usual NumPy evaluator: argsort, then a loop over the queries."""
+def test_equal_to_the_usual_loop_over_queries():
+    """At a twentieth of MARS's queries: argsort, then a loop over the queries, as published evaluators do it."""
     rng = np.random.default_rng(2)
     query, gallery = (Side(rng.integers(1, 600, n), rng.integers(1, 7, n)) for n in (99, 11310))
     distance = rng.random((99, 11310), dtype=np.float32)
-
-    def loop():
-        aps = []
-        order = np.argsort(distance, axis=1)
-        matches = gallery.identities[order] == query.identities[:, None]
-        for q in range(len(query)):
-            keep = ~(matches[q] & (gallery.cameras[order[q]] == query.cameras[q]))
-            hits = matches[q][keep].astype(np.int32)
-            if hits.any():
-                precision = np.asarray([x / (i + 1.0) for i, x in enumerate(hits.cumsum())]) * hits
-                aps.append(precision.sum() / hits.sum())
-        return np.mean(aps)
-
-    def seconds(function):
-        start = time.process_time()
-        result = function()
-        return time.process_time() - start, result
-
-    slow, mean_ap = seconds(loop)
-    fast, scores = min(
-        (seconds(lambda: judge(distance, query, gallery, "torchreid")) for _ in range(3)), key=lambda run: run[0]
-    )
-    assert scores.mean_ap == pytest.approx(mean_ap, abs=1e-12)
-    assert slow > 20 * fast, f"only {slow / fast:.1f} times faster"
+    aps = []
+    order = np.argsort(distance, axis=1)
+    matches = gallery.identities[order] == query.identities[:, None]
+    for q in range(len(query)):
+        keep = ~(matches[q] & (gallery.cameras[order[q]] == query.cameras[q]))
+        hits = matches[q][keep].astype(np.int32)
+        if hits.any():
+            precision = np.asarray([x / (i + 1.0) for i, x in enumerate(hits.cumsum())]) * hits
+            aps.append(precision.sum() / hits.sum())
+    assert judge(distance, query, gallery, "torchreid").mean_ap == pytest.approx(np.mean(aps), abs=1e-12)
 
 
 def test_what_cannot_be_judged_is_refused():

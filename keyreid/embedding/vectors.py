@@ -153,12 +153,8 @@ class Vectors:
         return pa.table(columns, self.about.schema)
 
     def rows_of(self, keys: Iterable[str], source: str = "these vectors") -> np.ndarray:
-        """int64 [n]: the rows of these tracklets.
-
-        Raises:
-            DataError: a tracklet is not among them.
-        """
-        return _rows_of(self.keys.tolist(), list(keys), source)
+        """int64 [n]: the rows of these tracklets; see `rows_of`."""
+        return rows_of(self.keys.tolist(), list(keys), source)
 
     def save(self, path: Path) -> None:
         """Write a vector file.
@@ -245,10 +241,9 @@ class VectorFiles:
         """
         self.paths = [file for path in paths for file in (_parquet_files(path) if path.is_dir() else [path])]
         self._files = [_open(path) for path in self.paths]
-        abouts = [read_about(path, file) for path, file in zip(self.paths, self._files, strict=True)]
-        self.about = abouts[0]
-        for path, about in zip(self.paths, abouts, strict=True):
-            check_comparable(self.about, about, f"{self.paths[0]}", f"{path}")
+        self.about = read_about(self.paths[0], self._files[0])
+        for path, file in zip(self.paths, self._files, strict=True):
+            check_comparable(self.about, read_about(path, file), f"{self.paths[0]}", f"{path}")
         self._first = np.cumsum([0, *(file.metadata.num_rows for file in self._files)])
 
     def __len__(self) -> int:
@@ -302,12 +297,8 @@ class VectorFiles:
         return pa.concat_tables(pieces).take(np.argsort(order, kind="stable"))
 
     def rows_of(self, keys: Sequence[str]) -> np.ndarray:
-        """int64: the row of each key.
-
-        Raises:
-            DataError: a key is not there; a near one is named.
-        """
-        return _rows_of(self.column("key").tolist(), keys, str(self.paths[0]))
+        """int64 [n]: the row of each key; see `rows_of`."""
+        return rows_of(self.column("key").tolist(), keys, str(self.paths[0]))
 
 
 def embeddings_of(table: pa.Table, about: VectorsAbout) -> Embeddings:
@@ -352,7 +343,12 @@ def matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty((0, width), np.float32)])
 
 
-def _rows_of(there: list[str], keys: Sequence[str], source: str) -> np.ndarray:
+def rows_of(there: list[str], keys: Sequence[str], source: str) -> np.ndarray:
+    """int64 [n]: where each key stands.
+
+    Raises:
+        DataError: a key is not there; a near one is named.
+    """
     place = {key: row for row, key in enumerate(there)}
     missing = [key for key in keys if key not in place]
     if missing:
