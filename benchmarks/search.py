@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from keyreid.embedding import vector_file
-from keyreid.embedding.vector_file import VectorFiles, VectorsAbout, make_table, write_vectors
+from keyreid.embedding.vectors import VectorFiles, Vectors, VectorsAbout, description, matrix, write_vectors
 from keyreid.retrieval.index import GalleryIndex
 from keyreid.retrieval.search import SearchSettings, search
 
@@ -39,10 +38,9 @@ def tables(about: VectorsAbout, rows: int) -> Iterator:
         centres = np.stack([np.random.default_rng([0, p]).standard_normal(about.width, np.float32) for p in person])
         vectors = centres + SPREAD * rng.standard_normal((count, about.width), np.float32)
         cameras = rng.integers(1, 7, count)
-        columns = {name: [None] * count for name, _ in vector_file.DESCRIPTION} | {"picture": [None] * count}
-        columns |= {"key": [f"k{n}" for n in range(start, start + count)], "identity": person, "frames": [12] * count}
+        columns = {"key": [f"k{n}" for n in range(start, start + count)], "identity": person, "frames": [12] * count}
         columns |= {"camera": cameras, "camera_name": [f"camera {c}" for c in cameras]}
-        yield make_table(about, columns, np.ones((count, about.parts)), vectors)
+        yield Vectors(about, description(columns), vectors, np.ones((count, about.parts), np.float32)).table
 
 
 def peak() -> float:
@@ -92,7 +90,7 @@ def main() -> None:
     if not GalleryIndex.fits(index_path, files, "euclidean"):
         measured("build the index", lambda: GalleryIndex.build(files, index_path, "euclidean"))
     print(f"index: {index_path.stat().st_size / 1e9:.2f} GB")
-    vectors = vector_file.matrix(files.take(asked, ["vector"])["vector"], about.width)
+    vectors = matrix(files.take(asked, ["vector"])["vector"], about.width)
     truth = [{hit["row"] for hit in found.hits} for found in exact]
     for share in (64, 16, 4):
         index = GalleryIndex(index_path, files, "euclidean")

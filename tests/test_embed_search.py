@@ -18,12 +18,13 @@ from keyreid.checkpoints.trained import open_trained
 from keyreid.checkpoints.weights_file import WeightsHeader, write_weights
 from keyreid.cli import app
 from keyreid.config import ClipConfig, ModelConfig
-from keyreid.embedding import embedding, vector_file
+from keyreid.embedding import job, vectors
+from keyreid.embedding.description import numbered_frames
 from keyreid.embedding.distance import Embeddings
-from keyreid.embedding.embedding import EmbeddingJob, EmbedSettings, cut, numbered_frames
 from keyreid.embedding.features import extract
+from keyreid.embedding.job import EmbeddingJob, EmbedSettings, cut
 from keyreid.embedding.reranking import rerank
-from keyreid.embedding.vector_file import VectorFiles, VectorsAbout, make_table, write_vectors
+from keyreid.embedding.vectors import VectorFiles, Vectors, VectorsAbout, description, write_vectors
 from keyreid.errors import ConfigError, DataError
 from keyreid.model import build_model
 from keyreid.retrieval import search
@@ -63,11 +64,11 @@ def embedded(packed, weights, tmp_path_factory):
     """The vector file of one rank, in parts of a few tracklets."""
     out = tmp_path_factory.mktemp("vectors") / "vectors.parquet"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedding, "PART_FRAMES", 20)
-        job = job_of(weights, packed, out)
-        assert len(job.parts) > 3
-        job.run()
-        assert job.join() == 16
+        patch.setattr(job, "PART_FRAMES", 20)
+        one = job_of(weights, packed, out)
+        assert len(one.parts) > 3
+        one.run()
+        assert one.join() == 16
     return out
 
 
@@ -78,7 +79,7 @@ def test_rows_are_what_evaluation_computes(embedded, packed, weights):
     expected = extract(trained.network, shards, shards.select("all"), trained.config, cameras_known=False)
     rows = next(files.blocks(files.about.schema.names))[1]
     assert rows["key"].to_pylist() == [record.key for record in shards.tracklets]
-    found = vector_file.embeddings_of(rows, files.about)
+    found = vectors.embeddings_of(rows, files.about)
     np.testing.assert_allclose(found.vectors, expected.vectors, atol=1e-5)
     np.testing.assert_allclose(found.visibility, expected.visibility, atol=1e-6)
     assert rows["frames"].to_pylist() == [record.frames for record in shards.tracklets]
@@ -93,7 +94,7 @@ def test_rows_are_what_evaluation_computes(embedded, packed, weights):
 
 
 def test_any_ranks_and_interruptions_give_the_same_file(embedded, packed, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding, "PART_FRAMES", 20)
+    monkeypatch.setattr(job, "PART_FRAMES", 20)
     out = tmp_path / "again.parquet"
     first, second = (job_of(weights, packed, out) for _ in range(2))
     assert len(first.parts) == 4
@@ -127,15 +128,13 @@ def about(width: int = 8, weights: str = "w") -> VectorsAbout:
     return VectorsAbout(width, 2, 4, "toy", {"name": weights, "sha256": weights}, fingerprint="f")
 
 
-def make_rows(keys, cameras, vectors, visibility=None, weights: str = "w"):
-    count = len(keys)
+def make_rows(keys, cameras, numbers, visibility=None, weights: str = "w"):
     columns = {
-        **{name: [None] * count for name, _ in vector_file.DESCRIPTION},
-        **{"key": keys, "camera": cameras, "camera_name": [f"cam {c}" for c in cameras], "frames": [3] * count},
-        **{"identity": [int(key[1:]) // 3 for key in keys], "picture": [None] * count},
+        **{"key": keys, "camera": cameras, "camera_name": [f"cam {c}" for c in cameras], "frames": [3] * len(keys)},
+        **{"identity": [int(key[1:]) // 3 for key in keys]},
     }
-    seen = np.ones((count, 2)) if visibility is None else visibility
-    return make_table(about(vectors.shape[1], weights), columns, seen, vectors)
+    seen = np.ones((len(keys), 2), np.float32) if visibility is None else visibility
+    return Vectors(about(numbers.shape[1], weights), description(columns), numbers, seen).table
 
 
 @pytest.fixture(scope="module")
@@ -143,21 +142,21 @@ def gallery(tmp_path_factory):
     """Two files of 40 and 25 rows in row groups of 7, and all their content in memory."""
     folder = tmp_path_factory.mktemp("gallery")
     rng = np.random.default_rng(3)
-    vectors = rng.normal(size=(65, 8)).astype(np.float32)
+    numbers = rng.normal(size=(65, 8)).astype(np.float32)
     visibility = rng.uniform(size=(65, 2)).astype(np.float32)
     cameras = rng.integers(1, 4, 65).tolist()
     keys = [f"k{number}" for number in range(65)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vector_file, "ROW_GROUP_BYTES", ROWS_A_GROUP * 8 * 4)
+        patch.setattr(vectors, "ROW_GROUP_BYTES", ROWS_A_GROUP * 8 * 4)
         for name, rows in (("a", slice(0, 40)), ("b", slice(40, 65))):
-            table = make_rows(keys[rows], cameras[rows], vectors[rows], visibility[rows])
+            table = make_rows(keys[rows], cameras[rows], numbers[rows], visibility[rows])
             assert write_vectors(folder / f"{name}.parquet", about(), iter([table])) == len(table)
-    return folder, keys, np.array(cameras), Embeddings(vectors, visibility, 4)
+    return folder, keys, np.array(cameras), Embeddings(numbers, visibility, 4)
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(vector_file, "ROW_GROUP_BYTES", ROWS_A_GROUP * 8 * 4)
+    monkeypatch.setattr(vectors, "ROW_GROUP_BYTES", ROWS_A_GROUP * 8 * 4)
 
 
 def test_files_are_read_in_pieces(gallery, small_blocks):
@@ -170,9 +169,9 @@ def test_files_are_read_in_pieces(gallery, small_blocks):
     rows = np.array([64, 3, 41, 3, 0])
     taken = files.take(rows, ["key", "vector", "visibility"])
     assert taken["key"].to_pylist() == [keys[row] for row in rows]
-    np.testing.assert_array_equal(vector_file.embeddings_of(taken, files.about).vectors, everything.vectors[rows])
+    np.testing.assert_array_equal(vectors.embeddings_of(taken, files.about).vectors, everything.vectors[rows])
     assert files.rows_of(["k41", "k0"]).tolist() == [41, 0]
-    with pytest.raises(DataError, match="no tracklet has the key 'k411'; the nearest key is k41"):
+    with pytest.raises(DataError, match=r"no tracklet has the key 'k411' \(1 are missing\); the nearest key is k41"):
         files.rows_of(["k411"])
     half = VectorsAbout(8, 2, 4, "toy", dtype="float16")
     assert half.schema.field("vector").type == pa.list_(pa.float16(), 8)
@@ -288,13 +287,13 @@ def run_command(*words) -> str:
 
 
 def test_commands_from_shards_to_a_ranked_picture(packed, weights, tmp_path):
-    vectors, found, picture = (tmp_path / name for name in ("v.parquet", "found.json", "found.png"))
-    embed = ["embed", weights, packed[0], "data.reader=plain", "--out", vectors, "--ranks", "1", "--features", "global"]
+    file, found, picture = (tmp_path / name for name in ("v.parquet", "found.json", "found.png"))
+    embed = ["embed", weights, packed[0], "data.reader=plain", "--out", file, "--ranks", "1", "--features", "global"]
     assert "16 vectors of 192 numbers" in run_command(*embed)
     assert "nothing to do" in run_command(*embed)
     key = packed[1].tracklets[2].key
     text = run_command(
-        *("search", vectors, "--query", key, "--top", "3", "--other-cameras", "--json", found, "--picture", picture)
+        *("search", file, "--query", key, "--top", "3", "--other-cameras", "--json", found, "--picture", picture)
     )
     assert f"query {key}" in text and "1 queries" in text
     (result,) = json.loads(found.read_text())["results"]
@@ -304,8 +303,51 @@ def test_commands_from_shards_to_a_ranked_picture(packed, weights, tmp_path):
     assert distances == sorted(distances)
     image = cv2.imread(str(picture))
     assert image.shape[0] > 250 and image.shape[1] > 400
-    text = run_command("search", vectors, "--query", vectors, "--top", "1")
+    text = run_command("search", file, "--query", file, "--top", "1")
     assert "16 queries; of 16 whose person is known" in text
+
+
+def test_evaluate_and_search_take_each_others_vectors(packed, weights, tmp_path):
+    def scores(*words):
+        out = tmp_path / "scores.json"
+        run_command("evaluate", "--shards", packed[0], "--ranks", "1", "--json", out, *words)
+        return json.loads(out.read_text())["protocols"]
+
+    def found(gallery, query):
+        words = ["--json", tmp_path / "found.json", "--other-cameras", "--top", "16"]
+        run_command("search", gallery, "--query", query, *words)
+        results = json.loads((tmp_path / "found.json").read_text())["results"]
+        distances = [hit["distance"] for result in results for hit in result["hits"]]
+        return [[result["query"]["key"], *(hit["key"] for hit in result["hits"])] for result in results], distances
+
+    plain = ["--", "data.reader=plain", "evaluation.pictures=0", "training.precision=fp32"]
+    expected = scores("--out", tmp_path / "out", "--protocol", "inclusive", weights, *plain)
+    judged, embedded = tmp_path / "out" / "vectors.parquet", tmp_path / "embedded.parquet"
+    run_command("embed", weights, packed[0], "--out", embedded, "--ranks", "1", *plain)
+    vectors_alone = ["--protocol", "inclusive", "--out", tmp_path / "again", "--", "evaluation.pictures=0"]
+    for file in (embedded, judged):
+        again = scores("--vectors", file, *vectors_alone)
+        assert again["inclusive"]["mAP"] == pytest.approx(expected["inclusive"]["mAP"], abs=1e-9)
+        assert again["inclusive"]["cmc"] == expected["inclusive"]["cmc"]
+    assert VectorFiles([judged]).about.weights == VectorFiles([embedded]).about.weights
+    keys, distances = found(judged, judged)
+    test_set = {record.key for record in packed[1].tracklets if record.split in ("query", "gallery")}
+    assert {row[0] for row in keys} == test_set
+    # One's queries in the other's gallery: the same network made both.
+    for gallery, query in ((judged, embedded), (embedded, judged)):
+        theirs = {row[0]: row[1:] for row in found(gallery, query)[0]}
+        for key, *hits in keys:
+            assert [hit for hit in theirs[key] if hit in test_set][: len(hits)] == hits
+    assert len(distances) and (np.diff(distances[: len(keys[0]) - 1]) >= 0).all()
+
+    kept = Vectors.load(judged)  # as the last version wrote it
+    names = ("keys", "identities", "cameras", "frames", "vectors", "visibility")
+    arrays = {name: getattr(kept, name) for name in names}
+    np.savez(tmp_path / "vectors.npz", **arrays, global_width=kept.about.global_width, dataset="toy")
+    assert scores("--vectors", tmp_path / "vectors.npz", *vectors_alone) == expected
+    assert found(tmp_path / "vectors.npz", tmp_path / "vectors.npz") == (keys, distances)
+    with pytest.raises(DataError, match=r"embedded by unknown weights of vectors\.npz"):
+        found(judged, tmp_path / "vectors.npz")
 
 
 def test_a_folder_is_packed_on_the_way(packed, weights, tmp_path):

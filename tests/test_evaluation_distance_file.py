@@ -132,7 +132,7 @@ def test_command_line_refusals(tmp_path):
     for arguments, message in (
         (["--distance", str(path), "--protocol", "market"], "unknown protocol 'market'; there are torchreid, official"),
         (["--distance", str(path), "--shards", "s", "--all-splits"], "does not go with --all-splits, --shards"),
-        ([], "name a run, a checkpoint or weights; or --vectors FILE.npz"),
+        ([], "name a run, checkpoint or weights; or --vectors FILE with --shards"),
     ):
         run = CliRunner().invoke(app, ["evaluate", *arguments])
         assert isinstance(run.exception, ConfigError)

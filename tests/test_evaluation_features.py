@@ -1,16 +1,19 @@
 """Vectors of tracklets: the mean over their clips, whatever batches and ranks they were computed in."""
 
 import os
+import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from evaluation_toys import save_weights, toy_config, toy_model, toy_shards
 
 from keyreid.embedding.features import _batches_of, _mean_by_tracklet, _shares, extract
-from keyreid.embedding.vectors import Vectors
+from keyreid.embedding.vectors import VectorFiles, Vectors
 from keyreid.errors import DataError
 from keyreid.model.inputs import prepare
 from keyreid.shards import open_reader
@@ -118,23 +121,57 @@ def test_two_ranks_give_the_bits_of_one(toy, tmp_path):
         assert done.returncode == 0, done.stderr
         assert f"clips/s on {ranks} rank(s)" in done.stdout
     one, two = (tmp_path / str(ranks) for ranks in (1, 2))
-    assert (one / "vectors.npz").read_bytes() == (two / "vectors.npz").read_bytes()
+    assert (one / "vectors.parquet").read_bytes() == (two / "vectors.parquet").read_bytes()
     assert (one / "scores.json").read_text() == (two / "scores.json").read_text()
 
 
-def test_vectors_are_kept_and_read_again(toy, tmp_path):
+def test_vectors_are_kept_and_read_again(toy, tmp_path, monkeypatch):
+    shards, config, model = toy
+    made = extract(model, shards, [4, 5, 6], config, weights={"name": "toy", "sha256": "t"})
+    monkeypatch.setattr("keyreid.embedding.vectors.ROW_GROUP_BYTES", 2 * 4 * made.about.width)  # two groups
+    made.save(tmp_path / "vectors.parquet")
+    same(Vectors.load(tmp_path / "vectors.parquet"), made)
+    read = Vectors.load(tmp_path / "vectors.parquet")
+    assert read.about.fingerprint and replace(read.about, fingerprint="") == made.about
+    assert (read.about.global_width, read.about.dataset, read.about.cameras_known) == (192, "toy", True)
+    assert read.rows_of([made.keys[2], made.keys[0]]).tolist() == [2, 0]
+    with pytest.raises(DataError, match=r"no tracklet has the key 'nobody' \(1 are missing\)"):
+        read.rows_of(["nobody"])
+    with pytest.raises(DataError, match=r"absent\.parquet: no such file"):
+        Vectors.load(tmp_path / "absent.parquet")
+    (tmp_path / "other.parquet").write_text("other")
+    with pytest.raises(DataError, match=r"other\.parquet: not a whole Parquet file"):
+        Vectors.load(tmp_path / "other.parquet")
+
+
+def test_vectors_of_the_last_version_are_read(toy, tmp_path):
     shards, config, model = toy
     made = extract(model, shards, [4, 5, 6], config)
-    made.save(tmp_path / "vectors.npz")
+    somebody = pa.array([made.identities[0], None, made.identities[2]])
+    made = replace(made, described=made.described.set_column(1, "identity", somebody))
+    assert made.identities[1] == -2
+    arrays = {name: getattr(made, name) for name in ("keys", "identities", "cameras", "frames", "visibility")}
+    np.savez(tmp_path / "vectors.npz", **arrays, vectors=made.vectors, global_width=192, dataset="toy")
     read = Vectors.load(tmp_path / "vectors.npz")
-    for name in ("keys", "identities", "cameras", "frames", "vectors", "visibility"):
-        assert np.array_equal(getattr(read, name), getattr(made, name))
-    assert (read.global_width, read.dataset) == (192, "toy")
-    assert read.rows_of([made.keys[2], made.keys[0]]).tolist() == [2, 0]
-    with pytest.raises(DataError, match=r"hold no tracklet nobody \(1 are missing\)"):
-        read.rows_of(["nobody"])
+    same(read, made)
+    assert (read.about.global_width, read.about.dataset, read.about.cameras_known) == (192, "toy", None)
+    files = VectorFiles([tmp_path / "vectors.npz"])
+    assert files.take(np.array([2, 0]), ["key"])["key"].to_pylist() == [made.keys[2], made.keys[0]]
+    made.save(tmp_path / "new.parquet")
+    with pytest.raises(DataError, match="vectors of different networks cannot be compared"):
+        VectorFiles([tmp_path / "vectors.npz", tmp_path / "new.parquet"])
     with pytest.raises(DataError, match=r"absent\.npz: no such file"):
         Vectors.load(tmp_path / "absent.npz")
-    (tmp_path / "other.npz").write_text("other")
-    with pytest.raises(DataError, match=r"other\.npz: not a file of vectors"):
-        Vectors.load(tmp_path / "other.npz")
+    for content in ("other", pickle.dumps({"keys": 1})):
+        (tmp_path / "other.npz").write_bytes(content.encode() if isinstance(content, str) else content)
+        with pytest.raises(DataError, match=r"other\.npz: not an \.npz file of plain arrays") as error:
+            Vectors.load(tmp_path / "other.npz")
+        assert "unsafely" not in str(error.value)
+    np.savez(tmp_path / "short.npz", **arrays, vectors=made.vectors[:2], global_width=192, dataset="toy")
+    with pytest.raises(DataError, match=r"short\.npz: not a file of vectors: 2 vectors, 3 keys"):
+        Vectors.load(tmp_path / "short.npz")
+
+
+def same(one, other):
+    for name in ("keys", "identities", "cameras", "frames", "vectors", "visibility"):
+        assert np.array_equal(getattr(one, name), getattr(other, name))

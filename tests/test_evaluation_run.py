@@ -18,8 +18,9 @@ from keyreid.embedding.distance import pairwise
 from keyreid.embedding.vectors import Vectors
 from keyreid.errors import CheckpointError, ConfigError, DataError, KeyreidError
 from keyreid.evaluation import evaluate
+from keyreid.evaluation.judging import check_judgeable
 from keyreid.evaluation.protocols import judge
-from keyreid.evaluation.run import check_judgeable
+from keyreid.evaluation.ranking import side_of
 
 SETTINGS = ["training.precision=fp32", "data.reader=plain", "data.workers=1", "evaluation.pictures=1"]
 
@@ -45,13 +46,13 @@ def evaluated(toy, tmp_path_factory):
 def test_scores_are_the_protocols_of_the_vectors(toy, evaluated):
     out, output = evaluated
     result = json.loads((out / "scores.json").read_text())
-    vectors = Vectors.load(out / "vectors.npz")
+    vectors = Vectors.load(out / "vectors.parquet")
     shards = toy[0]
     query, gallery = (
         vectors[vectors.rows_of([shards.tracklets[p].key for p in shards.select(s)])] for s in ("query", "gallery")
     )
     distance = pairwise(query.embeddings, gallery.embeddings)
-    expected = judge(distance, query.side, gallery.side, "torchreid").as_dict()
+    expected = judge(distance, side_of(query), side_of(gallery), "torchreid").as_dict()
     assert {name: result[name] for name in expected} == expected
     assert (result["queries"], result["gallery"]) == (4, 12)
     assert result["protocols"]["official"]["gallery"] == result["protocols"]["inclusive"]["gallery"] == 16
@@ -79,7 +80,7 @@ def test_kept_vectors_need_no_second_pass(toy, evaluated, tmp_path):
     out, _ = evaluated
     for path in out.glob("*.*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())  # pictures of an evaluation with other scores
-    arguments = ["evaluate", f"--vectors={out}/vectors.npz", f"--shards={toy[0].location}", f"--out={tmp_path}"]
+    arguments = ["evaluate", f"--vectors={out}/vectors.parquet", f"--shards={toy[0].location}", f"--out={tmp_path}"]
     run = CliRunner().invoke(app, [*arguments, "--", "evaluation.rerank=true", "evaluation.pictures=0"])
     assert run.exit_code == 0, run.output
     assert "embedded" not in run.output
@@ -90,7 +91,7 @@ def test_kept_vectors_need_no_second_pass(toy, evaluated, tmp_path):
 
 def test_mlflow_has_an_evaluation_with_its_protocol_and_data_set(toy, evaluated, tmp_path):
     out, _ = evaluated
-    arguments = ["evaluate", f"--vectors={out}/vectors.npz", f"--shards={toy[0].location}", f"--out={tmp_path}"]
+    arguments = ["evaluate", f"--vectors={out}/vectors.parquet", f"--shards={toy[0].location}", f"--out={tmp_path}"]
     store = f"sqlite:///{tmp_path}/mlflow.db"
     settings = ["evaluation.pictures=0", f"tracking.uri={store}", "evaluation.distance=cosine"]
     run = CliRunner().invoke(app, [*arguments, "--protocol=official", "--", *settings])
@@ -144,13 +145,13 @@ def test_mean_and_deviation_over_splits(toy, tmp_path):
     each = [json.loads((tmp_path / "out" / f"split-{n}" / "scores.json").read_text()) for n in range(3)]
     assert each[1]["dataset"] == "toy split 1"
     one = CliRunner().invoke(
-        app, ["evaluate", f"--vectors={tmp_path}/out/vectors.npz", f"--shards={shards.location}", "--split-number=1",
-              f"--out={tmp_path}/one", f"--json={tmp_path}/one.json", "--", "evaluation.pictures=0"]
+        app, ["evaluate", f"--vectors={tmp_path}/out/vectors.parquet", f"--shards={shards.location}",
+              f"--out={tmp_path}/one", "--split-number=1", f"--json={tmp_path}/one.json", "--", "evaluation.pictures=0"]
     )  # fmt: skip
     assert one.exit_code == 0, one.output
     assert json.loads((tmp_path / "one.json").read_text())["protocols"] == each[1]["protocols"]
     both = CliRunner().invoke(
-        app, ["evaluate", f"--shards={shards.location}", f"--vectors={tmp_path}/out/vectors.npz", "--all-splits",
+        app, ["evaluate", f"--shards={shards.location}", f"--vectors={tmp_path}/out/vectors.parquet", "--all-splits",
               f"--json={tmp_path}/all.json", f"--out={tmp_path}/again", "--", "evaluation.pictures=0"]
     )  # fmt: skip
     assert both.exit_code == 0, both.output
@@ -165,7 +166,7 @@ def test_mean_and_deviation_over_splits(toy, tmp_path):
         app, [*arguments, f"{tmp_path}/own-{{split}}.safetensors", *SETTINGS, "evaluation.pictures=0"]
     )
     assert own.exit_code == 0, own.output
-    kept = [Vectors.load(tmp_path / "out" / f"split-{number}" / "vectors.npz") for number in range(3)]
+    kept = [Vectors.load(tmp_path / "out" / f"split-{number}" / "vectors.parquet") for number in range(3)]
     assert [len(vectors) for vectors in kept] == [16, 16, 16]
     first, second = (vectors.vectors[vectors.rows_of([kept[1].keys[0]])] for vectors in kept[:2])
     assert np.abs(first - second).max() > 0.01  # the same tracklet, by each split's own weights
@@ -186,7 +187,7 @@ def test_a_published_checkpoint_brings_its_own_mode(toy, tmp_path):
     run = CliRunner().invoke(app, [*arguments, str(tmp_path / "published.pth"), *SETTINGS])
     assert run.exit_code == 0, run.output
     assert (tmp_path / "out" / "attention.png").exists()
-    assert np.isfinite(Vectors.load(tmp_path / "out" / "vectors.npz").vectors).all()
+    assert np.isfinite(Vectors.load(tmp_path / "out" / "vectors.parquet").vectors).all()
 
 
 def test_what_cannot_be_evaluated_is_refused(toy, tmp_path):
@@ -200,7 +201,7 @@ def test_what_cannot_be_evaluated_is_refused(toy, tmp_path):
         ([here, "--split-number=4", str(weights)], DataError, "split_number=4, but the dataset has one split"),
         ([here, "--protocol=market", str(weights)], ConfigError, "unknown protocol 'market'"),
         (["--all-splits", "--split-number=1", str(weights)], ConfigError, "--split-number is one split"),
-        (["--vectors=v.npz"], ConfigError, "or --vectors FILE.npz with --shards"),
+        (["--vectors=v.npz"], ConfigError, "or --vectors FILE with --shards"),
         ([here, f"--out={weights}/below", str(weights)], KeyreidError, "below: cannot be written: Not a directory"),
     ):
         run = CliRunner().invoke(app, ["evaluate", "--ranks=1", *arguments])

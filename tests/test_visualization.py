@@ -5,23 +5,23 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from evaluation_toys import toy_network
+from evaluation_toys import toy_config, toy_network
 from PIL import Image
 from typer.testing import CliRunner
 
+from keyreid.checkpoints.weights_file import WeightsHeader, write_weights
 from keyreid.cli import app
 from keyreid.embedding.features import extract
 from keyreid.errors import DataError
-from keyreid.evaluation.protocols import PROTOCOLS, ranked_list
-from keyreid.evaluation.run import split_vectors
-from keyreid.evaluation.scoring import rank_gallery
+from keyreid.evaluation.pictures import chosen_queries, write_result_page
+from keyreid.evaluation.protocols import PROTOCOLS
+from keyreid.evaluation.ranking import rank_gallery, split_vectors
+from keyreid.model.backbone import Backbone
 from keyreid.shards import open_reader
 from keyreid.shards.plan import evaluation_clips
 from keyreid.visualization.attention import attention_maps
 from keyreid.visualization.canvas import QUERY, RIGHT, UNKNOWN, WRONG, fit_text, text_width
 from keyreid.visualization.curves import draw_cmc
-from keyreid.visualization.evaluation import chosen_queries
-from keyreid.visualization.page import write_page
 from keyreid.visualization.ranked import FRAME, PICTURE, RankedRow, Tile, draw_ranked
 from keyreid.visualization.strips import Strip, draw_strips, overlay
 
@@ -31,7 +31,7 @@ def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     shards, config, model, _ = toy_network(folder)
     vectors = extract(model, shards, range(len(shards)), config)
-    vectors.save(folder / "vectors.npz")
+    vectors.save(folder / "vectors.parquet")
     return shards, config, model, vectors, folder
 
 
@@ -88,9 +88,7 @@ def test_ranked_lists_are_what_was_judged(toy, protocol):
     query, gallery = split_vectors(vectors, shards, 0)
     ranking = rank_gallery(query, gallery, config.evaluation, (protocol,))[protocol]
     for row in range(len(query)):
-        entries, right = ranked_list(
-            ranking.distance, row, ranking.query.side, ranking.gallery.side, protocol, top=len(ranking.gallery)
-        )
+        entries, right = ranking.nearest(row, top=len(ranking.gallery))
         assert (np.diff(ranking.distance[row, entries]) >= 0).all()
         ranks = np.flatnonzero(right) + 1
         assert ranking.scores.first_match[row] == (ranks[0] if len(ranks) else 0)
@@ -130,6 +128,57 @@ def test_attention_is_where_the_guidance_is(toy):
     assert len(model.global_branch.block.attention._forward_pre_hooks) == hooks
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_attention_is_drawn_with_the_cameras_that_were_embedded(toy, tmp_path, known):
+    """By `evaluate` and by `visualize attention`: what the backbone is told of the cameras is the same each time."""
+    shards, config, model, _, folder = toy
+    weights = folder / "weights.safetensors"
+    if not known:
+        header = WeightsHeader(config.model, config.clip, [0, 1, 2, 3], [7, 8, 9], {"dataset": "another"})
+        weights = tmp_path / "elsewhere.safetensors"
+        write_weights(weights, model.state_dict(), header)
+    told = []
+    forward = Backbone.forward
+
+    def listening(self, images, cameras, *rest):
+        told.append(set(cameras.tolist()))
+        return forward(self, images, cameras, *rest)
+
+    settings = ["data.reader=plain", "data.workers=1", "training.precision=fp32", "evaluation.pictures=1"]
+    here, key = f"--shards={shards.location}", str(shards.tracklets[shards.select("query")[0]].key)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Backbone, "forward", listening)
+        run = CliRunner().invoke(app, ["evaluate", here, f"--out={tmp_path}/out", "--ranks=1", str(weights), *settings])
+        assert run.exit_code == 0, run.exception
+        *embedded, drawn = told
+        told.clear()
+        arguments = [here, f"--key={key}", f"--out={tmp_path}/alone.png", str(weights), *settings]
+        run = CliRunner().invoke(app, ["visualize", "attention", *arguments])
+        assert run.exit_code == 0, run.exception
+        kept = [f"--vectors={tmp_path}/out/vectors.parquet", f"--out={tmp_path}/again"]
+        run = CliRunner().invoke(app, ["evaluate", here, *kept, str(weights), *settings])
+        assert run.exit_code == 0, run.exception
+    alone, again = told
+    cameras = set().union(*embedded)
+    assert (cameras == {-1}) == (not known)
+    assert all(shown <= cameras for shown in (drawn, alone, again))
+
+
+def test_attention_of_unknown_cameras_is_that_of_their_mean(toy):
+    shards, _, model, _, _ = toy
+    reader = open_reader(shards, iter([evaluation_clips(shards, [3, 7, 8], 2)[:3]]), toy_config(shards), workers=0)
+    batch = next(iter(reader))
+    reader.close()
+    known, unknown = (attention_maps(model, batch, flag) for flag in (True, False))
+    assert np.abs(known.frames - unknown.frames).max() > 1e-5
+    was = model.backbone.camera.detach().clone()
+    with torch.no_grad():
+        model.backbone.camera[:] = was.mean(0)
+        as_mean = attention_maps(model, batch)
+        model.backbone.camera[:] = was
+    assert unknown.frames == pytest.approx(as_mean.frames, abs=1e-6)
+
+
 def test_attention_gives_what_the_network_computes(toy):
     """With one head left and identity values, the attention-weighed rows are the module's own output."""
     from keyreid.model.single_query import SingleQueryAttention
@@ -162,7 +211,7 @@ def test_curves_and_page(tmp_path):
     counts = dict.fromkeys(("mAP", "mINP", "rank1", "rank5", "rank10", "rank20"), 0.5)
     counts |= dict.fromkeys(("queries", "valid_queries", "gallery", "junk", "distractors"), 3)
     result = {"dataset": "made <data>", "protocol": "official", "protocols": {"official": counts}, "distance": "cosine"}
-    write_page(tmp_path / "index.html", result, [tmp_path / "cmc.png"])
+    write_result_page(tmp_path / "index.html", result, [tmp_path / "cmc.png"])
     page = (tmp_path / "index.html").read_text()
     assert "made &lt;data&gt;" in page
     assert "<data>" not in page
@@ -173,7 +222,7 @@ def test_commands_draw(toy, tmp_path):
     shards, _, _, vectors, folder = toy
     here, key = f"--shards={shards.location}", str(vectors.keys[16])
     commands = {
-        "ranked": [f"{folder}/vectors.npz", here, "--protocol=inclusive", f"--key={key}"],
+        "ranked": [f"{folder}/vectors.parquet", here, "--protocol=inclusive", f"--key={key}"],
         "guidance": [shards.location, "--count=2", "--frames=3"],
         "attention": [f"{folder}/weights.safetensors", here, f"--key={key}", "data.reader=plain", "data.workers=1"],
     }

@@ -3,52 +3,54 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from keyreid.commands.options import Overrides, RankCount, Verify, Weights
 from keyreid.errors import ConfigError
+
+PACKED = "KEYREID_PACKED"  # tells the ranks that we start where the source has been packed
+
+Source = Annotated[
+    str, typer.Argument(help="Shards (folder or URL), a folder or table of pictures, or a video with --tracks.")
+]
+Out = Annotated[Path, typer.Option(help="Vector file to write (.parquet).")]
+Selection = Literal["all", "train", "query", "gallery", "junk"]
+Dataset = Annotated[
+    str | None,
+    typer.Option(help="How to read a source that is not shards: folder, mot, mars, ... Default: folder, or a video."),
+]
+Options = Annotated[list[str] | None, typer.Option(help="NAME=VALUE, an option of that dataset's reader.")]
+Tracks = Annotated[Path | None, typer.Option(help="Tracks of a video or of a folder of its pictures.")]
+Camera = Annotated[str | None, typer.Option(help="Name of the video's camera; default the file's.")]
+Keypoints = Annotated[
+    Path | None, typer.Option(help="Keypoint files of a source that is not shards; default SOURCE/keypoints.")
+]
+Features = Annotated[
+    Literal["whole", "global"], typer.Option(help="global: the global feature alone, 25 times smaller.")
+]
 
 
 def embed(
-    weights: Annotated[
-        Path, typer.Argument(help="A run's folder, a checkpoint, exported .safetensors, or a published .pth.")
-    ],
-    source: Annotated[
-        str, typer.Argument(help="Shards (folder or URL), a folder or table of pictures, or a video with --tracks.")
-    ],
-    out: Annotated[Path, typer.Option(help="Vector file to write (.parquet).")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Changes to the weights' configuration: evaluation.clips=4 data.reader=plain ...", show_default=False
-        ),
-    ] = None,
-    split: Annotated[
-        Literal["all", "train", "query", "gallery", "junk"], typer.Option(help="Which tracklets of the shards.")
-    ] = "all",
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            help="How to read a source that is not shards: folder, mot, mars, ... Default: folder, or a video."
-        ),
-    ] = None,
-    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, an option of that dataset's reader.")] = None,
-    tracks: Annotated[Path | None, typer.Option(help="Tracks of a video or of a folder of its pictures.")] = None,
-    camera: Annotated[str | None, typer.Option(help="Name of the video's camera; default the file's.")] = None,
-    keypoints: Annotated[
-        Path | None, typer.Option(help="Keypoint files of a source that is not shards; default SOURCE/keypoints.")
-    ] = None,
-    features: Annotated[
-        Literal["whole", "global"], typer.Option(help="global: the global feature alone, 25 times smaller.")
-    ] = "whole",
+    weights: Weights,
+    source: Source,
+    out: Out,
+    overrides: Overrides = None,
+    split: Annotated[Selection, typer.Option(help="Which tracklets of the shards.")] = "all",
+    dataset: Dataset = None,
+    option: Options = None,
+    tracks: Tracks = None,
+    camera: Camera = None,
+    keypoints: Keypoints = None,
+    features: Features = "whole",
     dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Of the stored vectors.")] = "float32",
     pictures: Annotated[bool, typer.Option(help="Keep a small picture of each tracklet for ranked lists.")] = True,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="Processes on this machine. Default: one for each GPU, else one.")
-    ] = None,
+    ranks: RankCount = None,
+    verify: Verify = True,
 ) -> None:
     """Embed tracklets: one row each, with key, camera, times, vector and visibility.
 
@@ -57,69 +59,74 @@ def embed(
     """
     from keyreid.distributed.launch import default_ranks, is_launched, run_ranks
     from keyreid.distributed.ranks import position
-    from keyreid.retrieval.sources import check_source, is_shards
+    from keyreid.embedding.job import EmbedSettings
 
     if out.suffix != ".parquet":
         raise ConfigError(f"--out {out}: the name of a vector file ends in .parquet")
-    rank, world_size, local_rank = position()
     work = out.with_name(f"{out.name}.shards")
-    if not is_shards(source):
-        path = check_source(source)
-        if is_launched():
-            raise ConfigError(
-                f"{source}: pack it into shards first (keyreid shard); several ranks cannot share packing"
-            )
-        source = _pack(path, dataset, option or [], tracks, camera, keypoints, work)
-    elif given := [n for n, v in (("--tracks", tracks), ("--dataset", dataset), ("--keypoints", keypoints)) if v]:
-        raise ConfigError(f"{source} is shards, which need no {given[0]}")
+    shards = os.environ.get(PACKED) or _as_shards(source, dataset, option or [], tracks, camera, keypoints, work)
     ranks = ranks or default_ranks()
-    if not is_launched() and ranks > 1:
-        arguments = [
-            *("embed", str(weights), source, "--out", str(out), "--split", split, "--features", features),
-            *(
-                "--dtype",
-                dtype,
-                "--pictures" if pictures else "--no-pictures",
-                *(["--", *overrides] if overrides else []),
-            ),
-        ]
-        status = run_ranks(ranks, out.with_name(f"{out.name}.logs"), arguments)
+    if ranks > 1 and not is_launched():
+        os.environ[PACKED] = shards
+        status = run_ranks(ranks, out.with_name(f"{out.name}.logs"))
+        del os.environ[PACKED]
         if status:
             sys.exit(status)
     else:
-        _embed(weights, source, out, overrides or [], split, (features, dtype, pictures), rank, world_size, local_rank)
-    if rank == 0 and work.is_dir() and out.is_file():
-        import shutil
-
+        _embed(weights, shards, out, overrides or [], split, EmbedSettings(features, dtype, pictures), verify)
+    if position()[0] == 0 and work.is_dir() and out.is_file():
         shutil.rmtree(work)
 
 
-def _embed(
-    weights: Path,
+def _as_shards(
     source: str,
-    out: Path,
-    overrides: list[str],
-    split: Any,
-    kept: tuple[Any, Any, bool],
-    rank: int,
-    world_size: int,
-    local_rank: int,
-) -> None:
+    dataset: str | None,
+    option: list[str],
+    tracks: Path | None,
+    camera: str | None,
+    keypoints: Path | None,
+    work: Path,
+) -> str:
+    """Where the source's shards are: its own, or those that it is packed into here, at `work`."""
+    from keyreid.distributed.launch import is_launched
+    from keyreid.retrieval.sources import check_source, is_shards, pack_source, reader_options
+
+    if is_shards(source):
+        for name, value in (("--tracks", tracks), ("--dataset", dataset), ("--keypoints", keypoints)):
+            if value:
+                raise ConfigError(f"{source} is shards, which need no {name}")
+        return source
+    path = check_source(source)
+    if is_launched():
+        raise ConfigError(f"{source}: pack it into shards first (keyreid shard); several ranks cannot share packing")
+    dataset, options = reader_options(path, dataset, option, tracks, camera)
+    without = pack_source(path, dataset, options, keypoints, work, len(os.sched_getaffinity(0)))
+    if without:
+        print(
+            f"warning: {without} tracklets have no keypoints: the local branch is not guided. Find them with "
+            f"`keyreid pose`, then embed with --keypoints DIR",
+            file=sys.stderr,
+        )
+    return str(work)
+
+
+def _embed(weights: str, source: str, out: Path, overrides: list[str], split: Selection, settings: Any, verify: bool):
     import torch
 
     from keyreid.checkpoints.trained import open_trained
-    from keyreid.embedding.embedding import EmbeddingJob, EmbedSettings
+    from keyreid.distributed.ranks import position
+    from keyreid.embedding.job import EmbeddingJob
     from keyreid.shards.shard_set import ShardSet
 
-    trained = open_trained(weights, overrides=overrides, shards=source)
+    rank, world_size, local_rank = position()
+    trained = open_trained(weights, overrides=overrides, shards=source, verify=verify)
     shards = ShardSet.from_config(trained.config.data)
     positions = shards.select(split)
     if not positions:
         raise ConfigError(f"{source}: no tracklets in the split {split}")
-    settings = EmbedSettings(*kept, cameras_known=trained.knows_cameras(shards))
     job = EmbeddingJob(trained, shards, positions, out, settings)
     if rank == 0:
-        cameras = "those it was trained on" if settings.cameras_known else "unknown to it: their mean is used"
+        cameras = "those it was trained on" if job.cameras_known else "unknown to it: their mean is used"
         print(f"{job.about.weights['name']}: {len(positions)} tracklets of {source}; cameras are {cameras}")
     if job.done:
         print(f"{out}: nothing to do, it holds these vectors")
@@ -130,40 +137,3 @@ def _embed(
     if rows is not None:
         size = out.stat().st_size / 1e6
         print(f"{out}: {rows} vectors of {job.about.width} numbers, {job.about.dtype}, {size:.1f} MB")
-
-
-def _pack(
-    path: Path,
-    dataset: str | None,
-    option: list[str],
-    tracks: Path | None,
-    camera: str | None,
-    keypoints: Path | None,
-    work: Path,
-) -> str:
-    """Pack a source that is not shards; gives where."""
-    import yaml
-
-    from keyreid.datasets.mot import VIDEO_SUFFIXES
-    from keyreid.retrieval.sources import pack_source
-
-    video = tracks is not None or path.suffix.lower() in VIDEO_SUFFIXES
-    dataset = dataset or ("mot" if video else "folder")
-    options: dict[str, Any] = {"identified": False, "split": "all"} if dataset == "mot" else {}
-    if tracks is not None:
-        options["tracks"] = str(tracks.expanduser().resolve())
-    if camera is not None:
-        options["camera"] = camera
-    for text in option:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--option {text}: write NAME=VALUE")
-        options[name] = yaml.safe_load(value)
-    without = pack_source(path, dataset, options, keypoints, work, len(os.sched_getaffinity(0)))
-    if without:
-        print(
-            f"warning: {without} tracklets have no keypoints: the local branch is not guided. Find them with "
-            f"`keyreid pose`, then embed with --keypoints DIR",
-            file=sys.stderr,
-        )
-    return str(work)

@@ -3,136 +3,127 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from keyreid.commands.options import Configuration, Overrides, RankCount, Shards, Verify
+from keyreid.errors import ConfigError
+
+Weights = Annotated[
+    str | None,
+    typer.Argument(
+        help="A run's folder (its best checkpoint), a checkpoint, keyreid .safetensors, or a published .pth. With "
+        "--all-splits it may hold {split}, for weights of each split.",
+        show_default=False,
+    ),
+]
+Protocols = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="torchreid, official, inclusive or released; repeat it for several. Default: the configuration's.",
+        show_default=False,
+    ),
+]
+Distance = Annotated[Path | None, typer.Option(help="Judge the distance matrix in this .npz file; needs no model.")]
+Json = Annotated[Path | None, typer.Option(help="Write the scores as JSON to this file too.")]
+VectorFile = Annotated[
+    Path | None, typer.Option(help="What `evaluate` or `embed` wrote; then nothing is embedded again.")
+]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder for vectors, scores and pictures. Default: one beside the weights.")
+]
+SplitNumber = Annotated[
+    int | None, typer.Option(min=0, help="Which split of the dataset (iLIDS-VID, PRID2011: 0 to 9).")
+]
+AllSplits = Annotated[bool, typer.Option(help="Mean and standard deviation over all splits of the dataset.")]
+
 
 def evaluate(
-    weights: Annotated[
-        str | None,
-        typer.Argument(
-            help="A run's folder (its best checkpoint), a checkpoint, keyreid .safetensors, or a published .pth. With "
-            "--all-splits it may hold {split}, for weights of each split.",
-            show_default=False,
-        ),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to the configuration: section.key=value ...", show_default=False)
-    ] = None,
-    distance: Annotated[
-        Path | None, typer.Option(help="Judge the distance matrix in this .npz file; needs no model.")
-    ] = None,
-    protocol: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="torchreid, official, inclusive or released; repeat it for several. Default: the configuration's.",
-            show_default=False,
-        ),
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the scores as JSON to this file too.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Configuration. Default: the run's own, or the defaults.")] = None,
-    shards: Annotated[
-        str | None, typer.Option(help="Shards to evaluate on. Default: those of the configuration.")
-    ] = None,
-    vectors: Annotated[
-        Path | None, typer.Option(help="vectors.npz of an earlier evaluation; then nothing is embedded again.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for vectors, scores and pictures. Default: one beside the weights.")
-    ] = None,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="Processes on this machine. Default: one for each GPU, else one.")
-    ] = None,
-    split_number: Annotated[
-        int | None, typer.Option(min=0, help="Which split of the dataset (iLIDS-VID, PRID2011: 0 to 9).")
-    ] = None,
-    all_splits: Annotated[
-        bool, typer.Option(help="Mean and standard deviation over all splits of the dataset.")
-    ] = False,
+    weights: Weights = None,
+    overrides: Overrides = None,
+    distance: Distance = None,
+    protocol: Protocols = None,
+    json: Json = None,
+    config: Configuration = None,
+    shards: Shards = None,
+    vectors: VectorFile = None,
+    out: Out = None,
+    ranks: RankCount = None,
+    split_number: SplitNumber = None,
+    all_splits: AllSplits = False,
+    verify: Verify = True,
 ) -> None:
     """Evaluate: mAP, mINP and CMC by named protocols, with ranked lists, curves, guidance and attention as pictures.
 
     Prints one table with the protocol and the data set beside each number; JSON values are fractions from 0 to 1.
     Several machines: start it with torchrun or slurm/evaluate.sbatch; the ranks come from their variables.
     """
-    from keyreid.errors import ConfigError
+    from keyreid.evaluation.protocols import protocol_named
 
     protocols = tuple(dict.fromkeys(protocol or ()))
+    for name in protocols:
+        protocol_named(name)  # before the long work
     if vectors is not None and weights is not None and "=" in weights:  # without weights the first word is an override
         weights, overrides = None, [weights, *(overrides or [])]
     if distance is not None:
-        options = {"--config": config, "--shards": shards, "--vectors": vectors, "--out": out, "--ranks": ranks}
-        options |= {"WEIGHTS": weights, "--split-number": split_number, "--all-splits": all_splits or None}
-        extra = sorted(name for name, value in options.items() if value is not None)
-        if extra:
+        others = {"--config": config, "--shards": shards, "--vectors": vectors, "--out": out, "--ranks": ranks}
+        others |= {"WEIGHTS": weights, "--split-number": split_number, "--all-splits": all_splits or None}
+        if extra := sorted(name for name, value in others.items() if value is not None):
             raise ConfigError(f"--distance judges a matrix as it is; it does not go with {', '.join(extra)}")
         _judge_matrix(distance, protocols or ("torchreid",), json)
         return
     if weights is None and (vectors is None or (config is None and shards is None)):
-        raise ConfigError(
-            "name a run, a checkpoint or weights; or --vectors FILE.npz with --shards; or --distance FILE.npz"
-        )
+        raise ConfigError("name a run, checkpoint or weights; or --vectors FILE with --shards; or --distance FILE.npz")
     if all_splits and split_number is not None:
         raise ConfigError("--split-number is one split, --all-splits all of them")
-    if weights is None or vectors is not None:
-        ranks = 1  # nothing is embedded
-
-    from keyreid.distributed.launch import default_ranks, is_launched, run_ranks
-
-    ranks = ranks or default_ranks()
-    if ranks > 1 and not is_launched():
-        sys.exit(run_ranks(ranks, _logs(out)))
-    _evaluate(weights, overrides or [], protocols, json, config, shards, vectors, out, split_number, all_splits)
+    if vectors is None:
+        _start_ranks(ranks, out)
+    what = {"weights": weights, "overrides": overrides or (), "config": config, "shards": shards, "out": out}
+    _judge_weights({**what, "protocols": protocols, "verify": verify}, vectors, split_number, all_splits, json)
 
 
 def _judge_matrix(path: Path, protocols: tuple[str, ...], json: Path | None) -> None:
     from keyreid.evaluation.distance_file import judge_file, junk_note
-    from keyreid.evaluation.report import table, write_json
+    from keyreid.evaluation.scores import table, write_scores
 
     result = judge_file(path, protocols)
     print(table(result))
     if note := junk_note(result):
         print(note)
     if json is not None:
-        write_json(result, json)
+        write_scores(result, json)
 
 
-def _logs(out: Path | None) -> Path:
-    """Where ranks other than the first write what they say."""
-    import tempfile
+def _start_ranks(ranks: int | None, out: Path | None) -> None:
+    """Where several ranks are wanted and no launcher started them: start them and end with their status."""
+    from keyreid.distributed.launch import default_ranks, is_launched, run_ranks
 
-    return out / "logs" if out is not None else Path(tempfile.mkdtemp(prefix="keyreid-evaluate-"))
+    if is_launched() or (ranks := ranks or default_ranks()) == 1:
+        return
+    logs = out / "logs" if out is not None else Path(tempfile.mkdtemp(prefix="keyreid-evaluate-"))
+    sys.exit(run_ranks(ranks, logs))
 
 
-def _evaluate(
-    weights: str | None,
-    overrides: list[str],
-    protocols: tuple[str, ...],
-    json: Path | None,
-    config: Path | None,
-    shards: str | None,
-    vectors: Path | None,
-    out: Path | None,
-    split_number: int | None,
-    all_splits: bool,
+def _judge_weights(
+    what: dict[str, Any], vectors: Path | None, split_number: int | None, all_splits: bool, json: Path | None
 ) -> None:
     from keyreid.distributed import ranks as processes
-    from keyreid.evaluation.protocols import protocol_named
-    from keyreid.evaluation.report import table, write_json
-    from keyreid.evaluation.splits import Evaluation
+    from keyreid.embedding.vectors import Vectors
+    from keyreid.evaluation.saved_weights import SavedEvaluation
+    from keyreid.evaluation.scores import table, write_scores
 
-    for name in protocols:
-        protocol_named(name)  # before the long work
+    if vectors is not None:
+        what |= {"vectors": Vectors.load(vectors), "out": what["out"] or vectors.parent}
     ranks = processes.join()
     try:
-        where = ranks.rank, ranks.world_size, ranks.device
-        evaluation = Evaluation(weights, overrides, config, shards, protocols, vectors, out, *where)
+        evaluation = SavedEvaluation(**what, ranks=ranks)
         result = evaluation.all_splits() if all_splits else evaluation.one_split(split_number)
     finally:
         processes.leave()
     if ranks.first:
         print(f"\n{table(result)}\nwritten to {result['folder']}")
         if json is not None:
-            write_json(result, json)
+            write_scores(result, json)

@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from keyreid.commands.options import Metric
 from keyreid.errors import ConfigError
 
 TABLES = 10  # queries whose hits are printed
 PICTURE_ROWS = 24  # queries in the ranked picture
 
+Gallery = Annotated[
+    list[Path], typer.Argument(help="The gallery: files that `embed` or `evaluate` wrote, or folders of them.")
+]
+Query = Annotated[
+    list[str], typer.Option(help="A tracklet's key, or a vector file, all of whose rows ask. Repeat it for several.")
+]
+Index = Annotated[
+    Path | None,
+    typer.Option(help="Search by this index instead of exactly; it is built where it is not there or out of date."),
+]
+Probes = Annotated[int | None, typer.Option(min=1, help="Lists of the index that are searched; default a sixteenth.")]
+
 
 def search(
-    vectors: Annotated[
-        list[Path], typer.Argument(help="The gallery: files that `keyreid embed` wrote, or folders of them.")
-    ],
-    query: Annotated[
-        list[str],
-        typer.Option(help="A tracklet's key, or a vector file, all of whose rows ask. Repeat it for several."),
-    ],
-    top: Annotated[int, typer.Option(min=1, help="Hits a query.")] = 10,
-    metric: Annotated[
-        Literal["euclidean", "cosine", "visible"],
-        typer.Option(help="visible: parts count by how much both sides see of them."),
-    ] = "euclidean",
+    vectors: Gallery,
+    query: Query,
+    top: Annotated[int, typer.Option(min=1, help="Hits of each query.")] = 10,
+    metric: Metric = "euclidean",
     other_cameras: Annotated[bool, typer.Option(help="Leave out tracklets of the query's own camera.")] = False,
     rerank: Annotated[bool, typer.Option(help="k-reciprocal re-ranking of each query's 200 nearest.")] = False,
-    index: Annotated[
-        Path | None,
-        typer.Option(help="Search by this index instead of exactly; it is built where it is not there or out of date."),
-    ] = None,
-    probes: Annotated[
-        int | None, typer.Option(min=1, help="Lists of the index that are searched; default a sixteenth.")
-    ] = None,
+    index: Index = None,
+    probes: Probes = None,
     json: Annotated[Path | None, typer.Option(help="Write all results to this file.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the ranked picture (.png).")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default a GPU where there is one.")] = None,
@@ -44,47 +44,55 @@ def search(
     A tracklet never finds itself. Names of persons are compared where both are known.
     """
     import torch
-    from rich.console import Console
 
-    from keyreid.embedding.vector_file import VectorFiles
-    from keyreid.retrieval import report
+    from keyreid.embedding.vectors import VectorFiles
     from keyreid.retrieval.index import GalleryIndex
     from keyreid.retrieval.search import SearchSettings
     from keyreid.retrieval.search import search as find
 
-    gallery = VectorFiles(vectors)
-    settings = SearchSettings(top, metric, other_cameras, rerank)
     if probes is not None and index is None:
         raise ConfigError("--probes is of an index; name it with --index FILE")
+    gallery = VectorFiles(vectors)
+    settings = SearchSettings(top, metric, other_cameras, rerank)
     queries, rows = _queries(query, gallery)
-    lookup = None
-    if index is not None:
-        if not GalleryIndex.fits(index, gallery, metric):
-            GalleryIndex.build(gallery, index, metric)
-        lookup = GalleryIndex(index, gallery, metric, probes)
+    lookup = None if index is None else GalleryIndex.fitting(index, gallery, metric, probes)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     results = list(find(queries, rows, gallery, settings, lookup, device))
-    console = Console()
-    for found in results[:TABLES]:
-        console.print(report.table_of(found))
-    if len(results) > TABLES:
-        print(f"... and {len(results) - TABLES} more queries" + ("" if json else "; write all with --json FILE"))
-    print(report.summary(results))
-    if json is not None:
-        report.write_json(results, settings, json)
-    if picture is not None:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        report.ranked_picture(results[:PICTURE_ROWS], queries, gallery, settings).save(picture)
-        print(f"{picture}: ranked picture of {min(len(results), PICTURE_ROWS)} queries")
+    _print(results, json)
+    _write(results, json, picture, queries, gallery, settings)
 
 
 def _queries(texts: list[str], gallery):
     """The files and rows that ask: keys of the gallery, or other files."""
-    from keyreid.embedding.vector_file import VectorFiles
+    from keyreid.embedding.vectors import VectorFiles
 
-    files = [Path(text) for text in texts if Path(text).suffix == ".parquet" or Path(text).is_dir()]
+    files = [Path(text) for text in texts if Path(text).suffix in (".parquet", ".npz") or Path(text).is_dir()]
     if not files:
         return gallery, gallery.rows_of(texts)
     if len(files) < len(texts):
         raise ConfigError("--query: either keys or vector files, not both")
     return VectorFiles(files), None
+
+
+def _print(results, json: Path | None) -> None:
+    from rich.console import Console
+
+    from keyreid.retrieval.matches import summary, table_of
+
+    console = Console()
+    for found in results[:TABLES]:
+        console.print(table_of(found))
+    if len(results) > TABLES:
+        print(f"... and {len(results) - TABLES} more queries" + ("" if json else "; write all with --json FILE"))
+    print(summary(results))
+
+
+def _write(results, json: Path | None, picture: Path | None, queries, gallery, settings) -> None:
+    from keyreid.retrieval.matches import ranked_picture, write_matches
+    from keyreid.visualization.canvas import save_picture
+
+    if json is not None:
+        write_matches(results, settings, json)
+    if picture is not None:
+        save_picture(ranked_picture(results[:PICTURE_ROWS], queries, gallery, settings), picture)
+        print(f"{picture}: ranked picture of {min(len(results), PICTURE_ROWS)} queries")

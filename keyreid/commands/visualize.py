@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from keyreid.commands.options import Configuration, Metric, Overrides, Shards, Verify, Weights
+
 app = typer.Typer(help="Draw ranked lists, guidance, attention and curves.", no_args_is_help=True)
 
 Keys = Annotated[list[str] | None, typer.Option("--key", help="A tracklet to show; repeat it for several.")]
@@ -15,11 +17,11 @@ Count = Annotated[int, typer.Option(min=1, help="How many tracklets, evenly spac
 
 @app.command("ranked")
 def ranked(
-    vectors: Annotated[Path, typer.Argument(help="vectors.npz of an evaluation.")],
+    vectors: Annotated[Path, typer.Argument(help="What `evaluate` or `embed` wrote.")],
     shards: Annotated[str, typer.Option(help="Shards with the tracklets' pictures.")],
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("ranked.png"),
     protocol: Annotated[str, typer.Option(help="torchreid, official, inclusive or released.")] = "torchreid",
-    distance: Annotated[str, typer.Option(help="euclidean, cosine or visible.")] = "euclidean",
+    distance: Metric = "euclidean",
     rerank: Annotated[bool, typer.Option(help="Re-rank by k-reciprocal neighbours.")] = False,
     count: Annotated[int, typer.Option(min=1, help="Queries of each kind: best, worst, random.")] = 8,
     key: Keys = None,
@@ -27,22 +29,15 @@ def ranked(
     split_number: Annotated[int, typer.Option(min=0, help="Which split of the dataset.")] = 0,
 ) -> None:
     """Queries and what was found for them: green frames are right, red ones wrong."""
-    import pydantic
-
     from keyreid.config import EvaluationConfig
     from keyreid.embedding.vectors import Vectors
-    from keyreid.errors import ConfigError
-    from keyreid.evaluation.run import split_vectors
-    from keyreid.evaluation.scoring import rank_gallery
+    from keyreid.evaluation.pictures import ranked_picture
+    from keyreid.evaluation.ranking import rank_gallery, split_vectors
     from keyreid.shards.shard_set import ShardSet
-    from keyreid.visualization.evaluation import ranked_picture
 
-    try:
-        settings = EvaluationConfig(distance=distance, rerank=rerank)
-    except pydantic.ValidationError:
-        raise ConfigError(f"--distance {distance}: euclidean, cosine or visible") from None
     packed = ShardSet.open(shards)
     query, gallery = split_vectors(Vectors.load(vectors), packed, split_number)
+    settings = EvaluationConfig(distance=distance, rerank=rerank)
     ranking = rank_gallery(query, gallery, settings, (protocol,))[protocol]
     rows = query.rows_of(key, "the queries") if key else None
     _save(ranked_picture(ranking, packed, count, seed, rows), out)
@@ -66,13 +61,14 @@ def guidance(
 
 @app.command("attention")
 def attention(
-    weights: Annotated[str, typer.Argument(help="A run, a checkpoint, keyreid .safetensors, or a published .pth.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
-    shards: Annotated[str | None, typer.Option(help="Default: those of the run.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Configuration. Default: the run's own.")] = None,
+    weights: Weights,
+    overrides: Overrides = None,
+    shards: Shards = None,
+    config: Configuration = None,
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("attention.png"),
     key: Keys = None,
     count: Count = 4,
+    verify: Verify = True,
 ) -> None:
     """Where the last block's class token, and each part's token, look."""
     import torch
@@ -81,11 +77,11 @@ def attention(
     from keyreid.shards.shard_set import ShardSet
     from keyreid.visualization.attention import attention_picture
 
-    trained = open_trained(weights, config, overrides or (), shards)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    trained = open_trained(weights, config, overrides or (), shards, verify)
     packed = ShardSet.from_config(trained.config.data)
-    chosen = _positions(packed, key, count)
-    _save(attention_picture(trained.network.to(device), packed, chosen, trained.config, device), out)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network, known = trained.network.to(device), trained.knows_cameras(packed)
+    _save(attention_picture(network, packed, _positions(packed, key, count), trained.config, known, device), out)
 
 
 @app.command("curves")
@@ -95,12 +91,12 @@ def curves(
     title: Annotated[str, typer.Option(help="Stands above the curves.")] = "CMC",
 ) -> None:
     """CMC curves of several evaluations in one picture, each named by its folder, data set and protocol."""
-    from keyreid.evaluation.report import read_json
+    from keyreid.evaluation.scores import read_scores
     from keyreid.visualization.curves import draw_cmc
 
     named = {}
     for path in scores:
-        result = read_json(path)
+        result = read_scores(path)
         for protocol, values in result["protocols"].items():
             named[f"{path.parent.name or path.stem}, {result['dataset']}, {protocol}"] = values
     draw_cmc(named, title, out)

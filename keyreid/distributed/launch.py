@@ -38,7 +38,7 @@ def is_launched() -> bool:
 
 
 def run_ranks(ranks: int, log_dir: Path, arguments: Sequence[str] | None = None) -> int:
-    """Run `keyreid ARGUMENTS` as `ranks` processes until all have ended.
+    """Run `keyreid ARGUMENTS` (by default this process's own) as `ranks` processes until all have ended.
 
     The first rank writes to this terminal, the others to `LOG_DIR/rank-N.log`.
 

@@ -26,14 +26,19 @@ class Ranks:
     """Position of this process: `rank` of `world_size`, `local_rank` on its machine, and the device it computes on.
 
     Attributes:
-        control: gloo group of all ranks, for words between CPUs that need not wait for a GPU.
+        control: gloo group of all ranks, for words between CPUs that need not wait for a GPU; None for one process.
     """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
-    control: dist.ProcessGroup
+    control: dist.ProcessGroup | None
+
+    @classmethod
+    def alone(cls, device: torch.device | str = "cpu") -> Ranks:
+        """One process by itself, without a process group."""
+        return cls(0, 1, 0, torch.device(device), None)
 
     @property
     def first(self) -> bool:
@@ -42,18 +47,24 @@ class Ranks:
 
     def agree(self, *flags: bool) -> list[bool]:
         """Whether each flag is set on any rank; a collective."""
+        if self.control is None:
+            return [bool(flag) for flag in flags]
         values = torch.tensor(flags, dtype=torch.uint8)
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.control)
         return values.bool().tolist()
 
     def from_first(self, value: object) -> Any:
         """The first rank's value, on every rank; a collective."""
+        if self.control is None:
+            return value
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]
 
     def from_all(self, value: object) -> list[Any]:
         """Every rank's value, on every rank; a collective."""
+        if self.control is None:
+            return [value]
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -142,23 +142,23 @@ def pair_distances(
         chosen = slice(start, start + step)
         one = _prepare(query[left[chosen]], metric, centre, "cpu")
         other = _prepare(gallery[right[chosen]], metric, centre, "cpu")
-        if metric == "visible":
-            parts = [functional.pairwise_distance(a, b, eps=0) for a, b in zip(one.pieces, other.pieces, strict=True)]
+        if metric == "cosine":
+            result[chosen] = (1 - (one.pieces[0] * other.pieces[0]).sum(1)).clamp_(min=0).numpy()
+            continue
+        parts = [functional.pairwise_distance(a, b, eps=0) for a, b in zip(one.pieces, other.pieces, strict=True)]
+        if metric == "euclidean":
+            result[chosen] = parts[0].numpy()
+        else:
             weights = one.weights * other.weights
             result[chosen] = ((torch.stack(parts, 1) * weights).sum(1) / weights.sum(1)).numpy()
-        elif metric == "cosine":
-            result[chosen] = (1 - (one.pieces[0] * other.pieces[0]).sum(1)).clamp_(min=0).numpy()
-        else:
-            result[chosen] = functional.pairwise_distance(one.pieces[0], other.pieces[0], eps=0).numpy()
     return result
 
 
-@dataclass
-class _Prepared:
+class _Prepared(NamedTuple):
     """Vectors on the device, cut into what is compared apart, and how much each piece weighs ([n, pieces])."""
 
     pieces: list[torch.Tensor]
-    weights: torch.Tensor | None
+    weights: torch.Tensor | None = None
 
 
 def _check(query: Embeddings, gallery: Embeddings, metric: Metric) -> None:
@@ -169,33 +169,35 @@ def _check(query: Embeddings, gallery: Embeddings, metric: Metric) -> None:
     if metric == "visible":
         for side in (query, gallery):
             parts = 0 if side.visibility is None else side.visibility.shape[1]
-            if not parts or (side.vectors.shape[1] - side.global_width) % parts:
-                raise ConfigError("distance visible needs the parts' visibility beside the vectors; use euclidean")
+            rest = side.vectors.shape[1] - side.global_width
+            if not parts or not rest or rest % parts:
+                raise ConfigError(
+                    "distance visible needs the parts' visibility and their vectors beside the global feature; embed "
+                    "whole vectors, or use euclidean"
+                )
 
 
 def _prepare(side: Embeddings, metric: Metric, centre: torch.Tensor, device: torch.device | str) -> _Prepared:
     vectors = torch.from_numpy(np.array(side.vectors)).to(device).float()
     if metric == "cosine":
-        return _Prepared([functional.normalize(vectors, dim=1)], None)
+        return _Prepared([functional.normalize(vectors, dim=1)])
     # Distances do not change when both sides move, and small vectors lose less where large numbers would cancel.
     vectors -= centre
     if metric == "euclidean":
-        return _Prepared([vectors], None)
+        return _Prepared([vectors])
     parts = side.visibility.shape[1]
     part_width = (vectors.shape[1] - side.global_width) // parts
     seen = torch.from_numpy(np.array(side.visibility, np.float32)).to(device)
-    return _Prepared(
-        list(vectors.split([side.global_width] + [part_width] * parts, dim=1)),
-        torch.cat([torch.ones(len(seen), 1, device=seen.device), seen], dim=1),
-    )
+    pieces = list(vectors.split([side.global_width] + [part_width] * parts, dim=1))
+    return _Prepared(pieces, torch.cat([torch.ones(len(seen), 1, device=seen.device), seen], dim=1))
 
 
 def _block(left: _Prepared, right: _Prepared, metric: Metric) -> torch.Tensor:
     if metric == "cosine":
         return (left.pieces[0] @ right.pieces[0].T).neg_().add_(1).clamp_(min=0)
-    if metric == "euclidean":
-        return _euclidean(left.pieces[0], right.pieces[0])
     total = _euclidean(left.pieces[0], right.pieces[0])
+    if metric == "euclidean":
+        return total
     for part in range(1, len(left.pieces)):
         weight = left.weights[:, part, None] * right.weights[None, :, part]
         total += weight.mul_(_euclidean(left.pieces[part], right.pieces[part]))

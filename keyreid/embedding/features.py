@@ -1,4 +1,4 @@
-"""One vector a tracklet: the mean over its clips' embeddings, computed on any number of ranks with the same result.
+"""One vector per tracklet: the mean over its clips' embeddings, computed on any number of ranks with the same result.
 
 All clips of all tracklets form one sequence that is cut into batches of equal size, whatever the tracklets' lengths
 and however many ranks there are. A rank owns consecutive tracklets and runs the batches that hold their clips; a batch
@@ -9,14 +9,16 @@ same order on one rank as on many: bit for bit the same vectors where machine an
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from keyreid.config import Config
-from keyreid.embedding.vectors import Vectors
+from keyreid.distributed.ranks import Ranks
+from keyreid.embedding.description import describe
+from keyreid.embedding.vectors import Vectors, VectorsAbout
 from keyreid.model import KeyReID
 from keyreid.model.inputs import prepare
 from keyreid.progress import track
@@ -25,7 +27,6 @@ from keyreid.shards.batch import ClipBatch, ClipPlan
 from keyreid.shards.plan import evaluation_clips
 from keyreid.shards.shard_set import ShardSet
 
-_GATHER_BYTES = 64 * 2**20
 UNKNOWN_CAMERA = -1  # what the network takes for a camera that it has not been trained on
 
 
@@ -34,10 +35,9 @@ def extract(
     shards: ShardSet,
     positions: Sequence[int],
     config: Config,
-    rank: int = 0,
-    world_size: int = 1,
-    device: torch.device | str = "cpu",
+    ranks: Ranks | None = None,
     cameras_known: bool = True,
+    weights: Mapping[str, str] | None = None,
 ) -> Vectors | None:
     """Embed tracklets. Every rank calls it; with several, the default process group must exist.
 
@@ -47,50 +47,68 @@ def extract(
     Args:
         positions: of the tracklets in `shards.tracklets`.
         config: clip size, batch size, number of clips, reader and precision.
+        ranks: default one process on the CPU.
         cameras_known: the model was trained on these cameras; otherwise all are unknown to it.
+        weights: what the vectors say of their network, see `VectorsAbout`.
 
     Returns:
         the vectors in the order of `positions` on the first rank, None on the others.
     """
+    ranks = ranks or Ranks.alone()
     mode = config.model.guidance
     clips = evaluation_clips(shards, positions, config.clip.frames, clips=config.evaluation.clips, mode=mode)
     counts = _clips_of_each(clips, positions)
-    share = _shares(counts, world_size)
-    batches = _batches_of(share, counts, config.evaluation.clips_per_batch)
+    share = _shares(counts, ranks.world_size)
     size = config.evaluation.clips_per_batch
-    chosen = [clips[batch * size : (batch + 1) * size] for batch in batches[rank]]
+    batches = _batches_of(share, counts, size)[ranks.rank]
+    chosen = [clips[batch * size : (batch + 1) * size] for batch in batches]
 
     was_training = model.training
     model.eval()
-    reader = open_reader(shards, iter(chosen), config, device=device)
+    reader = open_reader(shards, iter(chosen), config, device=ranks.device)
     try:
         start = time.monotonic()
-        shown = track(reader, len(chosen), "embedding", "batches", quiet=rank > 0)
-        embedded = (_embed(model, batch.to(device), config, cameras_known) for batch in shown)
-        means = _mean_by_tracklet(embedded, batches[rank], size, counts, share[rank])
-        if rank == 0 and clips:
-            rate = len(clips) / (time.monotonic() - start)
-            print(f"embedded {len(counts)} tracklets, {len(clips)} clips: {rate:.1f} clips/s on {world_size} rank(s)")
+        shown = track(reader, len(chosen), "embedding", "batches", quiet=not ranks.first)
+        embedded = (_embed(model, batch.to(ranks.device), config, cameras_known) for batch in shown)
+        means = _mean_by_tracklet(embedded, batches, size, counts, share[ranks.rank])
+        if ranks.first and clips:
+            rate = f"{len(clips) / (time.monotonic() - start):.1f} clips/s on {ranks.world_size} rank(s)"
+            print(f"embedded {len(counts)} tracklets, {len(clips)} clips: {rate}")
     finally:
         reader.close()
         model.train(was_training)
-
-    if world_size > 1:
-        means = _gather_rows(means, [len(tracklets) for tracklets in share], rank, device)
-    if rank > 0:
+    if ranks.world_size > 1:
+        means = _gather_rows(means, [len(tracklets) for tracklets in share], ranks)
+    if not ranks.first:
         return None
-    width = model.width + model.parts * model.part_width
-    records = [shards.tracklets[position] for position in positions]
-    return Vectors(
-        keys=np.array([record.key for record in records], np.str_),
-        identities=np.array([-2 if record.identity is None else record.identity for record in records], np.int64),
-        cameras=np.array([record.camera for record in records], np.int64),
-        frames=np.array([record.frames for record in records], np.int64),
-        vectors=means[:, :width].numpy(),
-        visibility=means[:, width:].numpy(),
+    about = about_vectors(model, shards, cameras_known, weights or {})
+    means = means.numpy()
+    return Vectors(about, describe(shards, positions), means[:, : about.width], means[:, about.width :])
+
+
+def about_vectors(model: KeyReID, shards: ShardSet, cameras_known: bool, weights: Mapping[str, str]) -> VectorsAbout:
+    """What the vectors are that a model makes of shards."""
+    return VectorsAbout(
+        width=model.width + model.parts * model.part_width,
+        parts=model.parts,
         global_width=model.width,
         dataset=str(shards.card.get("name", "")),
+        weights=dict(weights),
+        cameras_known=cameras_known,
     )
+
+
+def network_inputs(
+    model: KeyReID, batch: ClipBatch, cameras_known: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pictures, guidance and cameras of a batch as the network takes them when it is judged, on the batch's device.
+
+    Whoever asks the network what it sees (an evaluation, a picture of its attention) asks with these.
+    """
+    images, guidance = prepare(batch, model.guidance)
+    cameras = batch.cameras if cameras_known else torch.full_like(batch.cameras, UNKNOWN_CAMERA)
+    weights = next(model.parameters()).dtype
+    return images.to(weights), guidance.to(weights), cameras
 
 
 def _clips_of_each(clips: Sequence[ClipPlan], positions: Sequence[int]) -> np.ndarray:
@@ -158,33 +176,27 @@ def _mean_by_tracklet(
 @torch.no_grad()
 def _embed(model: KeyReID, batch: ClipBatch, config: Config, cameras_known: bool) -> torch.Tensor:
     """Embedding and visibility of each clip side by side: float32 [B, D + P]."""
-    images, guidance = prepare(batch, config.model.guidance)
-    cameras = batch.cameras if cameras_known else torch.full_like(batch.cameras, UNKNOWN_CAMERA)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[config.training.precision]
     device = batch.images.device.type
     # On a CPU half precision costs accuracy and saves nothing.
     with torch.autocast(device, dtype, enabled=dtype is not None and device != "cpu"):
-        weights = next(model.parameters()).dtype
-        vectors = model.embed(images.to(weights), guidance.to(weights), cameras)
+        vectors = model.embed(*network_inputs(model, batch, cameras_known))
     return torch.cat([vectors.float(), batch.visibility.float()], dim=1)
 
 
-def _gather_rows(rows: torch.Tensor, lengths: list[int], rank: int, device: torch.device | str) -> torch.Tensor:
-    """All ranks' rows in rank order, on the first rank's CPU; the others get their own back.
+def _gather_rows(rows: torch.Tensor, lengths: list[int], ranks: Ranks) -> torch.Tensor:
+    """All ranks' rows in rank order on the first rank; the others get their own back.
 
     Args:
-        lengths: rows of each rank. They travel in pieces of `_GATHER_BYTES`, padded to equal length.
+        lengths: rows of each rank.
     """
-    step = max(1, _GATHER_BYTES // (4 * rows.shape[1]))
-    first_row = [sum(lengths[:owner]) for owner in range(len(lengths))]
-    gathered = torch.empty(sum(lengths), rows.shape[1]) if rank == 0 else rows
-    for start in range(0, max(lengths), step):
-        piece = torch.zeros(min(step, max(lengths) - start), rows.shape[1], device=device)
-        own = rows[start : start + len(piece)]
-        piece[: len(own)] = own.to(device)
-        pieces = [torch.empty_like(piece) for _ in lengths] if rank == 0 else None
-        dist.gather(piece, pieces, dst=0)
-        for owner, received in enumerate(pieces or []):
-            count = min(len(received), max(0, lengths[owner] - start))
-            gathered[first_row[owner] + start :][:count] = received[:count].cpu()
+    if not ranks.first:
+        if len(rows):
+            dist.send(rows, 0, group=ranks.control)
+        return rows
+    gathered = torch.empty(sum(lengths), rows.shape[1])
+    gathered[: len(rows)] = rows
+    for rank, theirs in enumerate(gathered.split(lengths)):
+        if rank > 0 and len(theirs):
+            dist.recv(theirs, rank, group=ranks.control)
     return gathered

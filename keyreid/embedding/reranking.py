@@ -13,8 +13,6 @@ from scipy import sparse
 
 from keyreid.embedding.distance import BLOCK_BYTES, Embeddings, Metric, distance_blocks, nearest, pair_distances
 
-_JACCARD_BYTES = 128 * 2**20
-
 
 def rerank(
     query: Embeddings,
@@ -106,34 +104,14 @@ def _expand(reciprocal: sparse.csr_array, half: sparse.csr_array) -> sparse.csr_
 def _jaccard(encoding: sparse.csr_array, queries: int) -> np.ndarray:
     """1 - sum_j min(q_j, g_j) / sum_j max(q_j, g_j) for queries and gallery: float32 [Q, G].
 
-    Each row of `encoding` sums to 1, so that sum max = 2 - sum min. Queries go in blocks of `_JACCARD_BYTES`.
+    Each row of `encoding` sums to 1, so that sum max = 2 - sum min.
     """
     gallery = sparse.csc_array(encoding[queries:])
-    column_size = np.diff(gallery.indptr)
     result = np.empty((queries, gallery.shape[0]), np.float32)
-    # What a query costs: its pairs (value, place and result of each) and its row of sums.
-    pairs = np.bincount(
-        np.repeat(np.arange(queries), np.diff(encoding.indptr[: queries + 1])),
-        weights=column_size[encoding.indices[: encoding.indptr[queries]]],
-        minlength=queries,
-    ).astype(np.int64)
-    cost = np.cumsum(pairs * 48 + gallery.shape[0] * 16)
-    first = 0
-    while first < queries:
-        spent = cost[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(cost, spent + _JACCARD_BYTES, side="right")))
-        result[first:last] = _jaccard_block(encoding[first:last], gallery, column_size)
-        first = last
+    for row in range(queries):
+        own = slice(*encoding.indptr[row : row + 2])
+        shared = gallery[:, encoding.indices[own]]
+        np.minimum(shared.data, np.repeat(encoding.data[own], np.diff(shared.indptr)), out=shared.data)
+        total = shared.sum(axis=1)
+        result[row] = 1 - total / (2 - total)
     return result
-
-
-def _jaccard_block(block: sparse.csr_array, gallery: sparse.csc_array, column_size: np.ndarray) -> np.ndarray:
-    rows = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
-    repeats = column_size[block.indices]
-    starts = np.repeat(gallery.indptr[block.indices] - np.cumsum(repeats) + repeats, repeats)
-    entry = starts + np.arange(len(starts))
-    smaller = np.minimum(np.repeat(block.data, repeats), gallery.data[entry])
-    place = np.repeat(rows, repeats) * gallery.shape[0] + gallery.indices[entry]
-    shared = np.bincount(place, weights=smaller, minlength=block.shape[0] * gallery.shape[0])
-    shared = shared.reshape(block.shape[0], gallery.shape[0])
-    return 1 - shared / (2 - shared)

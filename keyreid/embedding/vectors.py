@@ -1,111 +1,392 @@
-"""Embedded tracklets and the file that keeps them, so that distances, protocols and pictures need no second pass."""
+"""Vectors of tracklets, in memory and in files: Parquet, one row per tracklet, bounded by the disk alone.
+
+Columns: `key`; `identity`, `identity_name` (null where unknown); `camera`, `camera_name`; `frames`; `first_frame`,
+`last_frame` (numbers in the video, where frames are numbered); `start_seconds`, `end_seconds` (where the frame rate is
+known); `visibility` (fixed list, float); `vector` (fixed list, float or half float); `picture` (JPEG of the middle
+frame, or null). The file's metadata says which network made the vectors. Any Parquet tool reads them.
+"""
 
 from __future__ import annotations
 
-import zipfile
-import zlib
-from dataclasses import dataclass, fields
+import difflib
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from keyreid.embedding.distance import Embeddings
+from keyreid.embedding.npz import read_arrays
 from keyreid.errors import DataError
-from keyreid.evaluation.protocols import Side
-from keyreid.files import replacing, writing
+from keyreid.files import replacing, sha256, writing
+from keyreid.shards.members import UNKNOWN_IDENTITY
+
+FORMAT = "keyreid-vectors/1"
+METADATA_KEY = b"keyreid"
+ROW_GROUP_BYTES = 32 * 2**20  # of vectors; also what is read at a time
+DESCRIPTION = {
+    "key": pa.string(),
+    "identity": pa.int64(),
+    "identity_name": pa.string(),
+    "camera": pa.int64(),
+    "camera_name": pa.string(),
+    "frames": pa.int32(),
+    "first_frame": pa.int64(),
+    "last_frame": pa.int64(),
+    "start_seconds": pa.float64(),
+    "end_seconds": pa.float64(),
+}
+_NPZ = ("vectors", "visibility", "global_width", "dataset")
+_KEYS_COMPARED = 20_000  # for the nearest one to a mistyped key, which takes long
+
+
+@dataclass(frozen=True)
+class VectorsAbout:
+    """What vectors are.
+
+    Attributes:
+        width: D.
+        parts: P, entries of `visibility`.
+        global_width: how many of the D are the global feature; P parts of equal width follow, or none.
+        dataset: name of the data set.
+        weights: `name` and `sha256` of the weights file: only vectors of one network can be compared. A network that
+            is still in training has a name alone.
+        dtype: of the stored vectors.
+        fingerprint: of the vectors, or of all that decides them: an interrupted embedding knows its parts by it.
+        cameras_known: the network took the cameras for those it was trained on; None where that is not recorded.
+    """
+
+    width: int
+    parts: int
+    global_width: int
+    dataset: str
+    weights: Mapping[str, str] = field(default_factory=dict)
+    dtype: Literal["float32", "float16"] = "float32"
+    fingerprint: str = ""
+    cameras_known: bool | None = None
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """Rows of a row group, and of what is read at a time."""
+        return max(1, ROW_GROUP_BYTES // (4 * self.width))
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The Parquet schema, with this object in its metadata."""
+        number = pa.float32() if self.dtype == "float32" else pa.float16()
+        columns = {
+            **DESCRIPTION,
+            "visibility": pa.list_(pa.float32(), self.parts),
+            "vector": pa.list_(number, self.width),
+            "picture": pa.binary(),
+        }
+        return pa.schema(columns.items(), {METADATA_KEY: json.dumps({"format": FORMAT, **asdict(self)}).encode()})
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """N embedded tracklets, in the order of the data set.
+    """N embedded tracklets in memory.
 
     Attributes:
-        keys: str [N].
-        identities: int64 [N]; -2 is unknown.
-        cameras: int64 [N], numbers of the data set.
-        frames: int64 [N], frames of each tracklet.
-        vectors: float32 [N, D].
+        about: what their vectors are.
+        described: N rows of DESCRIPTION's columns, and of `picture` or not; see `description`.
+        vectors: [N, D].
         visibility: float32 [N, P], the share of frames in which each part is seen.
-        global_width: how many of the D entries are the global feature; P parts of equal width follow.
-        dataset: name of the data set.
     """
 
-    keys: np.ndarray
-    identities: np.ndarray
-    cameras: np.ndarray
-    frames: np.ndarray
+    about: VectorsAbout
+    described: pa.Table
     vectors: np.ndarray
     visibility: np.ndarray
-    global_width: int
-    dataset: str = ""
-
-    def __post_init__(self) -> None:
-        lengths = {len(getattr(self, field.name)) for field in fields(self) if field.name in _ARRAYS}
-        if len(lengths) > 1:
-            shapes = ", ".join(f"{name} {np.shape(getattr(self, name))}" for name in _ARRAYS)
-            raise DataError(f"vectors do not fit each other: {shapes}")
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.vectors)
 
     def __getitem__(self, rows: np.ndarray | slice) -> Vectors:
-        arrays = {name: getattr(self, name)[rows] for name in _ARRAYS}
-        return Vectors(**arrays, global_width=self.global_width, dataset=self.dataset)
+        described = self.described.take(np.arange(len(self))[rows])
+        return Vectors(self.about, described, self.vectors[rows], self.visibility[rows])
 
     def followed_by(self, other: Vectors) -> Vectors:
         """Both, one after the other."""
-        arrays = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in _ARRAYS}
-        return Vectors(**arrays, global_width=self.global_width, dataset=self.dataset)
+        arrays = (np.concatenate(pair) for pair in ((self.vectors, other.vectors), (self.visibility, other.visibility)))
+        return Vectors(self.about, pa.concat_tables([self.described, other.described]), *arrays)
 
-    @property
-    def side(self) -> Side:
-        """Identities, cameras and frames, as protocols take them."""
-        return Side(self.identities, self.cameras, self.frames)
+    @cached_property
+    def keys(self) -> np.ndarray:
+        """str [N]."""
+        return np.array(self.described["key"].to_pylist(), np.str_)
+
+    @cached_property
+    def identities(self) -> np.ndarray:
+        """int64 [N]; UNKNOWN_IDENTITY where not known."""
+        return self.described["identity"].fill_null(UNKNOWN_IDENTITY).to_numpy()
+
+    @cached_property
+    def cameras(self) -> np.ndarray:
+        """int64 [N], numbers of the data set."""
+        return self.described["camera"].to_numpy()
+
+    @cached_property
+    def frames(self) -> np.ndarray:
+        """int64 [N], frames of each tracklet."""
+        return self.described["frames"].to_numpy().astype(np.int64)
 
     @property
     def embeddings(self) -> Embeddings:
         """Vectors and visibility, as distances take them."""
-        return Embeddings(self.vectors, self.visibility, self.global_width)
+        return Embeddings(self.vectors, self.visibility, self.about.global_width)
 
-    def rows_of(self, keys: list[str] | np.ndarray, source: str = "these vectors") -> np.ndarray:
-        """int64 [n]: the rows of these tracklets.
+    @property
+    def table(self) -> pa.Table:
+        """Rows of a vector file."""
+        columns = {"picture": pa.nulls(len(self), pa.binary())}
+        columns |= dict(zip(self.described.column_names, self.described.columns, strict=True))
+        for name, values in (("visibility", self.visibility), ("vector", self.vectors.astype(self.about.dtype))):
+            columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+        return pa.table(columns, self.about.schema)
 
-        Raises:
-            DataError: a tracklet is not among them.
-        """
-        place = {key: row for row, key in enumerate(self.keys.tolist())}
-        missing = [key for key in keys if key not in place]
-        if missing:
-            raise DataError(f"{source} hold no tracklet {missing[0]} ({len(missing)} are missing): embed them first")
-        return np.array([place[key] for key in keys], np.int64)
+    def rows_of(self, keys: Iterable[str], source: str = "these vectors") -> np.ndarray:
+        """int64 [n]: the rows of these tracklets; see `rows_of`."""
+        return rows_of(self.keys.tolist(), list(keys), source)
 
     def save(self, path: Path) -> None:
-        """Write an `.npz` file; nothing in it is pickled.
+        """Write a vector file.
 
         Raises:
             KeyreidError: it cannot be written.
         """
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path, alone=True) as partial, partial.open("wb") as file:  # hours of work: never half of it
-                np.savez(file, **arrays, global_width=self.global_width, dataset=self.dataset)
+        step = self.about.rows_at_a_time
+        blocks = [slice(at, at + step) for at in range(0, len(self), step)]
+        digest = hashlib.sha256()  # by which an index knows its vectors again
+        for rows in blocks:
+            digest.update(np.ascontiguousarray(self.vectors[rows]))
+        about = replace(self.about, fingerprint=digest.hexdigest())
+        write_vectors(path, about, (replace(self[rows], about=about).table for rows in blocks))
 
     @staticmethod
     def load(path: Path) -> Vectors:
-        """Read what `save` wrote.
+        """Read a vector file, or the `.npz` that evaluations wrote before; without pictures.
 
         Raises:
-            DataError: the file is missing, damaged, or holds other arrays.
+            DataError: the file is missing, damaged, or holds something else.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in _ARRAYS}
-                return Vectors(**arrays, global_width=int(file["global_width"]), dataset=str(file["dataset"]))
-        except FileNotFoundError:
-            raise DataError(f"{path}: no such file") from None
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise DataError(f"{path}: not a file of vectors ({error})") from None
+        return _read_npz(path) if path.suffix == ".npz" else VectorFiles([path]).load()
 
 
-_ARRAYS = ("keys", "identities", "cameras", "frames", "vectors", "visibility")
+def description(columns: Mapping[str, Sequence[Any] | np.ndarray]) -> pa.Table:
+    """The columns DESCRIPTION of some tracklets, and `picture` where it is given; null where there is nothing.
+
+    Args:
+        columns: by name, of equal length; at least `key` and `identity`, where UNKNOWN_IDENTITY becomes null.
+    """
+    types = {**DESCRIPTION, **({"picture": pa.binary()} if "picture" in columns else {})}
+    nothing = [None] * len(columns["key"])
+    arrays = {name: pa.array(columns.get(name, nothing), kind) for name, kind in types.items()}
+    identity = np.asarray(columns["identity"], np.int64)
+    return pa.table({**arrays, "identity": pa.array(identity, mask=identity == UNKNOWN_IDENTITY)})
+
+
+def write_vectors(path: Path, about: VectorsAbout, tables: Iterable[pa.Table]) -> int:
+    """Write tables as one file with row groups of about ROW_GROUP_BYTES; it is there whole or not at all.
+
+    Returns:
+        How many rows were written.
+
+    Raises:
+        KeyreidError: it cannot be written.
+    """
+    rows = 0
+    waiting: list[pa.Table] = []
+    # Vectors do not get smaller by compression or dictionaries; the other columns do.
+    plain = list(DESCRIPTION)
+    packed = {"compression": dict.fromkeys(plain, "zstd"), "use_dictionary": plain, "write_statistics": plain}
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, alone=True) as partial, pq.ParquetWriter(partial, about.schema, **packed) as writer:
+
+            def flush() -> None:
+                if waiting:
+                    writer.write_table(pa.concat_tables(waiting).combine_chunks(), row_group_size=about.rows_at_a_time)
+                    waiting.clear()
+
+            for table in tables:
+                rows += len(table)
+                waiting.append(table.replace_schema_metadata(about.schema.metadata))
+                if sum(map(len, waiting)) >= about.rows_at_a_time:
+                    flush()
+            flush()
+    return rows
+
+
+class VectorFiles:
+    """Vector files as one list of N rows; nothing but what is asked for is read.
+
+    Attributes:
+        paths: the files.
+        about: what their vectors are; the same network made all of them.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Open files, and all `*.parquet` of folders.
+
+        Raises:
+            DataError: a file is missing, is none of ours, or was made by another network.
+        """
+        self.paths = [file for path in paths for file in (_parquet_files(path) if path.is_dir() else [path])]
+        self._files = [_open(path) for path in self.paths]
+        self.about = read_about(self.paths[0], self._files[0])
+        for path, file in zip(self.paths, self._files, strict=True):
+            check_comparable(self.about, read_about(path, file), f"{self.paths[0]}", f"{path}")
+        self._first = np.cumsum([0, *(file.metadata.num_rows for file in self._files)])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def blocks(self, columns: Iterable[str], rows: int | None = None) -> Iterator[tuple[int, pa.Table]]:
+        """All rows in order, some at a time: the number of the first, and the rows.
+
+        Args:
+            rows: how many at a time; default what fits ROW_GROUP_BYTES.
+        """
+        first = 0
+        for path, file in zip(self.paths, self._files, strict=True):
+            try:
+                for batch in file.iter_batches(rows or self.about.rows_at_a_time, columns=list(columns)):
+                    yield first, pa.table(batch)
+                    first += len(batch)
+            except (OSError, pa.ArrowException) as error:
+                raise DataError(f"{path}: damaged: {error}") from None
+
+    def column(self, name: str) -> np.ndarray:
+        """One column of all rows."""
+        pieces = [table[name].to_numpy() for _, table in self.blocks([name], rows=1 << 16)]
+        return np.concatenate(pieces) if pieces else np.empty(0, object)
+
+    def load(self) -> Vectors:
+        """All rows but their pictures, in memory."""
+        vectors = np.empty((len(self), self.about.width), self.about.dtype)
+        visibility = np.empty((len(self), self.about.parts), np.float32)
+        described = [description({name: [] for name in DESCRIPTION})]
+        for first, table in self.blocks([*DESCRIPTION, "visibility", "vector"]):
+            rows = slice(first, first + len(table))
+            vectors[rows] = matrix(table["vector"], self.about.width)
+            visibility[rows] = matrix(table["visibility"], self.about.parts)
+            described.append(table.select(list(DESCRIPTION)))
+        return Vectors(self.about, pa.concat_tables(described).combine_chunks(), vectors, visibility)
+
+    def take(self, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """Some rows in the order given; reads the row groups that hold them, one at a time."""
+        order = np.argsort(rows, kind="stable")
+        wanted = np.asarray(rows, np.int64)[order]
+        pieces = [self.about.schema.empty_table().select(list(columns))]
+        for number, file in enumerate(self._files):
+            start = self._first[number]
+            for group in range(file.metadata.num_row_groups):
+                end = start + file.metadata.row_group(group).num_rows
+                inside = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, end)]
+                if len(inside):
+                    pieces.append(file.read_row_group(group, columns=list(columns)).take(inside - start))
+                start = end
+        return pa.concat_tables(pieces).take(np.argsort(order, kind="stable"))
+
+    def rows_of(self, keys: Sequence[str]) -> np.ndarray:
+        """int64 [n]: the row of each key; see `rows_of`."""
+        return rows_of(self.column("key").tolist(), keys, str(self.paths[0]))
+
+
+def embeddings_of(table: pa.Table, about: VectorsAbout) -> Embeddings:
+    """The vectors and visibilities of rows, as distances take them."""
+    vectors, seen = matrix(table["vector"], about.width), matrix(table["visibility"], about.parts)
+    return Embeddings(vectors, seen, about.global_width)
+
+
+def read_about(path: Path, file: pq.ParquetFile | None = None) -> VectorsAbout:
+    """What a vector file says of itself.
+
+    Raises:
+        DataError: it is missing or no vector file.
+    """
+    metadata = (file or _open(path)).schema_arrow.metadata or {}
+    try:
+        values = json.loads(metadata[METADATA_KEY])
+        if values.pop("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        return VectorsAbout(**values)
+    except (KeyError, ValueError, TypeError) as error:
+        raise DataError(f"{path}: Parquet, but not a file of vectors as keyreid writes them: {error}") from None
+
+
+def check_comparable(one: VectorsAbout, other: VectorsAbout, one_name: str, other_name: str) -> None:
+    """Raise DataError where the vectors are not of one network and one kind."""
+    by = "sha256" if "sha256" in one.weights and "sha256" in other.weights else "name"
+    if one.weights.get(by) != other.weights.get(by):
+        names = [about.weights.get("name", "unknown weights") for about in (one, other)]
+        raise DataError(
+            f"{other_name} was embedded by {names[1]}, {one_name} by {names[0]}: vectors of different networks cannot "
+            "be compared; embed both with the same weights"
+        )
+    if (one.width, one.global_width) != (other.width, other.global_width):
+        widths = f"{other_name} has vectors of {other.width} numbers, {one_name} of {one.width}"
+        raise DataError(f"{widths}: embed both with the same --features")
+
+
+def matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
+    """A fixed list column as [n, width], without a copy where it is in one piece."""
+    pieces = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, width) for chunk in column.chunks]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty((0, width), np.float32)])
+
+
+def rows_of(there: list[str], keys: Sequence[str], source: str) -> np.ndarray:
+    """int64 [n]: where each key stands.
+
+    Raises:
+        DataError: a key is not there; a near one is named.
+    """
+    place = {key: row for row, key in enumerate(there)}
+    missing = [key for key in keys if key not in place]
+    if missing:
+        near = difflib.get_close_matches(missing[0], there[:_KEYS_COMPARED], n=1, cutoff=0.0)
+        hint = f"; the nearest key is {near[0]}" if near else ""
+        raise DataError(f"{source}: no tracklet has the key {missing[0]!r} ({len(missing)} are missing){hint}")
+    return np.array([place[key] for key in keys], np.int64)
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    if files := sorted(folder.glob("*.parquet")):
+        return files
+    raise DataError(f"{folder}: no .parquet files in this folder")
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        if path.suffix == ".npz":  # has to be held whole, as always
+            content = io.BytesIO()
+            pq.write_table(_read_npz(path).table, content, compression="none")
+            return pq.ParquetFile(content)
+        return pq.ParquetFile(path, memory_map=False, pre_buffer=False)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; make it with `keyreid embed` or `keyreid evaluate`") from None
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a whole Parquet file: {error}") from None
+
+
+def _read_npz(path: Path) -> Vectors:
+    """What evaluations of the last version wrote; by an unknown network, so that it compares with no other file."""
+    file = read_arrays(path, ("keys", "identities", "cameras", "frames", *_NPZ))
+    vectors, visibility, global_width, dataset = (file.pop(name) for name in _NPZ)
+    lengths = {len(array) for array in (vectors, visibility, *file.values())}
+    if vectors.ndim != 2 or visibility.ndim != 2 or len(lengths) > 1:
+        raise DataError(f"{path}: not a file of vectors: {len(vectors)} vectors, {len(file['keys'])} keys")
+    weights = {"name": f"unknown weights of {path.name}", "sha256": sha256(path)}
+    about = VectorsAbout(vectors.shape[1], visibility.shape[1], int(global_width), str(dataset), weights)
+    columns = {name: file[f"{name}s"] for name in ("key", "camera")}
+    columns |= {"identity": file["identities"], "frames": file["frames"]}
+    described = description({**columns, "camera_name": file["cameras"].astype(np.str_)})
+    return Vectors(about, described, vectors, visibility)

@@ -4,13 +4,9 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """`evaluate` and `extract` on first use: judging a distance matrix needs no torch."""
+    """`evaluate` on first use: judging a distance matrix needs no torch."""
     if name == "evaluate":
-        from keyreid.evaluation.run import evaluate
+        from keyreid.evaluation.judging import evaluate
 
         return evaluate
-    if name == "extract":
-        from keyreid.embedding.features import extract
-
-        return extract
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

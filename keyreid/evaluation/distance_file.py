@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from keyreid.embedding.npz import read_arrays
 from keyreid.errors import DataError
 from keyreid.evaluation.protocols import JUNK_IDENTITY, Side, judge, protocol_named
-from keyreid.evaluation.report import combine
+from keyreid.evaluation.scores import combine
 
 ARRAYS = ("distance", "query_ids", "gallery_ids", "query_cameras", "gallery_cameras")
 FRAME_ARRAYS = ("query_frames", "gallery_frames")  # only `released` needs them
@@ -20,7 +19,7 @@ _LARGEST_FLOAT = 2**53  # beyond it a float is no longer one whole number
 
 
 def judge_file(path: Path, protocols: Sequence[str]) -> dict[str, Any]:
-    """Judge the matrix in a file by each protocol; gives `report.combine`'s object.
+    """Judge the matrix in a file by each protocol; gives `scores.combine`'s object.
 
     The gallery is taken as the file has it: for `official` and `inclusive` it should hold the queries.
 
@@ -34,7 +33,7 @@ def judge_file(path: Path, protocols: Sequence[str]) -> dict[str, Any]:
     """
     rules = [protocol_named(name) for name in protocols]  # all of them, so that any unknown one is refused
     frames_needed = any(rule.cameras_by_frame for rule in rules)
-    arrays = _read(path, (*ARRAYS, *FRAME_ARRAYS) if frames_needed else ARRAYS)
+    arrays = read_arrays(path, (*ARRAYS, *FRAME_ARRAYS) if frames_needed else ARRAYS)
     distance = _checked_distance(path, arrays["distance"])
     sides = []
     for side, axis in (("query", 0), ("gallery", 1)):
@@ -61,31 +60,6 @@ def junk_note(result: dict[str, Any]) -> str:
         f"note: {result['junk']} gallery entries have identity {JUNK_IDENTITY}, which {', '.join(unaware)} counts as "
         "wrong answers; leave them out of the file, as MARS's readers do"
     )
-
-
-def _read(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The named arrays; nothing is unpickled."""
-    try:
-        with path.open("rb") as start:
-            if not start.read(6).startswith((b"PK", b"\x93NUMPY")):  # numpy would advise to unpickle it
-                raise ValueError("numpy.savez did not write it")
-        file = np.load(path, allow_pickle=False)
-        if isinstance(file, np.ndarray):
-            raise DataError(f"{path}: a single array; an .npz file with {', '.join(names)} is needed")
-        with file:
-            missing = [name for name in names if name not in file.files]
-            if missing:
-                there = ", ".join(file.files) or "nothing"
-                raise DataError(f"{path}: lacks {', '.join(missing)}; it has {there}")
-            arrays = {name: file[name] for name in names}
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: not an .npz file of plain arrays: {error}") from None
-    unusable = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
-    if unusable:
-        raise DataError(f"{path}: {unusable[0]} is not an array")
-    return arrays
 
 
 def _checked_distance(path: Path, distance: np.ndarray) -> np.ndarray:

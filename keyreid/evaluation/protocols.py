@@ -17,7 +17,6 @@ Queries without a match are not valid: they count in no average.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +28,6 @@ from keyreid.errors import ConfigError, DataError
 CMC_RANKS = (1, 5, 10, 20)
 RELEASED_CLIP_FRAMES = 4
 RELEASED_MAX_CLIPS = 41
-BLOCK_BYTES = 256 * 2**20
-_PAIR_BYTES = 160  # what one (query, same identity) pair takes while its block is judged, generously
 
 
 @dataclass(frozen=True)
@@ -159,11 +156,10 @@ class Scores:
         }
 
 
-def judge(distance: np.ndarray, query: Side, gallery: Side, protocol: str, block_bytes: int = BLOCK_BYTES) -> Scores:
+def judge(distance: np.ndarray, query: Side, gallery: Side, protocol: str) -> Scores:
     """Judge a distance matrix. The gallery is taken as it is: which tracklets it holds is up to the caller.
 
-    Memory beside the matrix: `block_bytes`, and for one query more where a single one needs more; the matrix may be
-    memory-mapped. Time: one sort of each row.
+    Memory beside the matrix: a few of its rows; it may be memory-mapped. Time: one sort of each row.
 
     Args:
         distance: real [Q, G], smaller is closer.
@@ -180,24 +176,21 @@ def judge(distance: np.ndarray, query: Side, gallery: Side, protocol: str, block
     if rules.cameras_by_frame:
         query, gallery = (cameras_as_released(side, name) for side, name in ((query, "query"), (gallery, "gallery")))
     junk = gallery.identities == JUNK_IDENTITY
-    columns = None
-    if rules.junk_left_out and junk.any():
-        columns = np.flatnonzero(~junk)
+    columns = np.flatnonzero(~junk) if rules.junk_left_out and junk.any() else None
+    if columns is not None:
         gallery = gallery[columns]
 
     counts = np.zeros((3, len(query)))  # of each query: AP, INP, first match
     # Entries of one identity are one run of `by_identity`, in ascending order of their index.
     by_identity = np.argsort(gallery.identities, kind="stable")
     start = np.searchsorted(gallery.identities, query.identities, side="left", sorter=by_identity)
-    same = np.searchsorted(gallery.identities, query.identities, side="right", sorter=by_identity) - start
-    for rows in _blocks(same, len(gallery), distance.dtype.itemsize, block_bytes):
-        block = _comparable(distance[rows], columns, rows.start)
-        pair_query = np.repeat(np.arange(len(block)), same[rows])
-        pair_offset = np.arange(len(pair_query)) - np.repeat(np.cumsum(same[rows]) - same[rows], same[rows])
-        pair_entry = by_identity[np.repeat(start[rows], same[rows]) + pair_offset]
-        matches = gallery.cameras[pair_entry] != query.cameras[rows][pair_query]
-        position = _positions(block, pair_query, pair_entry)
-        counts[:, rows] = _score(position, pair_query, matches, len(block), rules.trapezoid)
+    end = np.searchsorted(gallery.identities, query.identities, side="right", sorter=by_identity)
+    for row in range(len(query)):
+        same = by_identity[start[row] : end[row]]
+        matches = gallery.cameras[same] != query.cameras[row]
+        ranking = _comparable(distance, row, columns)
+        if matches.any():
+            counts[:, row] = _score(_positions(ranking, same), matches, rules.trapezoid)
 
     average_precision, inp, first_match = counts
     valid = first_match > 0
@@ -236,90 +229,47 @@ def released_entries(frames: np.ndarray) -> np.ndarray:
     return RELEASED_CLIP_FRAMES * np.minimum(clips, RELEASED_MAX_CLIPS)
 
 
-def _blocks(same: np.ndarray, gallery: int, itemsize: int, block_bytes: int) -> Iterator[slice]:
-    """Consecutive queries whose rows (as read, sorted, with ties ranked) and pairs fit in `block_bytes`."""
-    total = np.cumsum(gallery * (2 * max(itemsize, 4) + 16) + same * _PAIR_BYTES)
-    first = 0
-    while first < len(same):
-        spent = total[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(total, spent + block_bytes, side="right")))
-        yield slice(first, last)
-        first = last
+def _comparable(distance: np.ndarray, row: int, columns: np.ndarray | None) -> np.ndarray:
+    """A row in a type that sorts fast, without loss; refuses NaN, which has no place in an order."""
+    values = distance[row] if columns is None else distance[row, columns]
+    if values.dtype.itemsize < 4:
+        values = values.astype(np.float32)  # every float16, int16 and bool is one
+    if values.dtype.kind == "f" and np.isnan(values).any():
+        column = np.flatnonzero(np.isnan(values))[0]
+        raise DataError(f"distance[{row}, {column if columns is None else columns[column]}] is not a number")
+    return values
 
 
-def _comparable(block: np.ndarray, columns: np.ndarray | None, first_row: int) -> np.ndarray:
-    """The rows in a type that sorts fast, without loss; refuses NaN, which has no place in an order."""
-    if columns is not None:
-        block = block[:, columns]
-    if block.dtype.itemsize < 4:
-        block = block.astype(np.float32)  # every float16, int16 and bool is one
-    if block.dtype.kind == "f" and np.isnan(block).any():
-        row, column = np.argwhere(np.isnan(block))[0]
-        column = column if columns is None else columns[column]
-        raise DataError(f"distance[{first_row + row}, {column}] is not a number")
-    return block
-
-
-def _positions(block: np.ndarray, rows: np.ndarray, entries: np.ndarray) -> np.ndarray:
-    """Where each (row, entry) pair stands in its row's ranking, from 0, all entries counted.
+def _positions(distances: np.ndarray, entries: np.ndarray) -> np.ndarray:
+    """Where entries stand in a query's ranking, from 0, all entries counted: int64 [n].
 
     Sorting values is several times faster than sorting indices, and tells the position wherever a value is unique.
-    Only rows in which some pair is tied are ranked by index as well.
     """
-    values = block[rows, entries]
-    ordered = np.sort(block, axis=1)
-    position = _search_rows(ordered, rows, values, right=False)
-    tied = _search_rows(ordered, rows, values, right=True) - position > 1
-    if tied.any():
-        tied_rows, within = np.unique(rows[tied], return_inverse=True)
-        order = np.argsort(block[tied_rows], axis=1, kind="stable")
-        rank = np.empty_like(order)
-        np.put_along_axis(rank, order, np.arange(order.shape[1])[None], axis=1)
-        position[tied] = rank[within, entries[tied]]
+    values, ordered = distances[entries], np.sort(distances)
+    position = np.searchsorted(ordered, values)
+    if (np.searchsorted(ordered, values, side="right") - position > 1).any():  # tied: the index decides
+        rank = np.empty(len(distances), np.int64)
+        rank[np.argsort(distances, kind="stable")] = np.arange(len(distances))
+        position = rank[entries]
     return position
 
 
-def _search_rows(ordered: np.ndarray, rows: np.ndarray, values: np.ndarray, right: bool) -> np.ndarray:
-    """np.searchsorted of values[i] in ordered[rows[i]], for all i at once by bisection."""
-    low = np.zeros(len(rows), np.int64)
-    high = np.full(len(rows), ordered.shape[1])
-    for _ in range(ordered.shape[1].bit_length()):
-        middle = (low + high) // 2
-        probe = ordered[rows, np.minimum(middle, ordered.shape[1] - 1)]
-        below = (probe <= values if right else probe < values) & (low < high)
-        low = np.where(below, middle + 1, low)
-        high = np.where(below, high, middle)
-    return low
-
-
-def _score(position: np.ndarray, rows: np.ndarray, matches: np.ndarray, queries: int, trapezoid: bool) -> np.ndarray:
-    """AP, INP and the first match's rank of each query: float64 [3, queries], zeros without a match.
+def _score(position: np.ndarray, matches: np.ndarray, trapezoid: bool) -> tuple[float, float, int]:
+    """AP, INP and the first match's rank of one query.
 
     Args:
-        position, rows: of the pairs of one identity, see `_positions`.
-        matches: bool, pairs from different cameras; the others are taken out of the ranking.
+        position: of the entries of its identity, see `_positions`.
+        matches: bool, those from other cameras, at least one; the others are taken out of the ranking.
     """
-    order = np.lexsort((position, rows))
-    position, rows, matches = position[order], rows[order], matches[order]
-    taken_out = np.cumsum(~matches)
-    first_pair = np.searchsorted(rows, rows)  # where the run of each pair's query begins
-    taken_out_before_run = taken_out[first_pair] - ~matches[first_pair]
-    rank = (position + 1 - (taken_out - taken_out_before_run))[matches]
-    rows = rows[matches]
-
-    count = np.bincount(rows, minlength=queries)
-    begin = np.cumsum(count) - count
-    nth = np.arange(len(rows)) - begin[rows] + 1
+    order = np.argsort(position)
+    matches = matches[order]
+    rank = (position[order] + 1 - np.cumsum(~matches))[matches]
+    nth = np.arange(1, len(rank) + 1)
     precision = nth / rank
     if trapezoid:
         before = np.where(rank > 1, (nth - 1) / np.maximum(rank - 1, 1), 1.0)
         precision = (precision + before) / 2
-    result = np.zeros((3, queries))
-    found = count > 0
-    result[0, found] = np.bincount(rows, weights=precision, minlength=queries)[found] / count[found]
-    result[1, found] = count[found] / rank[(begin + count - 1)[found]]
-    result[2, found] = rank[begin[found]]
-    return result
+    return np.cumsum(precision)[-1] / len(rank), len(rank) / rank[-1], rank[0]
 
 
 def ranked_list(

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from keyreid.embedding.distance import Metric
-from keyreid.embedding.vector_file import VectorFiles, matrix
+from keyreid.embedding.vectors import VectorFiles, matrix
 from keyreid.errors import ConfigError, DataError, install_hint
 from keyreid.files import replacing
 from keyreid.progress import track
@@ -31,36 +31,11 @@ class GalleryIndex:
     """An index file and what it is of (`FILE.json` beside it)."""
 
     @classmethod
-    def build(cls, gallery: VectorFiles, path: Path, metric: Metric, seed: int = 0) -> GalleryIndex:
-        """Build the index of a gallery and write it.
-
-        Memory: 2 N D bytes for the vectors, and 4 x 64 x sqrt(N) x D for the sample that the lists are learnt from.
-
-        Raises:
-            ConfigError: FAISS is not installed, or the metric cannot be indexed.
-        """
-        faiss = _faiss()
-        _check_metric(metric)
-        count, width = len(gallery), gallery.about.width
-        if not count:
-            raise DataError(f"{gallery.paths[0]}: the gallery is empty")
-        lists = int(np.clip(round(np.sqrt(count)), 1, MAX_LISTS))
-        sample = _sample(gallery, min(count, TRAINING_ROWS_A_LIST * lists), metric, seed)
-        index = faiss.index_factory(width, f"IVF{lists},SQfp16", faiss.METRIC_L2)
-        index.cp.min_points_per_centroid = 1  # small galleries: no warning for what is harmless
-        index.cp.seed = seed
-        index.train(sample)
-        del sample
-        blocks = gallery.blocks(["vector"])
-        steps = -(-count // gallery.about.rows_at_a_time)
-        for _, table in track(blocks, steps, "indexing", "blocks"):
-            index.add(_vectors(table, gallery, metric))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, alone=True) as partial:
-            faiss.write_index(index, str(partial))
-            _card_path(path).unlink(missing_ok=True)  # it must not vouch for the new index
-        _card_path(path).write_text(json.dumps(_card(gallery, metric), indent=1))
-        return cls(path, gallery, metric)
+    def fitting(cls, path: Path, gallery: VectorFiles, metric: Metric, probes: int | None = None) -> GalleryIndex:
+        """The index at a path, built first where it is not there or not of these very vectors."""
+        if not cls.fits(path, gallery, metric):
+            cls.build(gallery, path, metric)
+        return cls(path, gallery, metric, probes)
 
     @staticmethod
     def fits(path: Path, gallery: VectorFiles, metric: Metric) -> bool:
@@ -69,6 +44,33 @@ class GalleryIndex:
             return path.is_file() and json.loads(_card_path(path).read_text()) == _card(gallery, metric)
         except (OSError, ValueError):
             return False
+
+    @classmethod
+    def build(cls, gallery: VectorFiles, path: Path, metric: Metric, seed: int = 0) -> GalleryIndex:
+        """Build the index of a gallery and write it.
+
+        Memory: 2 N D bytes for the vectors, and 4 x 64 x sqrt(N) x D for the sample that the lists are learnt from.
+
+        Raises:
+            ConfigError: FAISS is not installed, or the metric cannot be indexed.
+        """
+        faiss = _faiss(metric)
+        if not len(gallery):
+            raise DataError(f"{gallery.paths[0]}: the gallery is empty")
+        lists = int(np.clip(round(np.sqrt(len(gallery))), 1, MAX_LISTS))
+        index = faiss.index_factory(gallery.about.width, f"IVF{lists},SQfp16", faiss.METRIC_L2)
+        index.cp.min_points_per_centroid = 1  # small galleries: no warning for what is harmless
+        index.cp.seed = seed
+        index.train(_sample(gallery, min(len(gallery), TRAINING_ROWS_A_LIST * lists), metric, seed))
+        steps = -(-len(gallery) // gallery.about.rows_at_a_time)
+        for _, table in track(gallery.blocks(["vector"]), steps, "indexing", "blocks"):
+            index.add(_vectors(table, gallery, metric))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, alone=True) as partial:
+            faiss.write_index(index, str(partial))
+            _card_path(path).unlink(missing_ok=True)  # it must not vouch for the new index
+        _card_path(path).write_text(json.dumps(_card(gallery, metric), indent=1))
+        return cls(path, gallery, metric)
 
     def __init__(self, path: Path, gallery: VectorFiles, metric: Metric, probes: int | None = None) -> None:
         """Open an index.
@@ -80,8 +82,7 @@ class GalleryIndex:
             ConfigError: FAISS is not installed, or the metric cannot be indexed.
             DataError: there is no such index, it is damaged, or it is of other vectors.
         """
-        faiss = _faiss()
-        _check_metric(metric)
+        faiss = _faiss(metric)
         if not self.fits(path, gallery, metric):
             raise DataError(f"{path}: no index of these vectors by {metric}; leave it out, or delete it to build it")
         try:
@@ -98,19 +99,21 @@ class GalleryIndex:
         Args:
             allowed: bool [N], rows that may be found.
         """
-        faiss = _faiss()
+        faiss = _faiss(self.metric)
         settings = {"nprobe": self.probes}
         if allowed is not None:
             bits = np.packbits(allowed, bitorder="little")  # must outlive the search
             settings["sel"] = faiss.IDSelectorBitmap(len(allowed), faiss.swig_ptr(bits))
-        squared, rows = self._index.search(
-            _for_metric(vectors, self.metric), k, params=faiss.SearchParametersIVF(**settings)
-        )
+        asking = _for_metric(vectors, self.metric)
+        squared, rows = self._index.search(asking, k, params=faiss.SearchParametersIVF(**settings))
         squared = np.where(rows < 0, np.inf, np.maximum(squared, 0))
         return (np.sqrt(squared) if self.metric == "euclidean" else squared / 2), rows
 
 
-def _faiss():
+def _faiss(metric: Metric):
+    """FAISS, where it is there and can index the metric."""
+    if metric not in ("euclidean", "cosine"):
+        raise ConfigError(f"--metric {metric} cannot be indexed: it weighs parts for each pair; leave --index out")
     try:
         import faiss
     except ImportError:
@@ -119,16 +122,9 @@ def _faiss():
     return faiss
 
 
-def _check_metric(metric: Metric) -> None:
-    if metric not in ("euclidean", "cosine"):
-        raise ConfigError(f"--metric {metric} cannot be indexed: it weighs parts for each pair; leave --index out")
-
-
 def _card(gallery: VectorFiles, metric: Metric) -> dict:
-    files = [
-        {"file": path.name, "bytes": path.stat().st_size, "fingerprint": gallery.about.fingerprint}
-        for path in gallery.paths
-    ]
+    made = gallery.about.fingerprint
+    files = [{"file": path.name, "bytes": path.stat().st_size, "fingerprint": made} for path in gallery.paths]
     return {"format": FORMAT, "metric": metric, "rows": len(gallery), "files": files, "weights": gallery.about.weights}
 
 
@@ -154,7 +150,7 @@ def _vectors(table: pa.Table, gallery: VectorFiles, metric: Metric) -> np.ndarra
 
 def _for_metric(vectors: np.ndarray, metric: Metric) -> np.ndarray:
     """float32, and of length 1 for cosine: |a - b|^2 / 2 is then 1 - cos."""
-    vectors = np.ascontiguousarray(vectors, np.float32)
+    vectors = np.array(vectors, np.float32, order="C")
     if metric == "cosine":
-        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        _faiss(metric).normalize_L2(vectors)
     return vectors

@@ -3,17 +3,65 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from keyreid.datasets import open_dataset
+from keyreid.datasets.mot import VIDEO_SUFFIXES
 from keyreid.errors import ConfigError, DataError
 from keyreid.shards.card import CARD_NAME
+from keyreid.shards.pack import finish, pack, plan_shards
+from keyreid.shards.writer import PackSettings
 
 
 def is_shards(source: str) -> bool:
     """Whether a source is shards: a URL, or a folder with a dataset card."""
     return bool(re.match(r"[a-z0-9+]+://", source)) or (Path(source).expanduser() / CARD_NAME).is_file()
+
+
+def check_source(source: str) -> Path:
+    """The path of a source that is not shards.
+
+    Raises:
+        DataError: it is not there.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise DataError(f"{source}: neither shards, nor a folder, table or video")
+    if path.is_dir() and list(path.glob("*.tar")):
+        raise ConfigError(f"{source}: shards without their {CARD_NAME}: packing has not finished")
+    return path
+
+
+def reader_options(
+    path: Path, dataset: str | None, given: Sequence[str], tracks: Path | None, camera: str | None
+) -> tuple[str, dict[str, Any]]:
+    """Which dataset reader takes a source, and its options.
+
+    Args:
+        dataset: default `mot` for a video, else `folder`.
+        given: NAME=VALUE, the value in YAML.
+        tracks, camera: of a video.
+
+    Raises:
+        ConfigError: an option is not of that form.
+    """
+    video = tracks is not None or path.suffix.lower() in VIDEO_SUFFIXES
+    dataset = dataset or ("mot" if video else "folder")
+    options: dict[str, Any] = {"identified": False, "split": "all"} if dataset == "mot" else {}
+    if tracks is not None:
+        options["tracks"] = str(tracks.expanduser().resolve())
+    if camera is not None:
+        options["camera"] = camera
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--option {text}: write NAME=VALUE")
+        options[name] = yaml.safe_load(value)
+    return dataset, options
 
 
 def pack_source(
@@ -31,10 +79,6 @@ def pack_source(
     Raises:
         DataError, ConfigError: the source cannot be read as that dataset.
     """
-    from keyreid.datasets import open_dataset
-    from keyreid.shards.pack import finish, pack, plan_shards
-    from keyreid.shards.writer import PackSettings
-
     data = open_dataset(dataset, source, **options)
     if keypoints is None and (source / "keypoints").is_dir():
         keypoints = source / "keypoints"
@@ -42,17 +86,3 @@ def pack_source(
     pack(plan, out, processes)
     finish(plan, out)
     return sum(tracklet.keypoints is None for tracklet in data.tracklets) if keypoints is None else 0
-
-
-def check_source(source: str) -> Path:
-    """The path of a source that is not shards.
-
-    Raises:
-        DataError: it is not there.
-    """
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise DataError(f"{source}: neither shards, nor a folder, table or video")
-    if path.is_dir() and list(path.glob("*.tar")):
-        raise ConfigError(f"{source}: shards without their {CARD_NAME}: packing has not finished")
-    return path

@@ -22,7 +22,7 @@ from keyreid.distributed.preemption import StopRequest
 from keyreid.distributed.ranks import Ranks
 from keyreid.errors import CheckpointError, KeyreidError
 from keyreid.evaluation import evaluate
-from keyreid.evaluation.run import Part, check_judgeable
+from keyreid.evaluation.judging import JudgedSet, check_judgeable
 from keyreid.losses import Criterion
 from keyreid.model import KeyReID, build_model
 from keyreid.progress import track
@@ -268,7 +268,7 @@ class Trainer:
         return left == 0 and wanted and self.state.evaluated_step != self.state.step
 
     @property
-    def _part(self) -> Part:
+    def _part(self) -> JudgedSet:
         """What evaluations judge: the identities held out of training, where there are any."""
         return "holdout" if self.config.data.holdout else "test"
 
@@ -277,10 +277,10 @@ class Trainer:
         with self._weights_to_use() as network:
             folder = RunFolder(self.config.run_dir).evaluation / checkpoints.folder_name(self.state.step)
             part = self._part
-            ranks = self.ranks
-            where = ranks.rank, ranks.world_size, ranks.device
-            newest = folder.parent / "vectors.npz"  # large: kept of the newest evaluation only, and not logged
-            result = evaluate(network, self.shards, self.config, folder, *where, part=part, vectors_path=newest)
+            newest = folder.parent / "vectors.parquet"  # large: kept of the newest evaluation only, and not logged
+            weights = {"name": f"{self.config.name} step {self.state.step}"}
+            kept = {"part": part, "vectors_path": newest, "weights": weights}
+            result = evaluate(network, self.shards, self.config, folder, self.ranks, **kept)
         self.state = replace(self.state, evaluated_step=self.state.step)
         score = result["metrics"][f"{self.config.evaluation.protocol}/mAP"]
         if self.state.best_score is None or score > self.state.best_score:

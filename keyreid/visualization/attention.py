@@ -16,9 +16,9 @@ from PIL import Image
 from torch.nn import functional
 
 from keyreid.config import Config
+from keyreid.embedding.features import network_inputs
 from keyreid.errors import ConfigError
 from keyreid.model import KeyReID
-from keyreid.model.inputs import prepare
 from keyreid.model.single_query import SingleQueryAttention, SingleQueryBlock
 from keyreid.pose.parts import part_names
 from keyreid.shards import open_reader
@@ -48,8 +48,11 @@ def can_draw_attention(model: KeyReID) -> bool:
 
 
 @torch.no_grad()
-def attention_maps(model: KeyReID, batch: ClipBatch) -> AttentionMaps:
-    """Run the network on clips and give its attention.
+def attention_maps(model: KeyReID, batch: ClipBatch, cameras_known: bool = True) -> AttentionMaps:
+    """Run the network on clips, as an evaluation does, and give its attention.
+
+    Args:
+        cameras_known: as for `extract`.
 
     Raises:
         ConfigError: the backbone's attention is of another kind than the single-query form.
@@ -64,10 +67,7 @@ def attention_maps(model: KeyReID, batch: ClipBatch) -> AttentionMaps:
     ]
     was_training = model.training
     try:
-        images, guidance = prepare(batch, model.guidance)
-        weights = next(model.parameters()).dtype
-        cameras = batch.cameras.masked_fill(batch.cameras >= model.num_cameras, -1)
-        model.eval().features(images.to(weights), guidance.to(weights), cameras)
+        model.eval().features(*network_inputs(model, batch, cameras_known))
     finally:
         model.train(was_training)
         for hook in hooks:
@@ -86,16 +86,21 @@ def attention_maps(model: KeyReID, batch: ClipBatch) -> AttentionMaps:
 
 
 def attention_picture(
-    model: KeyReID, shards: ShardSet, positions: Sequence[int], config: Config, device: torch.device | str = "cpu"
+    model: KeyReID,
+    shards: ShardSet,
+    positions: Sequence[int],
+    config: Config,
+    cameras_known: bool = True,
+    device: torch.device | str = "cpu",
 ) -> Image.Image:
-    """A clip of evenly spaced frames of each tracklet, and over them the attention."""
+    """A clip of evenly spaced frames of each tracklet, and over them the attention; arguments as for `extract`."""
     plans = [_spread_clip(shards, position, config.clip.frames) for position in positions]
     reader = open_reader(shards, iter([plans]), config, device=device)
     try:
         batch = next(iter(reader)).to(device)
     finally:
         reader.close()
-    maps = attention_maps(model, batch)
+    maps = attention_maps(model, batch, cameras_known)
     pictures = batch.images.permute(0, 1, 3, 4, 2).cpu().numpy()
     strips = []
     for clip, plan in enumerate(plans):
@@ -114,18 +119,9 @@ def attention_picture(
 
 def _spread_clip(shards: ShardSet, position: int, frames: int) -> ClipPlan:
     """A clip over the whole tracklet instead of consecutive frames."""
-    chosen = evenly_spaced(shards.tracklets[position].frames, frames)
-    chosen = np.array((chosen * frames)[:frames] if len(chosen) < frames else chosen)
-    nothing = np.zeros(frames, bool)
-    return ClipPlan(
-        position,
-        -1,
-        np.sort(chosen),
-        nothing,
-        np.zeros((frames, 2), np.int64),
-        np.zeros((frames, 4), np.int64),
-        nothing,
-    )
+    chosen = np.sort(np.resize(evenly_spaced(shards.tracklets[position].frames, frames), frames))
+    nothing, no_crop, no_erasing = np.zeros(frames, bool), np.zeros((frames, 2), int), np.zeros((frames, 4), int)
+    return ClipPlan(position, -1, chosen, nothing, no_crop, no_erasing, nothing)
 
 
 def _overlaid(pictures: Sequence[np.ndarray], maps: Sequence[np.ndarray]) -> list[np.ndarray]:

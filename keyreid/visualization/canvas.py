@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from keyreid.files import writing
 
@@ -57,14 +57,7 @@ def save_picture(image: Image.Image, path: Path) -> None:
 
 def scaled(picture: np.ndarray, width: int, height: int) -> Image.Image:
     """A uint8 RGB picture [H, W, 3] at another size; its proportions are kept, the rest is grey."""
-    image = Image.fromarray(picture)
-    factor = min(width / image.width, height / image.height)
-    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
-    if size == (width, height):
-        return image.resize(size, Image.Resampling.BICUBIC)
-    whole = Image.new("RGB", (width, height), (226, 232, 240))
-    whole.paste(image.resize(size, Image.Resampling.BICUBIC), ((width - size[0]) // 2, (height - size[1]) // 2))
-    return whole
+    return ImageOps.pad(Image.fromarray(picture), (width, height), Image.Resampling.BICUBIC, (226, 232, 240))
 
 
 def heat(values: np.ndarray) -> np.ndarray:

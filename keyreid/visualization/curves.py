@@ -23,15 +23,8 @@ def draw_cmc(scores: Mapping[str, Mapping[str, Any]], title: str, path: Path) ->
         curve = score["cmc"]
         longest, lowest = max(longest, len(curve)), min(lowest, curve[0])
         label = f"{name}: mAP {score['mAP']:.1%}, rank-1 {curve[0]:.1%}, {score['valid_queries']} valid queries"
-        axes.plot(
-            range(1, len(curve) + 1),
-            curve,
-            color=f"C{number}",
-            linestyle=LINES[number % 4],
-            marker="o",
-            markersize=3.5,
-            label=label,
-        )
+        look = {"color": f"C{number}", "linestyle": LINES[number % 4], "marker": "o", "markersize": 3.5}
+        axes.plot(range(1, len(curve) + 1), curve, label=label, **look)
     axes.set(title=title, xlabel="rank", ylabel="queries with a match up to this rank", xlim=(0.5, longest + 0.5))
     axes.set_ylim(max(0.0, lowest - 0.25), 1.02)  # no narrower, or a tick stands above 100 %
     axes.set_xticks([1, *range(5, longest + 1, 5)])

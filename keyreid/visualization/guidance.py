@@ -32,11 +32,8 @@ def guidance_picture(shards: ShardSet, positions: Sequence[int], frames: int = F
             maps = [overlay(picture, maps[part]) for picture, maps in zip(pictures, heatmaps, strict=True)]
             rows.append((name.replace("_", " "), maps))
         strips.append(Strip(describe(record), [str(frame) for frame in chosen], rows))
-    return draw_strips(
-        strips,
-        f"{shards.card['name']} · part heatmaps",
-        "columns: frame numbers · red: the part's keypoints, faded: none",
-    )
+    note = "columns: frame numbers · red: the part's keypoints, faded: none"
+    return draw_strips(strips, f"{shards.card['name']} · part heatmaps", note)
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:

@@ -9,12 +9,11 @@ from typing import Any
 
 import cv2
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 from rich.table import Table
 
-from keyreid.embedding.vector_file import VectorFiles
-from keyreid.errors import KeyreidError
+from keyreid.embedding.vectors import VectorFiles
+from keyreid.files import writing
 from keyreid.retrieval.search import Found, SearchSettings
 from keyreid.visualization.ranked import RankedRow, Tile, draw_ranked
 
@@ -24,15 +23,11 @@ NO_PICTURE = np.full((160, 80, 3), 226, np.uint8)
 def table_of(found: Found) -> Table:
     """A table of one query's hits."""
     table = Table(title=f"query {found.query['key']}  ({_where(found.query)})", title_justify="left")
-    for heading, side in (("rank", "right"), ("tracklet", "left"), ("camera", "left"), ("when", "left")):
-        table.add_column(heading, justify=side, overflow="fold")
-    table.add_column("person", overflow="fold")
-    table.add_column("distance", justify="right")
+    for heading in ("rank", "tracklet", "camera", "when", "person", "distance"):
+        table.add_column(heading, justify="right" if heading in ("rank", "distance") else "left", overflow="fold")
     for rank, hit in enumerate(found.hits, start=1):
-        mark = {True: "  same", False: "", None: ""}[same_person(found.query, hit)]
-        table.add_row(
-            str(rank), hit["key"], str(hit["camera_name"]), when(hit), f"{person(hit)}{mark}", f"{hit['distance']:.4g}"
-        )
+        who = person(hit) + ("  same" if same_person(found.query, hit) else "")
+        table.add_row(str(rank), hit["key"], hit["camera_name"], when(hit), who, f"{hit['distance']:.4g}")
     return table
 
 
@@ -46,7 +41,7 @@ def summary(results: Sequence[Found]) -> str:
     return line
 
 
-def write_json(results: Sequence[Found], settings: SearchSettings, path: Path) -> None:
+def write_matches(results: Sequence[Found], settings: SearchSettings, path: Path) -> None:
     """Write all results, with the settings that they were found by.
 
     Raises:
@@ -58,11 +53,9 @@ def write_json(results: Sequence[Found], settings: SearchSettings, path: Path) -
         "rerank": settings.rerank,
         "results": [{"query": found.query, "hits": found.hits} for found in results],
     }
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values, indent=1) + "\n")
-    except OSError as error:
-        raise KeyreidError(f"{path}: {error.strerror}") from None
 
 
 def ranked_picture(
@@ -72,21 +65,18 @@ def ranked_picture(
     asked = _pictures(queries, queries.rows_of([found.query["key"] for found in results]))
     rows = sorted({hit["row"] for found in results for hit in found.hits})
     shown = dict(zip(rows, _pictures(gallery, np.array(rows, np.int64)), strict=True))
+
+    def tile(picture: np.ndarray, head: str, row: dict[str, Any], verdict: bool | None = None) -> Tile:
+        return Tile(picture, (head, _where(row), person(row) or row["key"]), verdict)
+
     lines = []
     for found, picture in zip(results, asked, strict=True):
         tiles = [
-            Tile(
-                shown[hit["row"]],
-                (f"{hit['distance']:.4g}", _where(hit), person(hit) or hit["key"]),
-                same_person(found.query, hit),
-            )
-            for hit in found.hits
+            tile(shown[hit["row"]], f"{hit['distance']:.4g}", hit, same_person(found.query, hit)) for hit in found.hits
         ]
-        query = Tile(picture, ("query", _where(found.query), person(found.query) or found.query["key"]))
-        lines.append(RankedRow(found.query["key"], query, tiles))
-    how = ", ".join(
-        [settings.metric, *(["re-ranked"] * settings.rerank), *(["other cameras only"] * settings.other_cameras)]
-    )
+        lines.append(RankedRow(found.query["key"], tile(picture, "query", found.query), tiles))
+    choices = {"re-ranked": settings.rerank, "other cameras only": settings.other_cameras}
+    how = ", ".join([settings.metric, *(words for words, chosen in choices.items() if chosen)])
     title = f"{gallery.about.dataset} · {len(gallery)} tracklets · {gallery.about.weights.get('name', '')}"
     note = f"{how} · blue: query, grey: not known, green: same person, red: another"
     return draw_ranked([("", lines)], title, note)
@@ -95,11 +85,9 @@ def ranked_picture(
 def same_person(one: dict[str, Any], other: dict[str, Any]) -> bool | None:
     """Whether two rows are of one person; None where that is not known of both."""
     names = one["identity_name"], other["identity_name"]
-    if None not in names:
-        return names[0] == names[1]
-    if one["identity"] is None or other["identity"] is None:
-        return None
-    return one["identity"] == other["identity"]
+    if None in names:
+        names = one["identity"], other["identity"]
+    return None if None in names else names[0] == names[1]
 
 
 def person(row: dict[str, Any]) -> str:
@@ -119,11 +107,9 @@ def when(row: dict[str, Any]) -> str:
 
 
 def _where(row: dict[str, Any]) -> str:
-    start = row["start_seconds"]
-    time = f" {_clock(start)}" if start is not None else ""
-    if not time and row["first_frame"] is not None:
-        time = f" f{row['first_frame']}"
-    return f"{row['camera_name']}{time}"
+    if row["start_seconds"] is not None:
+        return f"{row['camera_name']} {_clock(row['start_seconds'])}"
+    return row["camera_name"] + ("" if row["first_frame"] is None else f" f{row['first_frame']}")
 
 
 def _clock(seconds: float) -> str:
@@ -134,12 +120,8 @@ def _clock(seconds: float) -> str:
 
 def _pictures(files: VectorFiles, rows: np.ndarray) -> list[np.ndarray]:
     """uint8 RGB pictures of rows."""
-    column = files.take(rows, ["picture"])["picture"] if len(rows) else pa.chunked_array([[]], pa.binary())
-    return [_decoded(content.as_py()) for content in column]
-
-
-def _decoded(content: bytes | None) -> np.ndarray:
-    if content is None:
-        return NO_PICTURE
-    picture = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
-    return NO_PICTURE if picture is None else cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+    pictures = []
+    for content in files.take(rows, ["picture"])["picture"].to_pylist():
+        picture = None if content is None else cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
+        pictures.append(NO_PICTURE if picture is None else picture)
+    return pictures

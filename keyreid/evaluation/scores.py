@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from keyreid.errors import DataError
@@ -45,6 +47,25 @@ def combine(scores: Mapping[str, Mapping[str, Any]], dataset: str, **about: Any)
     }
 
 
+def mean_over_splits(results: Sequence[Mapping[str, Any]], dataset: str) -> dict[str, Any]:
+    """One object of several splits' results: rates are means, `RATE_deviation` sample standard deviations.
+
+    Counts are means too (whole numbers where the splits agree), `cmc` the mean curve; `splits` holds each split's own.
+    """
+    scores = {}
+    for name in results[0]["protocols"]:
+        each = [result["protocols"][name] for result in results]
+        rates = {rate: fmean(split[rate] for split in each) for rate in RATES}
+        deviations = {f"{rate}_deviation": stdev(split[rate] for split in each) for rate in RATES}
+        counts = {key: fmean(split[key] for split in each) for key in COUNTS}
+        counts = {key: int(value) if math.floor(value) == value else value for key, value in counts.items()}
+        curve = [fmean(values) for values in zip(*(split["cmc"] for split in each), strict=True)]
+        scores[name] = {"protocol": name, **rates, **deviations, **counts, "cmc": curve}
+    about = {key: results[0][key] for key in ("part", "distance", "rerank")}
+    splits = [result["protocols"] for result in results]
+    return combine(scores, f"{dataset}, {len(results)} splits", **about, splits=splits)
+
+
 def table(result: Mapping[str, Any]) -> str:
     """A table with a line for each protocol, and under it what a reader must know about them."""
     head = ("data set", "protocol", "mAP", "mINP", *(f"rank-{rank}" for rank in CMC_RANKS))
@@ -56,7 +77,7 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join([*_aligned(rows), *notes])
 
 
-def write_json(result: Mapping[str, Any], path: Path) -> None:
+def write_scores(result: Mapping[str, Any], path: Path) -> None:
     """Write `combine`'s object.
 
     Raises:
@@ -67,8 +88,8 @@ def write_json(result: Mapping[str, Any], path: Path) -> None:
         path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read what `write_json` wrote.
+def read_scores(path: Path) -> dict[str, Any]:
+    """Read what `write_scores` wrote.
 
     Raises:
         DataError: it is missing or something else.

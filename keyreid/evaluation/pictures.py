@@ -1,8 +1,10 @@
-"""The pictures of an evaluation: which queries are shown, and their ranked lists from the shards' frames."""
+"""The pictures of an evaluation and the page that shows them: which queries, and their ranked lists from the shards."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +13,10 @@ from PIL import Image
 from keyreid.config import Config
 from keyreid.datasets.tracklet import DISTRACTOR_IDENTITY
 from keyreid.embedding.vectors import Vectors
-from keyreid.evaluation.protocols import ranked_list
-from keyreid.evaluation.scoring import Ranking
+from keyreid.evaluation.ranking import Ranking
+from keyreid.evaluation.scores import table
 from keyreid.model import KeyReID
+from keyreid.pages import Section, write_page
 from keyreid.shards.shard_set import ShardSet
 from keyreid.visualization.attention import attention_picture, can_draw_attention
 from keyreid.visualization.canvas import save_picture
@@ -23,20 +26,26 @@ from keyreid.visualization.ranked import RankedRow, Tile, draw_ranked
 
 TOP = 10
 SHOWN_IN_STRIPS = 4  # queries whose guidance and attention are shown
+CAPTIONS = {
+    "ranked": "Ranked lists: the query on the left, its nearest tracklets beside it; green right, red wrong.",
+    "cmc": "Cumulative matching: the share of queries whose first match stands at a rank or before it.",
+    "guidance": "Guidance: the part heatmaps of the best and worst queries over their frames.",
+    "attention": "Attention of the class token in the last block, frame by frame, and of each part's token.",
+}
 
 
 def draw(
-    rankings: dict[str, Ranking],
+    rankings: Mapping[str, Ranking],
     model: KeyReID | None,
     shards: ShardSet,
     config: Config,
-    out_dir: Path,
+    out: Path,
     device: torch.device | str = "cpu",
 ) -> list[Path]:
     """Write all pictures of an evaluation; gives their paths, the ranked lists first.
 
     Ranked lists are those of the first ranking, CMC curves of all. Guidance, and attention where there is a model,
-    are those of its best and worst queries.
+    are those of its best and worst queries; the model is shown their cameras as it was when it embedded them.
     """
     first = next(iter(rankings.values()))
     pictures = {"ranked": ranked_picture(first, shards, config.evaluation.pictures, config.seed)}
@@ -45,14 +54,27 @@ def draw(
     positions = [shards.position[str(key)] for key in first.query.keys[rows]]
     pictures["guidance"] = guidance_picture(shards, positions)
     if model is not None and can_draw_attention(model):
-        pictures["attention"] = attention_picture(model, shards, positions, config, device)
-    paths = []
+        known = first.query.about.cameras_known is not False
+        pictures["attention"] = attention_picture(model, shards, positions, config, known, device)
     for name, picture in pictures.items():
-        save_picture(picture, out_dir / f"{name}.png")
-        paths.append(out_dir / f"{name}.png")
-    curves = out_dir / "cmc.png"
-    draw_cmc({name: ranking.scores.as_dict() for name, ranking in rankings.items()}, first.query.dataset, curves)
-    return [paths[0], curves, *paths[1:]]
+        save_picture(picture, out / f"{name}.png")
+    scores = {name: ranking.scores.as_dict() for name, ranking in rankings.items()}
+    draw_cmc(scores, first.query.about.dataset, out / "cmc.png")
+    return [out / f"{name}.png" for name in CAPTIONS if name == "cmc" or name in pictures]
+
+
+def write_result_page(path: Path, result: Mapping[str, Any], pictures: Sequence[Path]) -> None:
+    """An evaluation as one page: scores, what they mean, and every picture, which lie in its folder.
+
+    Args:
+        result: `scores.combine`'s object.
+    """
+    facts = [f"distance {result['distance']}"] if "distance" in result else []
+    if result.get("rerank"):
+        facts.append("re-ranked by k-reciprocal neighbours")
+    shown = [(picture.name, CAPTIONS.get(picture.stem, picture.stem)) for picture in pictures]
+    section = Section(preformatted=table(result), text=[", ".join(facts)] if facts else [], pictures=shown)
+    write_page(path, f"{result['dataset']} · protocol {result['protocol']}", [section])
 
 
 def chosen_queries(ranking: Ranking, count: int, seed: int) -> dict[str, np.ndarray]:
@@ -79,7 +101,7 @@ def ranked_picture(
     scores = ranking.scores
     chosen = chosen_queries(ranking, count, seed) if rows is None else {"Queries": rows}
     groups = [(heading, [_row(ranking, shards, int(row)) for row in rows]) for heading, rows in chosen.items()]
-    title = f"{ranking.query.dataset} · protocol {scores.protocol}"
+    title = f"{ranking.query.about.dataset} · protocol {scores.protocol}"
     subtitle = (
         f"mAP {scores.mean_ap:.1%} · rank-1 {scores.cmc(1)[0]:.1%} · {scores.valid_queries} valid queries of "
         f"{scores.queries} · gallery {scores.gallery} · blue: query, green: right, red: wrong"
@@ -88,16 +110,14 @@ def ranked_picture(
 
 
 def _row(ranking: Ranking, shards: ShardSet, row: int) -> RankedRow:
-    query, gallery = ranking.query, ranking.gallery
-    entries, right = ranked_list(ranking.distance, row, query.side, gallery.side, ranking.scores.protocol, TOP)
+    entries, right = ranking.nearest(row, TOP)
     results = [
-        _tile(gallery, entry, shards, ranking.distance[row, entry], bool(match))
+        _tile(ranking.gallery, entry, shards, ranking.distance[row, entry], bool(match))
         for entry, match in zip(entries.tolist(), right, strict=True)
     ]
     ap, first = ranking.scores.average_precision[row], ranking.scores.first_match[row]
     verdict = f"AP {ap:.1%} · first match at rank {first}" if first else "no match in the gallery"
-    label = f"{query.keys[row]} · {verdict}"
-    return RankedRow(label, _tile(query, row, shards), results)
+    return RankedRow(f"{ranking.query.keys[row]} · {verdict}", _tile(ranking.query, row, shards), results)
 
 
 def _tile(

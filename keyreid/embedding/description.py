@@ -1,0 +1,73 @@
+"""What a vector file says of its tracklets beside the vectors: who, where, when, and a small picture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import pyarrow as pa
+
+from keyreid.embedding.vectors import description
+from keyreid.shards.shard_set import ShardSet
+
+PICTURE_HEIGHT = 160  # pixels of the pictures kept for ranked lists
+PICTURE_QUALITY = 80
+
+
+def describe(shards: ShardSet, positions: Sequence[int], times: bool = False, pictures: bool = False) -> pa.Table:
+    """`vectors.description` of tracklets.
+
+    Args:
+        times: with frame numbers and seconds, for which each tracklet's metadata is read.
+        pictures: with a picture of each middle frame.
+    """
+    names = {kind: {number: name for name, number in of.items()} for kind, of in shards.card.get("names", {}).items()}
+    records = [shards.tracklets[position] for position in positions]
+    people, cameras = names.get("identity", {}), names.get("camera", {})
+    columns: dict[str, list[Any]] = {
+        **{name: [getattr(record, name) for record in records] for name in ("key", "identity", "camera", "frames")},
+        "identity_name": [people.get(record.identity) for record in records],
+        "camera_name": [cameras.get(record.camera) or str(record.camera) for record in records],
+    }
+    if times:
+        columns["first_frame"], columns["last_frame"] = [], []
+        for position in positions:
+            first, last = numbered_frames(shards.metadata(position))
+            columns["first_frame"].append(first)
+            columns["last_frame"].append(last)
+        rates = shards.card.get("frames_per_second", {})
+        rate = [rates.get(cameras.get(record.camera)) for record in records]
+        for seconds, frames in (("start_seconds", "first_frame"), ("end_seconds", "last_frame")):
+            columns[seconds] = [
+                number / each if each and number is not None else None
+                for number, each in zip(columns[frames], rate, strict=True)
+            ]
+    if pictures:
+        columns["picture"] = [_picture(shards, position) for position in positions]
+    return description(columns)
+
+
+def numbered_frames(metadata: dict[str, Any]) -> tuple[int | None, int | None]:
+    """First and last frame number of a tracklet: in its video, or as its pictures' names end with."""
+    numbers = metadata.get("video_frames")
+    if numbers is None:
+        source = metadata["source"]
+        names = source["files"] if "files" in source else [source["file"]]
+        found = [re.search(r"(\d+)\.[A-Za-z]+$", name) for name in names]
+        if not all(found):
+            return None, None
+        numbers = [int(match[1]) for match in found if match]
+    return numbers[0], numbers[-1]
+
+
+def _picture(shards: ShardSet, position: int) -> bytes:
+    """The middle frame as a small JPEG."""
+    picture = shards.picture(position, shards.tracklets[position].frames // 2)
+    height, width = picture.shape[:2]
+    if height > PICTURE_HEIGHT:
+        size = max(1, round(width * PICTURE_HEIGHT / height)), PICTURE_HEIGHT
+        picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    quality = [cv2.IMWRITE_JPEG_QUALITY, PICTURE_QUALITY]
+    return cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), quality)[1].tobytes()

@@ -1,0 +1,167 @@
+"""Evaluation of saved weights: on one split of a dataset, or on all of them with mean and deviation."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from keyreid.checkpoints.trained import Trained, open_config, open_trained
+from keyreid.config import Config
+from keyreid.distributed.ranks import Ranks
+from keyreid.embedding.features import extract
+from keyreid.embedding.job import weights_identity
+from keyreid.embedding.vectors import Vectors
+from keyreid.errors import ConfigError
+from keyreid.evaluation.judging import VECTORS, judge_vectors
+from keyreid.evaluation.ranking import query_and_gallery
+from keyreid.evaluation.scores import mean_over_splits
+from keyreid.files import writing
+from keyreid.shards.shard_set import ShardSet
+from keyreid.tracking import RUN_ID, Tracker
+
+
+@dataclass(frozen=True)
+class SavedEvaluation:
+    """What `keyreid evaluate` was asked for. Every rank makes one and calls the same method.
+
+    Attributes:
+        weights: as `open_trained` takes them; may hold `{split}`. None with `vectors`.
+        overrides, config, shards, verify: see `open_trained`.
+        protocols: names; none: the configuration's.
+        vectors: judged instead of embedding.
+        out: folder to write to; default one beside the weights.
+    """
+
+    weights: str | None
+    overrides: Sequence[str] = ()
+    config: Path | None = None
+    shards: str | None = None
+    protocols: Sequence[str] = ()
+    vectors: Vectors | None = None
+    out: Path | None = None
+    ranks: Ranks = field(default_factory=Ranks.alone)
+    verify: bool = True
+
+    def one_split(self, number: int | None = None) -> dict[str, Any]:
+        """`judge_vectors`' result on one split (None: the configuration's), with the `folder` it was written to."""
+        trained, config = self._open(number or 0)
+        number = config.data.split_number if number is None else number
+        shards = ShardSet.from_config(_on_split(config, number).data)
+        folder = self._folder(trained, shards)
+        vectors = self._embed(trained, shards, [number], folder)
+        result = self._judge(trained, shards, _on_split(config, number), folder, vectors)
+        return self._tracked(trained, config, result, folder, result["files"])
+
+    def all_splits(self) -> dict[str, Any]:
+        """Mean and sample standard deviation (`RATE_deviation`) over all splits.
+
+        Weights that are the same for all splits embed every tracklet once.
+
+        Raises:
+            ConfigError: the dataset has one split only.
+        """
+        trained, config = self._open(0)
+        shards = ShardSet.from_config(config.data)
+        splits = range(len(shards.card["splits"]))
+        if len(splits) < 2:
+            raise ConfigError(f"{shards.location}: {shards.card['name']} has one split; leave out --all-splits")
+        folder = self._folder(trained, shards)
+        weights_by_split = self.weights is not None and "{split}" in self.weights
+        vectors = None if weights_by_split else self._embed(trained, shards, splits, folder)
+        results = []
+        for number in splits:
+            own = folder / f"split-{number}"
+            if weights_by_split:
+                trained, config = self._open(number)
+                vectors = self._embed(trained, shards, [number], own)
+            results.append(self._judge(trained, shards, _on_split(config, number), own, vectors))
+        files = [file for split in results for file in split["files"]]
+        return self._tracked(trained, config, mean_over_splits(results, shards.card["name"]), folder, files)
+
+    def _open(self, number: int) -> tuple[Trained | None, Config]:
+        if self.weights is None:
+            return None, open_config(self.config, self.overrides, self.shards)
+        location = self.weights.replace("{split}", str(number))
+        trained = open_trained(location, self.config, self.overrides, self.shards, self.verify)
+        trained.network.to(self.ranks.device)
+        return trained, trained.config
+
+    def _folder(self, trained: Trained | None, shards: ShardSet) -> Path:
+        """Where results go; made before the long work, which would be lost if it could not be."""
+        name = shards.card["name"]
+        if self.out is not None:
+            folder = self.out
+        elif trained.run is None:
+            folder = trained.file.with_name(f"{trained.file.stem}-evaluation-{name}")
+        else:
+            folder = trained.run.evaluation / f"{name}-{trained.file.parent.name}"
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _embed(self, trained: Trained | None, shards: ShardSet, splits: Iterable[int], folder: Path) -> Vectors | None:
+        """The vectors of these splits' test tracklets on the first rank, kept in `folder`."""
+        known = trained is not None and trained.knows_cameras(shards)
+        if self.vectors is not None:
+            about = self.vectors.about
+            if about.cameras_known is None:  # files of the last version do not say
+                about = replace(about, cameras_known=known)
+            return replace(self.vectors, about=about)
+        if self.ranks.first:
+            _print_notes(trained, shards, splits, known)
+        wanted = {position for number in splits for side in query_and_gallery(shards, number) for position in side}
+        identity = weights_identity(trained) if self.ranks.first else None
+        vectors = extract(trained.network, shards, sorted(wanted), trained.config, self.ranks, known, identity)
+        if vectors is not None:
+            vectors.save(folder / VECTORS)
+        return vectors
+
+    def _judge(
+        self, trained: Trained | None, shards: ShardSet, config: Config, folder: Path, vectors: Vectors | None
+    ) -> dict[str, Any]:
+        model = None if trained is None else trained.network
+        return judge_vectors(vectors, model, shards, config, folder, self.ranks, self.protocols)
+
+    def _tracked(
+        self, trained: Trained | None, config: Config, result: dict[str, Any], folder: Path, files: Sequence[str]
+    ) -> dict[str, Any]:
+        """The result with its `folder`, after MLflow has it: as a run of its own, below the training's.
+
+        MLflow hears of it where a run or a configuration says which.
+        """
+        run = None if trained is None else trained.run
+        whole = {**result, "folder": str(folder)}
+        if not self.ranks.first or (run is None and self.config is None and config.tracking.uri is None):
+            return whole
+        output = Path(config.output) if run is None else run.path.parent
+        known = None if run is None else run.tracking / RUN_ID
+        parent = {"mlflow.parentRunId": known.read_text().strip()} if known is not None and known.is_file() else {}
+        settings = config.tracking.model_copy(update={"system_metrics": False})
+        events = Path(tempfile.mkdtemp(prefix="mlflow-", dir=folder))
+        with Tracker(settings, output, events, f"{config.name} on {result['dataset']}", parent) as tracker:
+            about = {"dataset": result["dataset"], "protocols": ", ".join(result["protocols"])}
+            tracker.params(about | {key: result[key] for key in ("part", "distance", "rerank")})
+            tracker.metrics({f"{result['part']}/{name}": value for name, value in result["metrics"].items()}, step=0)
+            for file in map(Path, files):
+                tracker.artifact(file, "/".join(("evaluation", *file.parent.relative_to(folder).parts)))
+        if tracker.all_sent:
+            shutil.rmtree(events)
+        return whole
+
+
+def _on_split(config: Config, number: int) -> Config:
+    return config.model_copy(update={"data": config.data.model_copy(update={"split_number": number})})
+
+
+def _print_notes(trained: Trained, shards: ShardSet, splits: Iterable[int], cameras_known: bool) -> None:
+    """What a reader of the scores must know about weights and data."""
+    if not cameras_known and trained.network.backbone.camera is not None:
+        print("note: the weights were trained on other cameras; the mean of their camera embeddings is used")
+    for number in splits:
+        seen = trained.trained_on(shards, query_and_gallery(shards, number)[0])
+        if seen:
+            print(f"note: split {number}: the weights were trained on {len(seen)} of its test identities")
