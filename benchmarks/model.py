@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from oracle import Oracle
 
 from keyreid.config import ClipConfig, LossConfig, ModelConfig
+from keyreid.guidance import MODES
 from keyreid.losses import Criterion
 from keyreid.model import KeyReID, build_model
 
@@ -82,7 +83,7 @@ def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="vit_base_patch16_224")
-    parser.add_argument("--guidance", choices=["released", "aligned"], default="released")
+    parser.add_argument("--guidance", choices=list(MODES), default="released")
     parser.add_argument("--clips", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--device", default="cpu")
@@ -170,8 +171,7 @@ def random_clips(
     """Inputs, labels (two clips an identity) and erased flags."""
     images = torch.rand(clips, model.frames, 3, *model.image_size) * 2 - 1
     guidance = torch.rand(clips, model.frames, model.parts, *model.patch_grid)
-    guidance = guidance * 2 - 1 if model.guidance == "released" else guidance
-    inputs = (images, guidance, torch.arange(clips) % CAMERAS)
+    inputs = (images, model.guidance.scaled(guidance), torch.arange(clips) % CAMERAS)
     labels, erased = torch.arange(clips) // 2, torch.randint(0, 2, (clips, model.frames))
     return tuple(tensor.to(device) for tensor in inputs), labels.to(device), erased.to(device)
 

@@ -105,5 +105,5 @@ def _with_network(config: Config, network: KeyReID, header: WeightsHeader | None
         return config.model_copy(update={"model": header.model, "clip": header.clip})
     height, width = network.image_size
     clip = config.clip.model_copy(update={"frames": network.frames, "height": height, "width": width})
-    model = ModelConfig(guidance=network.guidance, parts=network.parts)
+    model = ModelConfig(guidance=network.guidance.name, parts=network.parts)
     return config.model_copy(update={"clip": clip, "model": model})

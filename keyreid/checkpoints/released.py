@@ -14,12 +14,15 @@ from itertools import chain
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from keyreid.backbones.vit import ViT
 from keyreid.checkpoints.pretrained import load_network
 from keyreid.errors import CheckpointError
+from keyreid.guidance import named
 from keyreid.model.keyreid import KeyReID
 
 HEADS = 12
 PATCHES_HIGH_PER_WIDE = 2  # the published pictures are 256 x 128
+CAMERA_EMBEDDING = 3.0
 IMAGENET_CLASSES = 1000
 
 _BLOCK = {
@@ -105,13 +108,14 @@ def released_model(
         num_classes=0,
         weight_init="skip",
     )
+    cameras = num_cameras or len(state["backbone.camera"])
     network = KeyReID(
-        vit,
+        ViT(vit, cameras, CAMERA_EMBEDDING),
         frames=part_width // width,
         num_identities=num_identities or classes,
-        num_cameras=num_cameras or len(state["backbone.camera"]),
+        num_cameras=cameras,
+        guidance=named("released"),
         parts=len(state["part_classifiers.weight"]),
-        guidance="released",
         local_heads=HEADS,
     )
     load_network(network, state, "published checkpoint", keep_classifiers, strict=True)

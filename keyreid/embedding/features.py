@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from keyreid.config import Config
 from keyreid.embedding.vectors import Vectors
+from keyreid.guidance import named
 from keyreid.model import KeyReID
 from keyreid.model.inputs import prepare
 from keyreid.progress import track
@@ -52,7 +53,7 @@ def extract(
     Returns:
         the vectors in the order of `positions` on the first rank, None on the others.
     """
-    mode = config.model.guidance
+    mode = named(config.model.guidance)
     clips = evaluation_clips(shards, positions, config.clip.frames, clips=config.evaluation.clips, mode=mode)
     counts = _clips_of_each(clips, positions)
     share = _shares(counts, world_size)
@@ -158,7 +159,7 @@ def _mean_by_tracklet(
 @torch.no_grad()
 def _embed(model: KeyReID, batch: ClipBatch, config: Config, cameras_known: bool) -> torch.Tensor:
     """Embedding and visibility of each clip side by side: float32 [B, D + P]."""
-    images, guidance = prepare(batch, config.model.guidance)
+    images, guidance = prepare(batch, model.guidance)
     cameras = batch.cameras if cameras_known else torch.full_like(batch.cameras, UNKNOWN_CAMERA)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[config.training.precision]
     device = batch.images.device.type

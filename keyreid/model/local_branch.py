@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from timm.layers import LayerScale, Mlp
 from torch import nn
 
 from keyreid.config import TcssConfig
 from keyreid.errors import ConfigError
+from keyreid.guidance import Guidance
 from keyreid.model.global_branch import GlobalBranch
 from keyreid.model.precision import full
 from keyreid.model.single_query import FewRowsLinear, SingleQueryAttention, SingleQueryBlock
@@ -17,12 +16,9 @@ from keyreid.model.tcss import row_order
 
 
 class LocalBranch(nn.Module):
-    """Rows of width T x D, shifted and shuffled (TCSS), attended to from the joined class tokens under guidance.
+    """Rows of width T x D, shifted and shuffled (TCSS), attended to from one token for each part.
 
-    `aligned`: a row is one patch over the T frames, the token is the T class tokens joined, and a part's guidance
-    weighs the keys: log(guidance + epsilon) is added to the attention logits, and travels with its row through TCSS.
-    `released`: the published code, for its checkpoints: a row is T consecutive tokens of one frame, and guidance in
-    raster order multiplies the rows after TCSS, before the block's LayerNorm.
+    What rows and tokens are, and how guidance leads the attention, is the mode's (`keyreid.guidance`).
 
     Args:
         frames: T.
@@ -30,8 +26,8 @@ class LocalBranch(nn.Module):
         heads: attention heads; they divide T x D.
         patches: N.
         prefix_tokens: R, tokens before the patches; only the class token is used.
-        mode: `aligned` or `released`.
-        epsilon: see `aligned`.
+        mode: what guidance does.
+        epsilon: of `aligned`.
         tcss: shift and shuffle.
         drop_path: stochastic depth of the block.
         activation: of the block's MLP.
@@ -44,7 +40,7 @@ class LocalBranch(nn.Module):
         heads: int,
         patches: int,
         prefix_tokens: int,
-        mode: Literal["aligned", "released"],
+        mode: Guidance,
         epsilon: float,
         tcss: TcssConfig,
         drop_path: float,
@@ -53,8 +49,8 @@ class LocalBranch(nn.Module):
         super().__init__()
         local_width = frames * width
         _check_heads(frames, width, heads)
-        if mode == "released" and prefix_tokens != 1:
-            raise ConfigError("model.guidance=released needs a backbone whose only extra token is the class token")
+        if not mode.rows_are_patches and prefix_tokens != 1:
+            raise ConfigError(f"model.guidance={mode.name} needs a backbone whose only extra token is the class token")
         self.frames = frames
         self.mode = mode
         self.epsilon = epsilon
@@ -81,24 +77,12 @@ class LocalBranch(nn.Module):
 
         Args:
             tokens: [B*T, R+N, D].
-            guidance: [B, T, P, Hp, Wp]; in [0, 1] for `aligned`, in [-1, 1] for `released`.
+            guidance: [B, T, P, Hp, Wp], in the range of `Guidance.scaled`.
 
         Returns:
             [P, B, T*D].
         """
-        guidance = full(guidance).mean(1).flatten(2)  # [B, P, N]
-        if self.mode == "aligned":
-            rows = tokens.unflatten(0, (-1, self.frames)).transpose(1, 2)  # [B, R+N, T, D]
-            rows = rows.index_select(1, self.gather).flatten(2)
-            log_weight = (guidance.index_select(2, self.order) + self.epsilon).log()
-            parts = self.block(rows, log_weight=log_weight)
-        else:
-            # The published view joins T consecutive tokens of a frame: [B, 1+N, T*D]
-            rows = tokens.contiguous().view(guidance.shape[0], tokens.shape[1], -1).index_select(1, self.gather)
-            missing = len(self.order) - guidance.shape[2]
-            if missing:  # the published code stops here; the repeated row takes the guidance of the last place
-                guidance = torch.cat([guidance, guidance[..., -1:].expand(-1, -1, missing)], -1)
-            parts = self.block(rows, scale=guidance)
+        parts = self.mode.part_features(self, tokens, full(guidance).mean(1).flatten(2))
         return full(self.norm(parts)).transpose(0, 1)
 
     @torch.no_grad()

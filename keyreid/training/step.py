@@ -160,9 +160,9 @@ class Stepper:
         return [rank for rank, fine in enumerate(self.ranks.from_all(finite)) if not fine]
 
     def _clips(self, batch: ClipBatch) -> Clips:
-        mode = self.config.model.guidance
+        mode = self.module.network.guidance
         images, guidance = prepare(batch, mode)
-        visibility = batch.visibility if mode == "aligned" else None  # the published losses know no visibility
+        visibility = batch.visibility if mode.uses_visibility else None
         return Clips(images, guidance, batch.cameras, batch.labels, batch.erased, visibility)
 
     def _clip_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
