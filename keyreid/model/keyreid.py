@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,8 +9,8 @@ import torch
 from torch import nn
 
 from keyreid.backbones import Backbone
-from keyreid.config import TcssConfig
-from keyreid.guidance import Guidance
+from keyreid.config import ModelConfig
+from keyreid.guidance import named
 from keyreid.model.global_branch import GlobalBranch
 from keyreid.model.heads import Classifiers, Neck
 from keyreid.model.local_branch import LocalBranch
@@ -46,60 +45,29 @@ class KeyReID(nn.Module):
 
     Args:
         backbone: at the clip's size; its last stage becomes the global branch's.
+        model: parts, guidance and the local branch.
         frames: T.
         num_identities: classes of the classifiers.
-        num_cameras: cameras of the camera embedding.
-        guidance: how part heatmaps lead it.
-        parts: P.
-        guidance_epsilon: see LocalBranch.
-        local_heads: heads of the local branch.
-        tcss: shift and shuffle of the local branch's rows.
-        drop_path: stochastic depth of the local branch's block.
+        num_cameras: cameras that the backbone knows.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        frames: int,
-        num_identities: int,
-        num_cameras: int,
-        guidance: Guidance,
-        parts: int = 6,
-        guidance_epsilon: float = 1e-2,
-        local_heads: int = 12,
-        tcss: TcssConfig | None = None,
-        drop_path: float = 0.0,
-    ):
+    def __init__(self, backbone: Backbone, model: ModelConfig, frames: int, num_identities: int, num_cameras: int):
         super().__init__()
-        self.frames = frames
-        self.parts = parts
-        self.guidance = guidance
-        self.num_identities = num_identities
-        self.num_cameras = num_cameras
+        self.frames, self.parts = frames, model.parts
+        self.guidance = named(model.guidance)
+        self.num_identities, self.num_cameras = num_identities, num_cameras
         self.image_size = (backbone.grid.height, backbone.grid.width)
         self.patch_grid = backbone.grid.shape
-        self.width = backbone.width
-        self.part_width = frames * backbone.width
+        self.width, self.part_width = backbone.width, frames * backbone.width
         stage = backbone.last_stage()
         self.backbone = backbone
         self.global_branch = GlobalBranch(stage, self.width)
-        self.local_branch = LocalBranch(
-            frames=frames,
-            width=self.width,
-            heads=local_heads,
-            patches=math.prod(self.patch_grid),
-            prefix_tokens=backbone.prefix_tokens,
-            mode=guidance,
-            epsilon=guidance_epsilon,
-            tcss=tcss or TcssConfig(),
-            drop_path=drop_path,
-            activation=stage.activation,
-        )
-        self.prompts = guidance.prompts(parts, self.width)
+        self.local_branch = LocalBranch(model, frames, backbone, stage.activation)
+        self.prompts = self.guidance.prompts(model.parts, self.width)
         self.global_neck = Neck(1, self.width)
-        self.part_necks = Neck(parts, self.part_width)
+        self.part_necks = Neck(model.parts, self.part_width)
         self.global_classifier = Classifiers(1, self.width, num_identities)
-        self.part_classifiers = Classifiers(parts, self.part_width, num_identities)
+        self.part_classifiers = Classifiers(model.parts, self.part_width, num_identities)
         self._compiled: tuple[Callable[..., torch.Tensor], ...] = ()
 
     @property

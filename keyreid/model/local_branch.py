@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from timm.layers import LayerScale, Mlp
 from torch import nn
 
-from keyreid.config import TcssConfig
+from keyreid.backbones import Backbone
+from keyreid.config import ModelConfig
 from keyreid.errors import ConfigError
-from keyreid.guidance import Guidance
+from keyreid.guidance import named
 from keyreid.model.global_branch import GlobalBranch
 from keyreid.model.precision import full
 from keyreid.model.single_query import FewRowsLinear, SingleQueryAttention, SingleQueryBlock
@@ -21,39 +24,23 @@ class LocalBranch(nn.Module):
     What rows and tokens are, and how guidance leads the attention, is the mode's (`keyreid.guidance`).
 
     Args:
+        model: guidance, heads (they divide T x D), TCSS and stochastic depth.
         frames: T.
-        width: D, the backbone's.
-        heads: attention heads; they divide T x D.
-        patches: N.
-        prefix_tokens: R, tokens before the patches; only the class token is used.
-        mode: what guidance does.
-        epsilon: of `aligned`.
-        tcss: shift and shuffle.
-        drop_path: stochastic depth of the block.
+        backbone: whose tokens come.
         activation: of the block's MLP.
     """
 
-    def __init__(
-        self,
-        frames: int,
-        width: int,
-        heads: int,
-        patches: int,
-        prefix_tokens: int,
-        mode: Guidance,
-        epsilon: float,
-        tcss: TcssConfig,
-        drop_path: float,
-        activation: type[nn.Module] = nn.GELU,
-    ):
+    def __init__(self, model: ModelConfig, frames: int, backbone: Backbone, activation: type[nn.Module]):
         super().__init__()
-        local_width = frames * width
-        _check_heads(frames, width, heads)
-        if not mode.rows_are_patches and prefix_tokens != 1:
-            raise ConfigError(f"model.guidance={mode.name} needs a backbone whose only extra token is the class token")
+        local_width, heads = frames * backbone.width, model.local_heads
+        _check_heads(frames, backbone.width, heads)
         self.frames = frames
-        self.mode = mode
-        self.epsilon = epsilon
+        self.mode = named(model.guidance)
+        self.epsilon = model.guidance_epsilon
+        if not self.mode.rows_are_patches and backbone.prefix_tokens != 1:
+            raise ConfigError(
+                f"model.guidance={model.guidance} needs a backbone whose only extra token is the class token"
+            )
         mlp = Mlp(local_width, act_layer=activation, device="meta")  # its two layers are replaced
         mlp.fc1 = FewRowsLinear(local_width, 4 * local_width)
         mlp.fc2 = FewRowsLinear(4 * local_width, local_width)
@@ -64,13 +51,15 @@ class LocalBranch(nn.Module):
             attention=SingleQueryAttention(local_width, heads, eps=1e-6),
             mlp=mlp,
             norm2=nn.LayerNorm(local_width, eps=1e-6),
-            drop_path=drop_path,
+            drop_path=model.drop_path,
         )
         self.norm = nn.LayerNorm(local_width)  # eps 1e-5 as published
         # Positions from the first patch on; the token stays in front.
-        order = row_order(patches, tcss)
+        order = row_order(math.prod(backbone.grid.shape), model.tcss)
         self.register_buffer("order", order, persistent=False)
-        self.register_buffer("gather", torch.cat([torch.zeros(1).long(), order + prefix_tokens]), persistent=False)
+        self.register_buffer(
+            "gather", torch.cat([torch.zeros(1).long(), order + backbone.prefix_tokens]), persistent=False
+        )
 
     def forward(self, tokens: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
         """Part features.
