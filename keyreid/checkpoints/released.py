@@ -20,6 +20,7 @@ from keyreid.checkpoints.pretrained import load_network
 from keyreid.config import ModelConfig
 from keyreid.errors import CheckpointError
 from keyreid.model.keyreid import KeyReID
+from keyreid.pose.parts import part_names
 
 HEADS = 12
 PATCHES_HIGH_PER_WIDE = 2  # the published pictures are 256 x 128
@@ -97,9 +98,8 @@ def released_model(state_dict: Mapping[str, torch.Tensor]) -> KeyReID:
         weight_init="skip",
     )
     cameras = len(state["backbone.camera"])
-    model = ModelConfig(
-        guidance="released", parts=len(state["part_classifiers.weight"]), local_heads=HEADS, drop_path=0.0
-    )
+    parts = len(part_names(len(state["part_classifiers.weight"])))  # refuses other numbers than 3, 4 and 6
+    model = ModelConfig(guidance="released", parts=parts, local_heads=HEADS, drop_path=0.0)
     backbone = ViT(vit, cameras, model.camera_embedding)
     network = KeyReID(backbone, model, part_width // width, classes, cameras)
     load_network(network, state, "published checkpoint", keep_classifiers=True, strict=True)

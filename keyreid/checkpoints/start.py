@@ -25,25 +25,23 @@ def start_network(model: ModelConfig, clip: ClipConfig, num_identities: int, num
         CheckpointError: the weights cannot be read or fit nothing.
     """
     state = _initial_weights(model)
-    if state is None:
-        return build_model(model, clip, num_identities, num_cameras)
-    if CLASSIFIERS[0] in state:
-        network = build_model(model, clip, num_identities, num_cameras)
-        load_network(network, state, model.weights, model.keep_classifiers)
-        return network
+    whole = CLASSIFIERS[0] in state
     backbone = build_backbone(model, clip, num_cameras)
-    backbone.load(state, model.weights)
+    if state and not whole:
+        backbone.load(state, model.weights)
     network = build_model(model, clip, num_identities, num_cameras, backbone)
-    if network.guidance.starts_as_backbone:
+    if whole:
+        load_network(network, state, model.weights, model.keep_classifiers)
+    elif state and network.guidance.starts_as_backbone:
         started = network.local_branch.start_from(network.global_branch)
         log.info("the local block starts %s", "as the backbone's last block" if started else "at random")
     return network
 
 
-def _initial_weights(model: ModelConfig) -> Mapping[str, torch.Tensor] | None:
-    """The state dict that `model.weights` names; a network's in our names, a backbone's as it is."""
+def _initial_weights(model: ModelConfig) -> Mapping[str, torch.Tensor]:
+    """The state dict that `model.weights` names, if any; a network's in our names, a backbone's as it is."""
     if model.weights is None:
-        return None
+        return {}
     if model.weights == "timm":
         return family(model.backbone).download(model.backbone)
     state = read_state(Path(model.weights).expanduser())

@@ -80,20 +80,13 @@ class KeyReID(nn.Module):
         self.backbone.checkpoint_activations = value
 
     def compile(self, **options) -> None:
-        """torch.compile backbone and branches, for training; names in the state dict stay as they are.
+        """torch.compile (with its options) backbone and branches, for training; the state dict's names stay.
 
-        Evaluation stays as it is: it meets many batch sizes, and pictures of attention hook into the branches.
-
-        Args:
-            options: of torch.compile.
+        Evaluation runs as before: it meets many batch sizes, and pictures of attention hook into the branches.
         """
         self._compiled = tuple(
             torch.compile(module, **options) for module in (self.backbone, self.global_branch, self.local_branch)
         )
-
-    def forward(self, images: torch.Tensor, guidance: torch.Tensor, cameras: torch.Tensor) -> torch.Tensor:
-        """`heads(features(...))`: logits [1+P, B, C]; arguments as for `features`."""
-        return self.heads(self.features(images, guidance, cameras))
 
     def features(self, images: torch.Tensor, guidance: torch.Tensor, cameras: torch.Tensor) -> Features:
         """Features of clips, each clip's from that clip alone.
