@@ -2,6 +2,7 @@
 
     python benchmarks/model.py                          # ViT-B, the published model, 2 clips: the figures in README.md
     python benchmarks/model.py --guidance aligned
+    python benchmarks/model.py --backbone vit_small_patch16_224 --guidance aligned --compile
     python benchmarks/model.py --device cuda --precision bf16 --clips 16 --pairs 10
 
 Times are of interleaved pairs (naive, ours, naive, ours ...), because machines drift; the ratio is the median of the
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from oracle import Oracle
 
 from keyreid.config import ClipConfig, LossConfig, ModelConfig
+from keyreid.guidance import MODES
 from keyreid.losses import Criterion
 from keyreid.model import KeyReID, build_model
 
@@ -82,12 +84,12 @@ def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="vit_base_patch16_224")
-    parser.add_argument("--guidance", choices=["released", "aligned"], default="released")
+    parser.add_argument("--guidance", choices=list(MODES), default="released")
     parser.add_argument("--clips", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--compile", action="store_true", help="torch.compile both")
+    parser.add_argument("--compile", action="store_true", help="time a training step as it is and compiled, instead")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch, on a CPU")
     parser.add_argument("--cpu-time", action="store_true", help="CPU-seconds: for a machine that others use too")
     arguments = parser.parse_args()
@@ -121,14 +123,18 @@ def main() -> None:
         with torch.inference_mode(), precision():
             network.embed(*clips)
 
-    if arguments.compile:
-        for network in (naive, ours):
-            network.features, network.embed = torch.compile(network.features), torch.compile(network.embed)
-
     print(
         f"{arguments.backbone}, {arguments.guidance}, {arguments.clips} clips of {clip.frames} frames, "
         f"{arguments.precision} on {arguments.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
+    if arguments.compile:
+        compiled = build_model(config, clip, IDENTITIES, CAMERAS).to(arguments.device)
+        compiled.load_state_dict(ours.state_dict())
+        compiled.compile()
+        pairs = interleaved(lambda: training_step(ours), lambda: training_step(compiled), arguments.pairs, clock)
+        ratios = sorted(eager / fast for eager, fast in pairs)
+        print(f"training step, compiled: {statistics.median(ratios):.2f} times ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+        return
     forward_flops = {
         name: count_flops(lambda n=n: evaluation_step(n)) for name, n in (("naive", naive), ("ours", ours))
     }
@@ -170,8 +176,7 @@ def random_clips(
     """Inputs, labels (two clips an identity) and erased flags."""
     images = torch.rand(clips, model.frames, 3, *model.image_size) * 2 - 1
     guidance = torch.rand(clips, model.frames, model.parts, *model.patch_grid)
-    guidance = guidance * 2 - 1 if model.guidance == "released" else guidance
-    inputs = (images, guidance, torch.arange(clips) % CAMERAS)
+    inputs = (images, model.guidance.scaled(guidance), torch.arange(clips) % CAMERAS)
     labels, erased = torch.arange(clips) // 2, torch.randint(0, 2, (clips, model.frames))
     return tuple(tensor.to(device) for tensor in inputs), labels.to(device), erased.to(device)
 

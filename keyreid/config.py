@@ -17,9 +17,10 @@ import pydantic
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from keyreid.errors import ConfigError
+from keyreid.guidance import named
 from keyreid.resources import own_or_shipped
 
 
@@ -92,9 +93,11 @@ class TcssConfig(Section):
 
 
 class ModelConfig(Section):
-    """The network: a timm VisionTransformer with a global and a keypoint-guided local branch."""
+    """The network: a backbone with a global and a keypoint-guided local branch."""
 
-    backbone: str = Field("vit_base_patch16_224", description="name of any timm VisionTransformer")
+    backbone: str = Field(
+        "vit_base_patch16_224", description="name of any timm VisionTransformer, or of a family in keyreid/backbones"
+    )
     weights: str | None = Field(
         None,
         description="initial backbone: a file (.pth, .safetensors), `timm` for timm's own download of the backbone, "
@@ -105,7 +108,7 @@ class ModelConfig(Section):
     )
     depth: int | None = Field(None, ge=2, description="blocks of the backbone that are used; default all")
     patch_stride: int | None = Field(None, ge=1, description="pixels between patches; default the patch size")
-    guidance: Literal["aligned", "released"] = Field(
+    guidance: str = Field(
         "aligned", description="released: the published code's local branch, for its checkpoints; see docs/model.md"
     )
     guidance_epsilon: float = Field(1e-2, gt=0, description="aligned: e in the attention's log(guidance + e)")
@@ -114,6 +117,14 @@ class ModelConfig(Section):
     camera_embedding: float = Field(3.0, ge=0, description="factor on the camera embedding; 0: none")
     drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth at the last block")
     tcss: TcssConfig = TcssConfig()
+
+    @field_validator("guidance")
+    @classmethod
+    def _known_guidance(cls, name: str) -> str:
+        try:
+            return named(name).name
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
 
 
 class LossConfig(Section):
@@ -163,7 +174,7 @@ class TrainingConfig(Section):
     accumulation: int = Field(1, ge=1, description="micro-batches a step; the losses still see the whole batch")
     clip_gradient_norm: float = Field(0.0, ge=0, description="0: none")
     activation_checkpointing: bool = False
-    compile: bool = Field(False, description="torch.compile the network")
+    compile: bool = Field(False, description="torch.compile backbone and branches in training steps")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="average of the weights, evaluated and saved")
     log_every_steps: int = Field(20, ge=1)
     checkpoint_every_steps: int | None = Field(None, ge=1, description="beside those after epochs")

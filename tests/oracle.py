@@ -64,7 +64,7 @@ class Oracle(nn.Module):
     def __init__(self, model: KeyReID, heads: int, local_heads: int = 12, epsilon: float = 1e-2, tcss=None):
         super().__init__()
         width, local_width, depth = model.width, model.part_width, len(model.backbone.blocks) + 1
-        self.frames, self.parts, self.mode, self.epsilon = model.frames, model.parts, model.guidance, epsilon
+        self.frames, self.parts, self.mode, self.epsilon = model.frames, model.parts, model.guidance.name, epsilon
         self.grid = model.patch_grid
         self.order = model.local_branch.order if tcss is None else row_order(self.grid[0] * self.grid[1], tcss)
         self.base = nn.Module()

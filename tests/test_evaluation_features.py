@@ -29,12 +29,12 @@ def toy(tmp_path_factory):
 
 def clip_by_clip(shards, config, model, position):
     """The tracklet's vector, one clip at a time."""
-    clips = [[clip] for clip in evaluation_clips(shards, [position], config.clip.frames, mode=config.model.guidance)]
+    clips = [[clip] for clip in evaluation_clips(shards, [position], config.clip.frames, mode=model.guidance)]
     reader = open_reader(shards, iter(clips), config, workers=0)
     vectors, seen = [], []
     with torch.no_grad():
         for batch in reader:
-            vectors.append(model.embed(*prepare(batch, config.model.guidance), batch.cameras)[0].double())
+            vectors.append(model.embed(*prepare(batch, model.guidance), batch.cameras)[0].double())
             seen.append(batch.visibility[0])
     reader.close()
     return torch.stack(vectors).mean(0).numpy(), torch.stack(seen).mean(0).numpy()

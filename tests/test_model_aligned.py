@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from keyreid.backbones import patch_grid
 from keyreid.config import ClipConfig, ModelConfig, TcssConfig
 from keyreid.errors import ConfigError
-from keyreid.model import build_model, patch_grid, patch_size
+from keyreid.model import build_model
 from keyreid.model.tcss import row_order
 
 CLIP = ClipConfig(frames=4, height=64, width=32)
@@ -143,8 +144,8 @@ def test_overlapping_patches():
     with pytest.raises(ConfigError, match=r"clip.width=128.*124 or 136"):
         patch_grid(config, clip)
     clip = ClipConfig(height=256, width=124)
-    assert patch_grid(config, clip) == (21, 10)
-    assert patch_size(config) == (16, 12)
+    assert patch_grid(config, clip).shape == (21, 10)
+    assert (patch_grid(config, clip).patch, patch_grid(config, clip).stride) == (16, 12)
     model = tiny(clip, patch_stride=12)
     assert model.embed(*inputs(model, batch=1)).shape == (1, 192 + 6 * 4 * 192)
 

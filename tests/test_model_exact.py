@@ -4,9 +4,10 @@ import pytest
 import torch
 from oracle import Oracle
 
+from keyreid.backbones import patch_grid
 from keyreid.config import ClipConfig, LossConfig, ModelConfig, TcssConfig
 from keyreid.losses import Criterion
-from keyreid.model import build_model, patch_grid
+from keyreid.model import build_model
 
 
 def small(mode: str, frames: int = 4, height: int = 64, width: int = 32, **settings):
@@ -18,7 +19,7 @@ def small(mode: str, frames: int = 4, height: int = 64, width: int = 32, **setti
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, mean=float(name.endswith("norm_weight")), std=0.15)
-    grid = patch_grid(config, clip)
+    grid = patch_grid(config, clip).shape
     images = torch.rand(4, frames, 3, height, width) * 2 - 1
     guidance = torch.rand(4, frames, config.parts, *grid)
     guidance = guidance * 2 - 1 if mode == "released" else guidance

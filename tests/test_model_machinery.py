@@ -5,9 +5,11 @@ import torch
 from timm.layers import DropPath
 from torch.autograd.graph import saved_tensors_hooks
 
+from keyreid.backbones import patch_grid
 from keyreid.config import ClipConfig, LossConfig, ModelConfig
+from keyreid.guidance import named
 from keyreid.losses import Criterion
-from keyreid.model import build_model, patch_grid
+from keyreid.model import build_model
 from keyreid.model.inputs import prepare
 from keyreid.shards.batch import ClipBatch
 
@@ -53,12 +55,12 @@ def test_prepare():
     numbers = torch.zeros(2, dtype=torch.long)
     guidance = torch.rand(2, 2, 6, 4, 2)
     batch = ClipBatch(images, guidance, erase, torch.ones(2, 6), numbers, numbers, numbers, numbers, ["a", "b"])
-    prepared, same = prepare(batch, "aligned")
+    prepared, same = prepare(batch, named("aligned"))
     expected = (images.float() / 255 - 0.5) / 0.5
     expected[1, 0, :, 2:5, 1:3] = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     torch.testing.assert_close(prepared, expected, rtol=0, atol=1e-6)
     assert torch.equal(same, guidance)
-    torch.testing.assert_close(prepare(batch, "released")[1], (guidance - 0.5) / 0.5)
+    torch.testing.assert_close(prepare(batch, named("released"))[1], (guidance - 0.5) / 0.5)
     assert batch.erased.tolist() == [[0, 0], [1, 0]]
 
 
@@ -178,9 +180,12 @@ def test_features_are_each_clips_own():
 
 
 def test_patch_grid_is_the_networks():
-    assert patch_grid(ModelConfig(), ClipConfig()) == (16, 8)
-    assert patch_grid(ModelConfig(backbone="vit_small_patch14_dinov2"), ClipConfig(height=252, width=126)) == (18, 9)
-    assert patch_grid(ModelConfig(backbone="vit_tiny_patch16_224"), CLIP) == tiny().patch_grid == (4, 2)
+    assert patch_grid(ModelConfig(), ClipConfig()).shape == (16, 8)
+    assert patch_grid(ModelConfig(backbone="vit_small_patch14_dinov2"), ClipConfig(height=252, width=126)).shape == (
+        18,
+        9,
+    )
+    assert patch_grid(ModelConfig(backbone="vit_tiny_patch16_224"), CLIP).shape == tiny().patch_grid == (4, 2)
 
 
 def test_every_parameter_is_used(criterion):

@@ -9,6 +9,7 @@ import pytest
 from packed import index_only, make_config
 
 from keyreid.errors import ConfigError, DataError
+from keyreid.guidance import named
 from keyreid.shards.plan import SAMPLERS, TrainingPlan, evaluation_clips
 
 FIELDS = ("tracklet", "label", "frames", "flip", "crop", "erase", "blank")
@@ -263,7 +264,7 @@ def test_evaluation_covers_every_frame_once_in_order():
 
 def test_released_evaluation_stops_at_41_clips_and_blanks_the_fill():
     shards = index_only(np.arange(2), np.ones(2, int), np.array([6, 200]), split="query")
-    clips = evaluation_clips(shards, [0, 1], 4, mode="released")
+    clips = evaluation_clips(shards, [0, 1], 4, mode=named("released"))
     assert [clip.blank.tolist() for clip in clips[:2]] == [[False] * 4, [False, False, True, True]]
     assert len(clips) == 2 + 41
 

@@ -16,6 +16,7 @@ from packed import HEIGHT, WIDTH, make_config, make_dataset, pack_dataset, read_
 
 from keyreid.datasets.tracklet import Dataset
 from keyreid.errors import ConfigError, DataError
+from keyreid.guidance import named
 from keyreid.pose.heatmaps import render_heatmaps
 from keyreid.pose.parts import flip_permutation
 from keyreid.shards import open_reader
@@ -186,7 +187,7 @@ def test_evaluation_streams_every_frame_of_whole_tracklets_in_order(packed, read
     _, shards = packed
     config = make_config(shards.location, data__reader=reader)
     positions = shards.select("query") + shards.select("gallery")
-    clips = evaluation_clips(shards, positions, 4, mode="released")
+    clips = evaluation_clips(shards, positions, 4, mode=named("released"))
     batches = [clips[start : start + 5] for start in range(0, len(clips), 5)]
     results = read(shards, config, batches)
     assert [len(batch) for batch in results] == [len(batch) for batch in batches]

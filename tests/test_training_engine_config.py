@@ -83,6 +83,7 @@ def test_a_broken_file_is_named(configure, tmp_path):
         (["training.precision=fp16", "training.zero_stage=1"], "cuda", "casting=engine"),
         (["training.precision=bf16", "training.casting=engine", "training.zero_stage=0"], "cpu", "zero_stage=1"),
         (["training.precision=bf16", "training.casting=engine", "training.ema_decay=0.9"], "cpu", "ema_decay"),
+        (("training.compile=true", "training.zero_stage=3"), "cpu", "no graph can hold"),
     ],
 )
 def test_what_cannot_work_is_refused(configure, overrides, device, message):

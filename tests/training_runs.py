@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from packed import make_dataset, pack_dataset
 
 from keyreid.checkpoints import folder as checkpoints
 from keyreid.config import Config, check_config
+from keyreid.distributed.preemption import StopRequest
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
@@ -110,6 +112,23 @@ def train(config: Config) -> None:
     from keyreid.training.run import train
 
     train(config)
+
+
+class StopAfter(StopRequest):
+    """A stop signal that comes after so many steps: training asks once a step."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+        super().__init__()
+
+    @property
+    def signal(self) -> signal.Signals | None:
+        self.left -= 1
+        return signal.SIGTERM if self.left <= 0 else None
+
+    @signal.setter
+    def signal(self, _: object) -> None:
+        """Nothing else asks."""
 
 
 def printed(config: Config) -> str:

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from itertools import chain
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from keyreid.backbones.vit import ViT
 from keyreid.checkpoints.pretrained import load_network
+from keyreid.config import ModelConfig
 from keyreid.errors import CheckpointError
 from keyreid.model.keyreid import KeyReID
+from keyreid.pose.parts import part_names
 
 HEADS = 12
 PATCHES_HIGH_PER_WIDE = 2  # the published pictures are 256 x 128
@@ -64,20 +68,8 @@ def is_released(state: dict[str, torch.Tensor]) -> bool:
     return "base.cls_token" in state and "block1.norm1.weight" in state
 
 
-def released_model(
-    state_dict: dict[str, torch.Tensor],
-    num_identities: int | None = None,
-    num_cameras: int | None = None,
-    keep_classifiers: bool = True,
-) -> KeyReID:
+def released_model(state_dict: Mapping[str, torch.Tensor]) -> KeyReID:
     """The network of a published checkpoint; all sizes are read from it.
-
-    Args:
-        state_dict: the published layout.
-        num_identities: classes of the new model; default the checkpoint's. Where they differ the classifiers start
-            anew.
-        num_cameras: cameras of the new model; default the checkpoint's. Cut, or extended by the learnt ones' mean.
-        keep_classifiers: False starts the classifiers anew in any case.
 
     Raises:
         CheckpointError: entries are missing or do not fit each other.
@@ -105,16 +97,12 @@ def released_model(
         num_classes=0,
         weight_init="skip",
     )
-    network = KeyReID(
-        vit,
-        frames=part_width // width,
-        num_identities=num_identities or classes,
-        num_cameras=num_cameras or len(state["backbone.camera"]),
-        parts=len(state["part_classifiers.weight"]),
-        guidance="released",
-        local_heads=HEADS,
-    )
-    load_network(network, state, "published checkpoint", keep_classifiers, strict=True)
+    cameras = len(state["backbone.camera"])
+    parts = len(part_names(len(state["part_classifiers.weight"])))  # refuses other numbers than 3, 4 and 6
+    model = ModelConfig(guidance="released", parts=parts, local_heads=HEADS, drop_path=0.0)
+    backbone = ViT(vit, cameras, model.camera_embedding)
+    network = KeyReID(backbone, model, part_width // width, classes, cameras)
+    load_network(network, state, "published checkpoint", keep_classifiers=True, strict=True)
     return network
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from keyreid.checkpoints.pretrained import CLASSIFIERS, download_backbone, load_backbone, load_network, read_state
+from keyreid.backbones import build_backbone, family
+from keyreid.checkpoints.pretrained import CLASSIFIERS, load_network, read_state
 from keyreid.checkpoints.released import from_released, is_released
 from keyreid.checkpoints.run_folder import check_whole
 from keyreid.config import ClipConfig, ModelConfig
 from keyreid.model import KeyReID, build_model
-from keyreid.model.backbone import create_vit
 
 log = logging.getLogger(__name__)
 
@@ -25,27 +26,25 @@ def start_network(model: ModelConfig, clip: ClipConfig, num_identities: int, num
         CheckpointError: the weights cannot be read or fit nothing.
     """
     state = _initial_weights(model)
-    if state is None:
-        return build_model(model, clip, num_identities, num_cameras)
-    if CLASSIFIERS[0] in state:
-        network = build_model(model, clip, num_identities, num_cameras)
+    whole = CLASSIFIERS[0] in state
+    backbone = build_backbone(model, clip, num_cameras)
+    if state and not whole:
+        backbone.load(state, model.weights)
+    network = build_model(model, clip, num_identities, num_cameras, backbone)
+    if whole:
         load_network(network, state, model.weights, model.keep_classifiers)
-        return network
-    vit = create_vit(model, clip)
-    load_backbone(vit, state, model.weights)
-    network = build_model(model, clip, num_identities, num_cameras, vit)
-    if model.guidance == "aligned":
+    elif state and network.guidance.starts_as_backbone:
         started = network.local_branch.start_from(network.global_branch)
         log.info("the local block starts %s", "as the backbone's last block" if started else "at random")
     return network
 
 
-def _initial_weights(model: ModelConfig) -> dict[str, torch.Tensor] | None:
-    """The state dict that `model.weights` names; a network's in our names, a backbone's as it is."""
+def _initial_weights(model: ModelConfig) -> Mapping[str, torch.Tensor]:
+    """The state dict that `model.weights` names, if any; a network's in our names, a backbone's as it is."""
     if model.weights is None:
-        return None
+        return {}
     if model.weights == "timm":
-        return download_backbone(model.backbone)
+        return family(model.backbone).download(model.backbone)
     file = Path(model.weights).expanduser()
     if file.is_file():
         check_whole(file)

@@ -75,9 +75,10 @@ def released(
     from keyreid.checkpoints.trained import load_state
     from keyreid.errors import CheckpointError
     from keyreid.files import replacing
+    from keyreid.guidance import named
 
     state, header = load_state(source, verify)
-    if header is not None and header.model.guidance != "released":
+    if header is not None and not named(header.model.guidance).is_published:
         raise CheckpointError(
             f"{source}: trained with model.guidance={header.model.guidance}; the published code computes another "
             "local branch and would give other features. Train with model.guidance=released to export for it"

@@ -19,6 +19,7 @@ from keyreid.config import Config
 from keyreid.distributed.ranks import Ranks
 from keyreid.embedding.description import describe
 from keyreid.embedding.vectors import Vectors, VectorsAbout
+from keyreid.guidance import named
 from keyreid.model import KeyReID
 from keyreid.model.inputs import prepare
 from keyreid.progress import track
@@ -55,7 +56,7 @@ def extract(
         the vectors in the order of `positions` on the first rank, None on the others.
     """
     ranks = ranks or Ranks.alone()
-    mode = config.model.guidance
+    mode = named(config.model.guidance)
     clips = evaluation_clips(shards, positions, config.clip.frames, clips=config.evaluation.clips, mode=mode)
     counts = _clips_of_each(clips, positions)
     share = _shares(counts, ranks.world_size)

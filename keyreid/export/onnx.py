@@ -39,9 +39,7 @@ class ClipEmbedding(nn.Module):
     def forward(self, images: torch.Tensor, guidance: torch.Tensor, cameras: torch.Tensor) -> torch.Tensor:
         """See the module's docstring for shapes and ranges."""
         normalised = images.float() * (2 / 255) - 1
-        if self.network.guidance == "released":
-            guidance = guidance * 2 - 1
-        return self.network.embed(normalised, guidance, cameras)
+        return self.network.embed(normalised, self.network.guidance.scaled(guidance), cameras)
 
 
 def export_onnx(source: ExportSource, out: Path) -> float:

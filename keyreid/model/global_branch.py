@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from keyreid.backbones import LastStage
 from keyreid.model.precision import full
 from keyreid.model.single_query import SingleQueryBlock, is_rewritable
 
@@ -15,21 +16,20 @@ class GlobalBranch(nn.Module):
     """The backbone's last block and norm for the class tokens, and temporal attention over the frames.
 
     Args:
-        block: the last block of a timm VisionTransformer. Where the single-query rewriting does not hold for it
-            (query/key norms, gates), it is run whole.
-        norm: the network's last norm.
+        stage: the backbone's last. Its block is run whole where the single-query rewriting does not hold for it
+            (query/key norms, gates, or no transformer block at all).
         width: D.
     """
 
-    def __init__(self, block: nn.Module, norm: nn.Module, width: int):
+    def __init__(self, stage: LastStage, width: int):
         super().__init__()
-        self.block = SingleQueryBlock.from_block(block) if is_rewritable(block) else block
-        self.norm = norm
+        self.block = SingleQueryBlock.from_block(stage.block) if is_rewritable(stage.block) else stage.block
+        self.norm = stage.norm
         self.attention = nn.Linear(width, ATTENTION_CHANNELS)
         self.temporal = nn.Conv1d(ATTENTION_CHANNELS, 1, kernel_size=3, padding=1)
 
     def forward(self, tokens: torch.Tensor, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """From [B*T, 1+N, D] to the clip feature [B, D] and the attention scores before the softmax [B, T]."""
+        """From [B*T, R+N, D] to the clip feature [B, D] and the attention scores before the softmax [B, T]."""
         frame_features = self.norm(self.block(tokens)[:, 0]).unflatten(0, (-1, frames))
         hidden = self.attention(frame_features).relu()
         scores = full(self.temporal(hidden.mT).squeeze(1)).relu()

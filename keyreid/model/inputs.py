@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
+from keyreid.guidance import Guidance
 from keyreid.shards.batch import ClipBatch
 
 ERASED_COLOUR = (0.485, 0.456, 0.406)  # after normalising, as published
 
 
-def prepare(batch: ClipBatch, guidance_mode: Literal["aligned", "released"]) -> tuple[torch.Tensor, torch.Tensor]:
+def prepare(batch: ClipBatch, mode: Guidance) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalise pictures, fill erased rectangles, and bring the guidance into the mode's range.
 
     Args:
         batch: uint8 pictures and guidance in [0, 1].
-        guidance_mode: `released` maps the guidance to [-1, 1].
+        mode: knows its guidance's range.
 
     Returns:
-        images float32 [B, T, 3, H, W] in [-1, 1] and guidance float32 [B, T, P, Hp, Wp].
+        images float32 [B, T, 3, H, W] in [-1, 1] and guidance float32 [B, T, P, Hp, Wp] as the mode takes it.
     """
     images = batch.images.float().mul_(2 / 255).sub_(1)
     height, width = images.shape[-2:]
@@ -29,7 +28,7 @@ def prepare(batch: ClipBatch, guidance_mode: Literal["aligned", "released"]) -> 
     inside = _within(down, top, rows).unsqueeze(-1) & _within(across, left, columns).unsqueeze(-2)  # [B, T, H, W]
     for channel, value in enumerate(ERASED_COLOUR):
         images[:, :, channel].masked_fill_(inside, value)
-    return images, batch.guidance * 2 - 1 if guidance_mode == "released" else batch.guidance
+    return images, mode.scaled(batch.guidance)
 
 
 def _within(positions: torch.Tensor, start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:

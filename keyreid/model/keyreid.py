@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from timm.layers import Mlp
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from keyreid.config import TcssConfig
-from keyreid.model.backbone import Backbone
+from keyreid.backbones import Backbone
+from keyreid.config import ModelConfig
+from keyreid.guidance import named
 from keyreid.model.global_branch import GlobalBranch
 from keyreid.model.heads import Classifiers, Neck
 from keyreid.model.local_branch import LocalBranch
@@ -44,84 +44,64 @@ class KeyReID(nn.Module):
     """The network.
 
     Args:
-        vit: a timm VisionTransformer at the clip's size; it is taken apart.
+        backbone: at the clip's size; its last stage becomes the global branch's.
+        model: parts, guidance and the local branch.
         frames: T.
         num_identities: classes of the classifiers.
-        num_cameras: cameras of the camera embedding.
-        parts: P.
-        guidance: see LocalBranch.
-        guidance_epsilon: see LocalBranch.
-        local_heads: heads of the local branch.
-        camera_embedding: factor on the camera embedding.
-        tcss: shift and shuffle of the local branch's rows.
-        drop_path: stochastic depth of the local branch's block.
-
-    Attributes:
-        checkpoint_activations: recompute the backbone's blocks in the backward pass instead of keeping what they made.
+        num_cameras: cameras that the backbone knows.
     """
 
-    def __init__(
-        self,
-        vit: VisionTransformer,
-        frames: int,
-        num_identities: int,
-        num_cameras: int,
-        parts: int = 6,
-        guidance: Literal["aligned", "released"] = "aligned",
-        guidance_epsilon: float = 1e-2,
-        local_heads: int = 12,
-        camera_embedding: float = 3.0,
-        tcss: TcssConfig | None = None,
-        drop_path: float = 0.0,
-    ):
+    def __init__(self, backbone: Backbone, model: ModelConfig, frames: int, num_identities: int, num_cameras: int):
         super().__init__()
-        self.frames = frames
-        self.parts = parts
-        self.guidance = guidance
-        self.num_identities = num_identities
-        self.num_cameras = num_cameras
-        self.image_size = tuple(vit.patch_embed.img_size)
-        self.patch_grid = tuple(vit.patch_embed.grid_size)
-        self.width = vit.embed_dim
-        self.part_width = frames * vit.embed_dim
-        self.checkpoint_activations = False
-        self.backbone = Backbone(vit, num_cameras, camera_embedding)
-        self.global_branch = GlobalBranch(vit.blocks[-1], vit.norm, self.width)
-        mlp = getattr(vit.blocks[-1], "mlp", None)
-        self.local_branch = LocalBranch(
-            frames=frames,
-            width=self.width,
-            heads=local_heads,
-            patches=vit.patch_embed.num_patches,
-            prefix_tokens=vit.num_prefix_tokens,
-            mode=guidance,
-            epsilon=guidance_epsilon,
-            tcss=tcss or TcssConfig(),
-            drop_path=drop_path,
-            activation=type(mlp.act) if type(mlp) is Mlp else nn.GELU,
-        )
+        self.frames, self.parts = frames, model.parts
+        self.guidance = named(model.guidance)
+        self.num_identities, self.num_cameras = num_identities, num_cameras
+        self.image_size = (backbone.grid.height, backbone.grid.width)
+        self.patch_grid = backbone.grid.shape
+        self.width, self.part_width = backbone.width, frames * backbone.width
+        stage = backbone.last_stage()
+        self.backbone = backbone
+        self.global_branch = GlobalBranch(stage, self.width)
+        self.local_branch = LocalBranch(model, frames, backbone, stage.activation)
+        self.prompts = self.guidance.prompts(model.parts, self.width)
         self.global_neck = Neck(1, self.width)
-        self.part_necks = Neck(parts, self.part_width)
+        self.part_necks = Neck(model.parts, self.part_width)
         self.global_classifier = Classifiers(1, self.width, num_identities)
-        self.part_classifiers = Classifiers(parts, self.part_width, num_identities)
+        self.part_classifiers = Classifiers(model.parts, self.part_width, num_identities)
+        self._compiled: tuple[Callable[..., torch.Tensor], ...] = ()
 
-    def forward(self, images: torch.Tensor, guidance: torch.Tensor, cameras: torch.Tensor) -> torch.Tensor:
-        """`heads(features(...))`: logits [1+P, B, C]; arguments as for `features`."""
-        return self.heads(self.features(images, guidance, cameras))
+    @property
+    def checkpoint_activations(self) -> bool:
+        """Recompute the backbone's blocks in the backward pass instead of keeping what they made."""
+        return self.backbone.checkpoint_activations
+
+    @checkpoint_activations.setter
+    def checkpoint_activations(self, value: bool) -> None:
+        self.backbone.checkpoint_activations = value
+
+    def compile(self, **options) -> None:
+        """torch.compile (with its options) backbone and branches, for training; the state dict's names stay.
+
+        Evaluation runs as before: it meets many batch sizes, and pictures of attention hook into the branches.
+        """
+        self._compiled = tuple(
+            torch.compile(module, **options) for module in (self.backbone, self.global_branch, self.local_branch)
+        )
 
     def features(self, images: torch.Tensor, guidance: torch.Tensor, cameras: torch.Tensor) -> Features:
         """Features of clips, each clip's from that clip alone.
 
         Args:
             images: [B, T, 3, H, W], normalised by .5/.5.
-            guidance: [B, T, P, Hp, Wp]: `aligned` in [0, 1], `released` in [-1, 1].
+            guidance: [B, T, P, Hp, Wp], in the range of `Guidance.scaled`.
             cameras: int [B]; -1 is unknown.
         """
-        tokens = self.backbone(
-            images.flatten(0, 1), cameras.repeat_interleave(self.frames), self.checkpoint_activations and self.training
-        )
-        global_feature, temporal_scores = self.global_branch(tokens, self.frames)
-        return Features(global_feature, self.local_branch(tokens, guidance), temporal_scores)
+        modules = self.backbone, self.global_branch, self.local_branch
+        backbone, global_branch, local_branch = self._compiled if self._compiled and self.training else modules
+        prompts = self.prompts(guidance.flatten(0, 1)) if self.prompts is not None else None
+        tokens = backbone(images.flatten(0, 1), cameras.repeat_interleave(self.frames), prompts)
+        global_feature, temporal_scores = global_branch(tokens, self.frames)
+        return Features(global_feature, local_branch(tokens, guidance), temporal_scores)
 
     def heads(self, features: Features) -> torch.Tensor:
         """Logits [1+P, B, C] (the global branch first) from the features of the whole batch.

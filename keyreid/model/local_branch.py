@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
 
 import torch
 from timm.layers import LayerScale, Mlp
 from torch import nn
 
-from keyreid.config import TcssConfig
+from keyreid.backbones import Backbone
+from keyreid.config import ModelConfig
 from keyreid.errors import ConfigError
+from keyreid.guidance import named
 from keyreid.model.global_branch import GlobalBranch
 from keyreid.model.precision import full
 from keyreid.model.single_query import FewRowsLinear, SingleQueryAttention, SingleQueryBlock
@@ -17,47 +19,28 @@ from keyreid.model.tcss import row_order
 
 
 class LocalBranch(nn.Module):
-    """Rows of width T x D, shifted and shuffled (TCSS), attended to from the joined class tokens under guidance.
+    """Rows of width T x D, shifted and shuffled (TCSS), attended to from one token for each part.
 
-    `aligned`: a row is one patch over the T frames, the token is the T class tokens joined, and a part's guidance
-    weighs the keys: log(guidance + epsilon) is added to the attention logits, and travels with its row through TCSS.
-    `released`: the published code, for its checkpoints: a row is T consecutive tokens of one frame, and guidance in
-    raster order multiplies the rows after TCSS, before the block's LayerNorm.
+    What rows and tokens are, and how guidance leads the attention, is the mode's (`keyreid.guidance`).
 
     Args:
+        model: guidance, heads (they divide T x D), TCSS and stochastic depth.
         frames: T.
-        width: D, the backbone's.
-        heads: attention heads; they divide T x D.
-        patches: N.
-        prefix_tokens: R, tokens before the patches; only the class token is used.
-        mode: `aligned` or `released`.
-        epsilon: see `aligned`.
-        tcss: shift and shuffle.
-        drop_path: stochastic depth of the block.
+        backbone: whose tokens come.
         activation: of the block's MLP.
     """
 
-    def __init__(
-        self,
-        frames: int,
-        width: int,
-        heads: int,
-        patches: int,
-        prefix_tokens: int,
-        mode: Literal["aligned", "released"],
-        epsilon: float,
-        tcss: TcssConfig,
-        drop_path: float,
-        activation: type[nn.Module] = nn.GELU,
-    ):
+    def __init__(self, model: ModelConfig, frames: int, backbone: Backbone, activation: type[nn.Module]):
         super().__init__()
-        local_width = frames * width
-        _check_heads(frames, width, heads)
-        if mode == "released" and prefix_tokens != 1:
-            raise ConfigError("model.guidance=released needs a backbone whose only extra token is the class token")
+        local_width, heads = frames * backbone.width, model.local_heads
+        _check_heads(frames, backbone.width, heads)
         self.frames = frames
-        self.mode = mode
-        self.epsilon = epsilon
+        self.mode = named(model.guidance)
+        self.epsilon = model.guidance_epsilon
+        if not self.mode.rows_are_patches and backbone.prefix_tokens != 1:
+            raise ConfigError(
+                f"model.guidance={model.guidance} needs a backbone whose only extra token is the class token"
+            )
         mlp = Mlp(local_width, act_layer=activation, device="meta")  # its two layers are replaced
         mlp.fc1 = FewRowsLinear(local_width, 4 * local_width)
         mlp.fc2 = FewRowsLinear(4 * local_width, local_width)
@@ -68,37 +51,27 @@ class LocalBranch(nn.Module):
             attention=SingleQueryAttention(local_width, heads, eps=1e-6),
             mlp=mlp,
             norm2=nn.LayerNorm(local_width, eps=1e-6),
-            drop_path=drop_path,
+            drop_path=model.drop_path,
         )
         self.norm = nn.LayerNorm(local_width)  # eps 1e-5 as published
         # Positions from the first patch on; the token stays in front.
-        order = row_order(patches, tcss)
+        order = row_order(math.prod(backbone.grid.shape), model.tcss)
         self.register_buffer("order", order, persistent=False)
-        self.register_buffer("gather", torch.cat([torch.zeros(1).long(), order + prefix_tokens]), persistent=False)
+        self.register_buffer(
+            "gather", torch.cat([torch.zeros(1).long(), order + backbone.prefix_tokens]), persistent=False
+        )
 
     def forward(self, tokens: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
         """Part features.
 
         Args:
             tokens: [B*T, R+N, D].
-            guidance: [B, T, P, Hp, Wp]; in [0, 1] for `aligned`, in [-1, 1] for `released`.
+            guidance: [B, T, P, Hp, Wp], in the range of `Guidance.scaled`.
 
         Returns:
             [P, B, T*D].
         """
-        guidance = full(guidance).mean(1).flatten(2)  # [B, P, N]
-        if self.mode == "aligned":
-            rows = tokens.unflatten(0, (-1, self.frames)).transpose(1, 2)  # [B, R+N, T, D]
-            rows = rows.index_select(1, self.gather).flatten(2)
-            log_weight = (guidance.index_select(2, self.order) + self.epsilon).log()
-            parts = self.block(rows, log_weight=log_weight)
-        else:
-            # The published view joins T consecutive tokens of a frame: [B, 1+N, T*D]
-            rows = tokens.contiguous().view(guidance.shape[0], tokens.shape[1], -1).index_select(1, self.gather)
-            missing = len(self.order) - guidance.shape[2]
-            if missing:  # the published code stops here; the repeated row takes the guidance of the last place
-                guidance = torch.cat([guidance, guidance[..., -1:].expand(-1, -1, missing)], -1)
-            parts = self.block(rows, scale=guidance)
+        parts = self.mode.part_features(self, tokens, full(guidance).mean(1).flatten(2))
         return full(self.norm(parts)).transpose(0, 1)
 
     @torch.no_grad()

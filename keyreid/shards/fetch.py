@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from keyreid.backbones import patch_grid
 from keyreid.config import Config
 from keyreid.errors import ConfigError, DataError
+from keyreid.guidance import named
 from keyreid.pose.heatmaps import render_heatmaps, scale_keypoints
 from keyreid.pose.parts import flip_permutation, merged_parts
 from keyreid.shards import members
 from keyreid.shards.batch import ClipBatch, ClipPlan
-from keyreid.shards.pooling import PatchGrid, pool
+from keyreid.shards.pooling import pool
 from keyreid.shards.shard_set import ShardSet
 
 NEAREST_FRAMES = 16  # how far away a damaged frame's replacement may be
@@ -112,17 +114,12 @@ class ClipFetcher:
         Raises:
             ConfigError: the shards' heatmaps are not of the parts that the model wants.
         """
-        from keyreid.patches import patch_grid, patch_size  # imports timm, for seconds
-
-        patch_grid(config.model, config.clip)  # refuses patches that do not tile the clip
-        patch, stride = patch_size(config.model)
-        clip = config.clip
-        self.grid = PatchGrid(clip.height, clip.width, patch, stride)
+        self.grid = patch_grid(config.model, config.clip)  # refuses patches that do not tile the clip
         self.shards = shards
-        self.height, self.width = clip.height, clip.width
+        self.height, self.width = config.clip.height, config.clip.width
         self.parts = config.model.parts
         self.from_keypoints = config.data.guidance_from == "keypoints"
-        self.swap = flip_permutation(self.parts) if config.model.guidance == "aligned" else None
+        self.swap = flip_permutation(self.parts) if named(config.model.guidance).swaps_sides else None
         self.skip = config.data.on_fault == "skip"
         if self.parts != shards.parts and shards.parts != 6:
             raise ConfigError(f"model.parts={self.parts}, but {shards.location} has heatmaps of {shards.parts} parts")

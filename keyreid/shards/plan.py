@@ -9,17 +9,16 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
 
 import numpy as np
 
 from keyreid.config import AugmentConfig, ClipConfig, DataConfig
 from keyreid.errors import ConfigError, DataError
+from keyreid.guidance import MODES, Guidance
 from keyreid.shards.batch import ClipPlan
 from keyreid.shards.sampling import FRAMES, ByCamera, ByFrames, EachInTurn, Sampler, TrainingTracklets, random_numbers
 from keyreid.shards.shard_set import ShardSet
 
-RELEASED_CLIPS = 41  # the published evaluation looks at so many clips of a tracklet
 SAMPLERS: dict[str, Callable[[TrainingTracklets, DataConfig, int], Sampler]] = {
     "identity": EachInTurn,
     "frames": ByFrames,
@@ -118,7 +117,7 @@ def evaluation_clips(
     positions: Sequence[int],
     frames: int,
     clips: int | None = None,
-    mode: Literal["aligned", "released"] = "aligned",
+    mode: Guidance = MODES["aligned"],
 ) -> list[ClipPlan]:
     """Clips of T consecutive frames that cover tracklets, in order, unchanged.
 
@@ -127,22 +126,21 @@ def evaluation_clips(
     Args:
         frames: T.
         clips: so many evenly spaced ones of each tracklet instead of all.
-        mode: released takes at most the first 41 clips, and the guidance of repeated frames is zero.
+        mode: how many clips it looks at, and whether repeated frames have guidance.
     """
     plans = []
     no_flip, no_crop, no_erase = _nothing(frames), np.zeros((frames, 2), np.int64), np.zeros((frames, 4), np.int64)
     for position in positions:
         total = shards.tracklets[position].frames
         numbers = np.arange(-(-total // frames))
-        if mode == "released":
-            numbers = numbers[:RELEASED_CLIPS]
+        numbers = numbers[: mode.most_clips]
         if clips is not None and clips < len(numbers):
             numbers = numbers[((np.arange(clips) + 0.5) * len(numbers) / clips).astype(np.int64)]
         for number in numbers.tolist():
             start = number * frames
             real = min(frames, total - start)
             chosen = start + np.arange(frames) % real
-            blank = (np.arange(frames) >= real) & (mode == "released")
+            blank = (np.arange(frames) >= real) & mode.blanks_repeats
             plans.append(ClipPlan(position, -1, chosen, no_flip, no_crop, no_erase, blank))
     return plans
 

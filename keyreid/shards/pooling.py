@@ -11,24 +11,9 @@ picture of the heatmap is drawn, shifted or rounded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-
-@dataclass(frozen=True)
-class PatchGrid:
-    """Where the patches of a picture lie: `patch` pixels square, one every `stride` pixels both ways."""
-
-    height: int
-    width: int
-    patch: int
-    stride: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Hp, Wp."""
-        return tuple((side - self.patch) // self.stride + 1 for side in (self.height, self.width))
+from keyreid.backbones import PatchGrid
 
 
 def pool(

@@ -35,6 +35,11 @@ def check_precision(training: TrainingConfig, device: torch.device) -> None:
             "training.precision=fp16 with casting=autocast and ZeRO never lowers its loss scale after an overflow "
             "(DeepSpeed 0.19.8): use casting=engine, zero_stage=0, or precision=bf16"
         )
+    if training.compile and training.zero_stage == 3:
+        raise ConfigError(
+            "training.compile with zero_stage=3: ZeRO 3 fetches each layer's weights in hooks that no graph can hold "
+            "(DeepSpeed 0.19.8): use zero_stage 0, 1 or 2"
+        )
     if training.ema_decay is not None and training.casting == "engine" and training.precision != "fp32":
         raise ConfigError("training.ema_decay averages float32 weights: use training.casting=autocast")
 

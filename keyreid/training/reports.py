@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from keyreid.config import Config
 from keyreid.distributed.ranks import Ranks
-from keyreid.model import KeyReID, patch_grid
+from keyreid.model import KeyReID
 from keyreid.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def mfu_factor(network: KeyReID, config: Config, ranks: int) -> float:
     device = next(network.parameters()).device
     clip, model = config.clip, config.model
     images = torch.zeros(1, clip.frames, 3, clip.height, clip.width, device=device)
-    guidance = torch.zeros(1, clip.frames, model.parts, *patch_grid(model, clip), device=device)
+    guidance = torch.zeros(1, clip.frames, model.parts, *network.patch_grid, device=device)
     was_training = network.training
     network.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():

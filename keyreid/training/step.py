@@ -185,11 +185,11 @@ class Stepper:
         stochastic_depth.use(self.paths, self._draws, slice(first + start, first + stop), self.ranks.device)
 
     def _clips(self, batch: ClipBatch) -> Clips:
-        return Clips(*prepare(batch, self.config.model.guidance), batch.cameras)
+        return Clips(*prepare(batch, self.module.network.guidance), batch.cameras)
 
     def _targets(self, batch: ClipBatch) -> Targets:
-        visible = self.config.model.guidance == "aligned"  # the published losses know no visibility
-        visibility = gather(batch.visibility) if visible and batch.visibility is not None else None
+        used = self.module.network.guidance.uses_visibility and batch.visibility is not None
+        visibility = gather(batch.visibility) if used else None
         return Targets(gather(batch.labels), gather(batch.erased), visibility)
 
 

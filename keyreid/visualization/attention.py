@@ -76,7 +76,7 @@ def attention_maps(model: KeyReID, batch: ClipBatch, cameras_known: bool = True)
     x = caught["frames"][0]
     frames = _attention(branches["frames"], x)[:, 0, -rows * columns :]
     parts = None
-    if model.guidance == "aligned":
+    if model.guidance.rows_are_patches:
         x, _, log_weight = caught["parts"]
         shuffled = _attention(branches["parts"], x, log_weight)[:, :, 1:]
         parts = torch.empty_like(shuffled)

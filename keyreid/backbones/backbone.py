@@ -1,0 +1,158 @@
+"""What a backbone is: it turns frames into tokens on a grid, and hands over its last stage for the branches to run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from keyreid.backbones.filling import fill
+from keyreid.config import ClipConfig, ModelConfig
+from keyreid.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """Where the patches of a picture lie: `patch` pixels square, one every `stride` pixels both ways."""
+
+    height: int
+    width: int
+    patch: int
+    stride: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Hp, Wp."""
+        return tuple((side - self.patch) // self.stride + 1 for side in (self.height, self.width))
+
+    @classmethod
+    def tiling(cls, model: ModelConfig, clip: ClipConfig, patch: int, stride: int) -> PatchGrid:
+        """The grid of a configuration's frames.
+
+        Raises:
+            ConfigError: patches do not tile the picture; the next sizes that they do are named.
+        """
+        for name, pixels in {"clip.height": clip.height, "clip.width": clip.width}.items():
+            excess = (pixels - patch) % stride
+            if pixels < patch or excess:
+                below = max(pixels - excess, patch)
+                raise ConfigError(
+                    f"{name}={pixels}: patches of {patch} pixels every {stride} pixels do not tile it; "
+                    f"use {below} or {below + stride} with {model.backbone}"
+                )
+        return cls(clip.height, clip.width, patch, stride)
+
+
+class LastStage(NamedTuple):
+    """What comes after a backbone's tokens.
+
+    Attributes:
+        block: [S, R+N, D] -> [S, 1 or more, D], of which the first token is read. The global branch computes that
+            token alone where this is timm's plain transformer block, and else runs the block whole.
+        norm: for that token.
+        activation: of the local branch's own block.
+    """
+
+    block: nn.Module
+    norm: nn.Module
+    activation: type[nn.Module] = nn.GELU
+
+
+class Backbone(nn.Module):
+    """Frames to tokens, all but the last stage.
+
+    A backbone gives `grid_of`, `build`, `forward` and `last_stage`; `load`, `resized` and `download` where its files
+    need more than names that agree. Its constructor calls `add_camera_table` last.
+
+    Args:
+        width: D, of a token.
+        grid: where its patches lie.
+        prefix_tokens: R, tokens before the patches; the first one stands for the frame.
+
+    Attributes:
+        checkpoint_activations: `run` keeps only a block's input for the backward pass.
+    """
+
+    def __init__(self, width: int, grid: PatchGrid, prefix_tokens: int = 1) -> None:
+        super().__init__()
+        self.width = width
+        self.grid = grid
+        self.prefix_tokens = prefix_tokens
+        self.checkpoint_activations = False
+        self.camera: nn.Parameter | None = None
+        self.camera_factor = 0.0
+
+    @classmethod
+    def grid_of(cls, model: ModelConfig, clip: ClipConfig) -> PatchGrid:
+        """The grid of a configuration, without building anything: every reader asks."""
+        raise NotImplementedError
+
+    @classmethod
+    def build(cls, model: ModelConfig, clip: ClipConfig, num_cameras: int) -> Backbone:
+        """The backbone of a configuration with random weights; its last stage is still in it."""
+        raise NotImplementedError
+
+    def forward(self, images: torch.Tensor, cameras: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
+        """The tokens of frames.
+
+        Args:
+            images: [S, 3, H, W], normalised.
+            cameras: int [S]; -1 is unknown.
+            prompts: [S, N, D], added to the patches' tokens before the first block.
+
+        Returns:
+            [S, R+N, D]: R prefix tokens, then N patches in raster order.
+        """
+        raise NotImplementedError
+
+    def last_stage(self) -> LastStage:
+        """Hand over what comes after the tokens. Asked once; from then on its weights belong to the asker."""
+        raise NotImplementedError
+
+    def load(self, state: Mapping[str, torch.Tensor], source: str) -> None:
+        """Fill from a state dict of the backbone alone, before `last_stage` is asked.
+
+        Args:
+            source: names the weights in messages.
+
+        Raises:
+            CheckpointError: nothing fits.
+        """
+        fill(self, state, source)
+
+    def resized(self, state: Mapping[str, torch.Tensor], source: str) -> Mapping[str, torch.Tensor]:
+        """Our own state dict from pictures of another size, made to fit this one's grid."""
+        return state
+
+    @classmethod
+    def download(cls, name: str) -> Mapping[str, torch.Tensor]:
+        """What `model.weights=timm` gets.
+
+        Raises:
+            CheckpointError: there are no such weights, or the network does not give them.
+        """
+        raise CheckpointError(f"model.weights=timm: timm has no weights for {name}; give the path of a file")
+
+    def add_camera_table(self, num_cameras: int, factor: float) -> None:
+        """A learnt embedding of each camera, which `with_cameras` adds `factor` times; none where either is 0."""
+        if num_cameras and factor:
+            self.camera_factor = factor
+            self.camera = nn.Parameter(torch.empty(num_cameras, self.width))
+            nn.init.trunc_normal_(self.camera, std=0.02)
+
+    def with_cameras(self, tokens: torch.Tensor, cameras: torch.Tensor) -> torch.Tensor:
+        """Tokens [S, any, D] with their cameras' embedding; -1 gets the mean of the learnt ones."""
+        if self.camera is None:
+            return tokens
+        table = torch.cat([self.camera, self.camera.mean(0, keepdim=True)])
+        return tokens + self.camera_factor * table[torch.where(cameras < 0, len(self.camera), cameras)].unsqueeze(1)
+
+    def run(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """One block; its activations are computed again in the backward pass where that was asked for."""
+        if self.checkpoint_activations and self.training:
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
