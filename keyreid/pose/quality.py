@@ -201,8 +201,8 @@ def _sections(files: Path, numbers: dict, found: _Found, captions: list[str]) ->
         Section("Contact sheet", pictures=[("contact.png", contact)], items=captions),
     ]
     if "accuracy" in numbers:
-        accuracy = numbers["accuracy"]
-        sections.append(Section("Against true keypoints", table=_table("measure", accuracy | accuracy["pck_0.05_by_joint"])))
+        judged = numbers["accuracy"] | numbers["accuracy"]["pck_0.05_by_joint"]
+        sections.append(Section("Against true keypoints", table=_table("measure", judged)))
     made = {name: value for name, value in found.provenance.items() if name != "unreadable"}
     return [*sections, Section("How they were made", table=_table("setting", made))]
 
