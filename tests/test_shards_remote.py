@@ -14,7 +14,7 @@ import pytest
 from packed import make_config, make_dataset, pack_dataset
 
 from keyreid.errors import DataError
-from keyreid.shards import open_reader, remote
+from keyreid.shards import open_reader, remote, storage
 from keyreid.shards.plan import evaluation_clips
 from keyreid.shards.shard_set import ShardSet
 
@@ -174,3 +174,13 @@ def test_a_set_that_is_not_there_is_named(server, tmp_path):
         ShardSet.open("nosuch://bucket/set", tmp_path / "cache")
     with pytest.raises(DataError, match=f"{server.url}/none/dataset.json"):
         ShardSet.open(f"{server.url}/none", tmp_path)
+
+
+def test_a_stream_goes_forward_and_opens_again_for_what_lies_far_behind(folder, monkeypatch):
+    monkeypatch.setattr(storage, "_STREAM_BYTES", 1000)
+    monkeypatch.setattr(storage, "_STREAM_KEPT", 5000)
+    path = folder / "toy-00000.tar"
+    content, files = path.read_bytes(), storage.StreamedShardFiles([str(path)])
+    for offset in (0, 512, 3000, 1024, 20_000, 18_000, 700, len(content) - 10):
+        assert files.read(0, 600, offset) == content[offset : offset + 600]
+    files.close()

@@ -57,9 +57,11 @@ def test_nobody_takes_over_between_intervals_from_a_finished_trial_or_without_a_
     assert compares.on_trial_result(controller, good, {"epoch": 1, "score": 0.9}) == "CONTINUE"
     assert compares.on_trial_result(controller, good, {"epoch": 2, "score": 0.9}) == "CONTINUE"
     assert compares.on_trial_result(controller, bad, {"epoch": 2, "score": float("nan")}) == "CONTINUE"
+    assert compares.on_trial_result(controller, good, {"epoch": 4, "score": 0.9}) == "CONTINUE"
     good.status = Trial.TERMINATED
     assert compares.on_trial_result(controller, bad, {"epoch": 2, "score": 0.1}) == "CONTINUE"
     assert "donor" not in bad.config
+    assert "donor" not in good.config
 
 
 def test_trials_take_turns_where_there_is_no_room_for_all():

@@ -31,9 +31,6 @@ class Verb(StrEnum):
     PIPELINE = "pipeline"
 
 
-RANKED = (Verb.TRAIN, Verb.EVALUATE, Verb.PIPELINE)  # a task on each GPU
-
-
 class Job(NamedTuple):
     """A batch file's verb, its arguments, and the options of sbatch that are not None."""
 
@@ -79,7 +76,7 @@ def submit(
     """
     ranks = _number_of(gpus_per_node) if gpus_per_node else tasks_per_node
     size = {"nodes": nodes, "gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task}
-    tasks = ranks if verb in RANKED else tasks_per_node
+    tasks = ranks if verb in (Verb.TRAIN, Verb.EVALUATE, Verb.PIPELINE) else tasks_per_node
     if tasks != 1:  # one is the default; said, it makes of LEAST-MOST nodes always LEAST
         size["ntasks-per-node"] = tasks
     if follow and (array or verb is Verb.PIPELINE):

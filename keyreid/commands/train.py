@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,7 +26,7 @@ def train(
         ),
     ] = None,
     resume: Annotated[
-        str, typer.Option(help="auto: from the run's newest whole checkpoint. never: start anew.")
+        Literal["auto", "never"], typer.Option(help="auto: from the run's newest whole checkpoint. never: start anew.")
     ] = "auto",
     dataset_name: Annotated[
         str | None, typer.Option(help="MARS, iLIDS-VID or PRID2011: use its configuration from configs/.")
@@ -45,23 +45,11 @@ def train(
     from keyreid.config import load_config
     from keyreid.distributed.launch import default_ranks, is_launched, run_ranks
     from keyreid.distributed.ranks import position
-    from keyreid.errors import ConfigError
     from keyreid.training.dry_run import check_data, describe_plan
     from keyreid.training.run import completed_result
     from keyreid.training.run import train as train_here
 
-    overrides = list(overrides or [])
-    if dataset_name is not None:
-        if config is not None:  # the first word after the options is an override then
-            overrides.insert(0, str(config))
-        config = _dataset_configuration(dataset_name)
-    if config is None:
-        raise ConfigError("name a configuration (keyreid train configs/mars.yaml), or a dataset (--dataset-name MARS)")
-    if vit_path is not None:
-        overrides.append(f"model.weights={vit_path}")
-    if resume not in ("auto", "never"):
-        raise ConfigError(f"--resume {resume}: auto or never")
-    settings = load_config(config, overrides)
+    settings = load_config(*_named(config, overrides or [], dataset_name, vit_path))
     if dry_run:
         print(describe_plan(settings))
         return
@@ -78,6 +66,20 @@ def train(
         result = train_here(settings, resume == "auto")
     if result is not None and position()[0] == 0:
         print(f"\n{result.get('summary', result)}\nrun folder: {settings.run_dir}")
+
+
+def _named(
+    config: Path | None, overrides: list[str], dataset_name: str | None, vit_path: Path | None
+) -> tuple[Path, list[str]]:
+    """The configuration file and the changes to it that the options name."""
+    from keyreid.errors import ConfigError
+
+    if dataset_name is not None:  # the first word after the options is an override then
+        overrides = [*([str(config)] if config is not None else []), *overrides]
+        config = _dataset_configuration(dataset_name)
+    if config is None:
+        raise ConfigError("name a configuration (keyreid train configs/mars.yaml), or a dataset (--dataset-name MARS)")
+    return config, [*overrides, *([f"model.weights={vit_path}"] if vit_path is not None else [])]
 
 
 def _train_on_ray(settings, address: str, ranks: int | None, resume: bool) -> dict | None:

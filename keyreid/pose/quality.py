@@ -196,20 +196,20 @@ def _sections(files: Path, numbers: dict, found: _Found, captions: list[str]) ->
     absent = f"Without keypoints: {', '.join(found.absent[:50])}{' ...' if len(found.absent) > 50 else ''}"
     contact = "Crops with skeletons and part heatmaps, in the colours of the parts above"
     sections = [
-        Section(text=[str(files), *([absent] if found.absent else [])], table=_table("all frames", numbers)),
+        Section(text=[str(files), *([absent] if found.absent else [])], table=_table("measure", numbers)),
         Section("Statistics", pictures=[("statistics.png", "Joints found, scores, confidences")]),
         Section("Contact sheet", pictures=[("contact.png", contact)], items=captions),
     ]
     if "accuracy" in numbers:
-        accuracy = numbers["accuracy"]
-        sections.append(Section("Against true keypoints", table=_table("", accuracy | accuracy["pck_0.05_by_joint"])))
+        judged = numbers["accuracy"] | numbers["accuracy"]["pck_0.05_by_joint"]
+        sections.append(Section("Against true keypoints", table=_table("measure", judged)))
     made = {name: value for name, value in found.provenance.items() if name != "unreadable"}
-    return [*sections, Section("How they were made", table=_table("", made))]
+    return [*sections, Section("How they were made", table=_table("setting", made))]
 
 
 def _table(head: str, values: dict) -> list[tuple[str, str]]:
     rows = [(k.replace("_", " "), v) for k, v in values.items() if not isinstance(v, dict)]
-    return [(head, ""), *((name, f"{v:.4g}" if isinstance(v, float) else str(v)) for name, v in rows)]
+    return [(head, "value"), *((name, f"{v:.4g}" if isinstance(v, float) else str(v)) for name, v in rows)]
 
 
 def judge_keypoints(found: np.ndarray, true: np.ndarray, heights: np.ndarray) -> dict[str, Any]:
@@ -232,10 +232,11 @@ def judge_keypoints(found: np.ndarray, true: np.ndarray, heights: np.ndarray) ->
 
 def describe(accuracy: dict[str, Any]) -> str:
     """What `judge_keypoints` gives, in a line."""
+    median = accuracy["median_pixels"]
     return (
         f"PCK@0.05 of the height {accuracy['pck_0.05']:.3f} of all true joints, "
         f"{accuracy['pck_0.05_in_plain_sight']:.3f} of those in plain sight; "
-        f"median error {accuracy['median_pixels'] or float('nan'):.2f} pixels"
+        f"median error {float('nan') if median is None else median:.2f} pixels"
     )
 
 

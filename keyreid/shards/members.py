@@ -153,9 +153,8 @@ def decode_tiles(content: bytes, parts: int) -> np.ndarray:
         ValueError: it is no such picture.
     """
     size = parts * TILE_WIDTH, TILE_HEIGHT
-    if content[16:24] != struct.pack(">II", *size) or content[-8:-4] != b"IEND":  # before anything is inflated
-        raise ValueError(f"heatmaps are not a whole PNG of {size[0]} x {size[1]} pixels")
-    picture = _decode(content, cv2.IMREAD_UNCHANGED)
+    fits = content[16:24] == struct.pack(">II", *size)  # asked before anything is inflated
+    picture = _decode(content, cv2.IMREAD_UNCHANGED) if fits else None
     if picture is None or picture.dtype != np.uint8 or picture.shape != size[::-1]:
         raise ValueError(f"heatmaps are not an 8-bit grey PNG of {size[0]} x {size[1]} pixels")
     return picture.reshape(TILE_HEIGHT, parts, TILE_WIDTH).transpose(1, 0, 2)
