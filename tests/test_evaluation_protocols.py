@@ -145,16 +145,6 @@ def test_camera_entries_of_the_published_loader_on_the_real_mars_index(mars):
     assert cameras_as_released(Side(np.array([5, 6]), np.array([1, 2]), np.array([3, 3]))).cameras.tolist() == [1, 1]
 
 
-def test_blocks_change_nothing():
-    rng = np.random.default_rng(1)
-    query, gallery = (Side(rng.integers(1, 300, n), rng.integers(1, 7, n)) for n in (400, 5000))
-    distance = rng.random((400, 5000), dtype=np.float32)
-    whole = judge(distance, query, gallery, "torchreid")
-    cut = judge(distance, query, gallery, "torchreid", block_bytes=2**20)
-    assert cut.as_dict() == whole.as_dict()
-    assert np.array_equal(cut.average_precision, whole.average_precision, equal_nan=True)
-
-
 def test_equals_a_loop_over_queries_in_a_gallery_of_mars():
     """At a twentieth of MARS's queries, against the usual NumPy evaluator: argsort, then a loop over the queries."""
     rng = np.random.default_rng(2)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from training_runs import logged, newest_tensors, run, toy_config, toy_shards, train
 
-from keyreid.config import ClipConfig, ModelConfig, check_section
+from keyreid.config import ClipConfig, ModelConfig, check_config
 from keyreid.errors import ConfigError
 from keyreid.guidance import MODES, Guidance, named
 from keyreid.model import build_model
@@ -56,7 +56,7 @@ def test_names():
     with pytest.raises(ConfigError, match="no guidance is called 'alined'; the nearest is 'aligned'"):
         named("alined")
     with pytest.raises(ConfigError, match=r"model\.guidance: .* the nearest is 'released'|guidance: .*'released'"):
-        check_section(ModelConfig, {"guidance": "relased"}, "test")
+        check_config({"guidance": "relased"}, "test", ModelConfig)
 
 
 def test_an_own_mode_decides_tokens_and_parts():

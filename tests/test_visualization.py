@@ -16,7 +16,7 @@ from keyreid.errors import DataError
 from keyreid.evaluation.pictures import chosen_queries, write_result_page
 from keyreid.evaluation.protocols import PROTOCOLS
 from keyreid.evaluation.ranking import rank_gallery, split_vectors
-from keyreid.model.backbone import Backbone
+from keyreid.backbones.vit import ViT
 from keyreid.shards import open_reader
 from keyreid.shards.plan import evaluation_clips
 from keyreid.visualization.attention import attention_maps
@@ -138,7 +138,7 @@ def test_attention_is_drawn_with_the_cameras_that_were_embedded(toy, tmp_path, k
         weights = tmp_path / "elsewhere.safetensors"
         write_weights(weights, model.state_dict(), header)
     told = []
-    forward = Backbone.forward
+    forward = ViT.forward
 
     def listening(self, images, cameras, *rest):
         told.append(set(cameras.tolist()))
@@ -147,7 +147,7 @@ def test_attention_is_drawn_with_the_cameras_that_were_embedded(toy, tmp_path, k
     settings = ["data.reader=plain", "data.workers=1", "training.precision=fp32", "evaluation.pictures=1"]
     here, key = f"--shards={shards.location}", str(shards.tracklets[shards.select("query")[0]].key)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Backbone, "forward", listening)
+        patch.setattr(ViT, "forward", listening)
         run = CliRunner().invoke(app, ["evaluate", here, f"--out={tmp_path}/out", "--ranks=1", str(weights), *settings])
         assert run.exit_code == 0, run.exception
         *embedded, drawn = told

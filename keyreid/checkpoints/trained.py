@@ -115,7 +115,7 @@ def header_of(network: KeyReID, file: Path) -> WeightsHeader:
     """A header for a published checkpoint; its identities and cameras are counted, not named."""
     height, width = network.image_size
     return WeightsHeader(
-        model=ModelConfig(guidance=network.guidance, parts=network.parts),
+        model=ModelConfig(guidance=network.guidance.name, parts=network.parts),
         clip=ClipConfig(frames=network.frames, height=height, width=width),
         identities=list(range(network.num_identities)),
         cameras=list(range(network.num_cameras)),

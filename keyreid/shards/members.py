@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import threading
 import zlib
 from typing import Any
 
@@ -28,6 +29,7 @@ UNKNOWN_IDENTITY = -2
 MAX_KEY_LENGTH = 80  # with the longest member name this fits the 100 bytes of a plain tar header
 LARGEST_SIDE = (1 << 16) - 1  # pixels; what the index can say
 JSON, KEYPOINTS = 0, 1  # numbers of a tracklet's first members
+_ONE_PARSER = threading.Lock()  # NumPy parses headers with ast, which two threads cannot in Python 3.11 (gh-106905)
 _BEFORE_FRAMES, _PER_FRAME = 2, 2  # those two, then each frame's picture and heatmaps
 
 
@@ -78,7 +80,8 @@ def decode_keypoints(content: bytes, frames: int) -> np.ndarray:
     Raises:
         ValueError: not a float32 `.npy` file of `frames` poses.
     """
-    keypoints = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    with _ONE_PARSER:
+        keypoints = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     if keypoints.shape != (frames, 17, 3) or keypoints.dtype != np.float32:
         raise ValueError(f"keypoints are {keypoints.dtype} {keypoints.shape}, not float32 ({frames}, 17, 3)")
     return keypoints
