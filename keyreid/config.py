@@ -6,8 +6,6 @@ and bounds are pydantic's. An unknown key is an error that names the nearest kno
 recipe of KeyRe-ID (arXiv 2507.07393) unless a comment says otherwise.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -237,7 +235,7 @@ class Config(Section):
             )
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Config:
+    def _fits_together(self) -> "Config":
         if self.data.batch_size % self.training.accumulation:
             raise ValueError(
                 f"training.accumulation={self.training.accumulation} does not divide the batch of "

@@ -1,7 +1,5 @@
 """What this machine can do for keyreid: each thing is tried, not only looked for."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Files that are whole or absent: hashing, syncing and atomic replacement."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

@@ -10,8 +10,6 @@ All of them see the GLOBAL batch: `gather` brings the features of all ranks toge
 ranks of b clips compute what one rank of R*b clips would.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

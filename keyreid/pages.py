@@ -1,7 +1,5 @@
 """One HTML page for every report: a title, then sections of text, tables and pictures; a file that needs no server."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources

@@ -3,8 +3,6 @@
 In a clone they lie in configs/, slurm/ and launch/; an installed package holds folders of the same names (setup.py).
 """
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

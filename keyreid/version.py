@@ -1,7 +1,5 @@
 """Which keyreid this is: its version, and the commit where it runs from a clone."""
 
-from __future__ import annotations
-
 import subprocess
 from functools import cache
 from importlib import metadata

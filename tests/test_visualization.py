@@ -9,6 +9,7 @@ from evaluation_toys import toy_config, toy_network
 from PIL import Image
 from typer.testing import CliRunner
 
+from keyreid.backbones.vit import ViT
 from keyreid.checkpoints.weights_file import WeightsHeader, write_weights
 from keyreid.cli import app
 from keyreid.embedding.features import extract
@@ -16,7 +17,6 @@ from keyreid.errors import DataError
 from keyreid.evaluation.pictures import chosen_queries, write_result_page
 from keyreid.evaluation.protocols import PROTOCOLS
 from keyreid.evaluation.ranking import rank_gallery, split_vectors
-from keyreid.backbones.vit import ViT
 from keyreid.shards import open_reader
 from keyreid.shards.plan import evaluation_clips
 from keyreid.visualization.attention import attention_maps

@@ -3,8 +3,6 @@
 A backbone of another kind is a file here with a class made from `Backbone`, and its line in `FAMILIES`.
 """
 
-from __future__ import annotations
-
 from keyreid.backbones.backbone import Backbone, LastStage, PatchGrid
 from keyreid.backbones.vit import ViT
 from keyreid.config import ClipConfig, ModelConfig

@@ -1,7 +1,5 @@
 """What a backbone is: it turns frames into tokens on a grid, and hands over its last stage for the branches to run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,7 +28,7 @@ class PatchGrid:
         return tuple((side - self.patch) // self.stride + 1 for side in (self.height, self.width))
 
     @classmethod
-    def tiling(cls, model: ModelConfig, clip: ClipConfig, patch: int, stride: int) -> PatchGrid:
+    def tiling(cls, model: ModelConfig, clip: ClipConfig, patch: int, stride: int) -> "PatchGrid":
         """The grid of a configuration's frames.
 
         Raises:
@@ -92,7 +90,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def build(cls, model: ModelConfig, clip: ClipConfig, num_cameras: int) -> Backbone:
+    def build(cls, model: ModelConfig, clip: ClipConfig, num_cameras: int) -> "Backbone":
         """The backbone of a configuration with random weights; its last stage is still in it."""
         raise NotImplementedError
 

@@ -1,7 +1,5 @@
 """Weights into a module by name and shape, and a word on each that found no place."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 

@@ -3,8 +3,6 @@
 timm takes seconds to import, so only what builds a network or reads its files does.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import re
@@ -34,7 +32,7 @@ class ViT(Backbone):
         camera_factor: what the camera embedding is multiplied with (published: 3).
     """
 
-    def __init__(self, vit: VisionTransformer, num_cameras: int, camera_factor: float):
+    def __init__(self, vit: "VisionTransformer", num_cameras: int, camera_factor: float):
         patches = vit.patch_embed
         grid = PatchGrid(*patches.img_size, patches.patch_size[0], patches.proj.stride[0])
         super().__init__(vit.embed_dim, grid, vit.num_prefix_tokens)
@@ -57,7 +55,7 @@ class ViT(Backbone):
         return PatchGrid.tiling(model, clip, patch, model.patch_stride or patch)
 
     @classmethod
-    def build(cls, model: ModelConfig, clip: ClipConfig, num_cameras: int) -> ViT:
+    def build(cls, model: ModelConfig, clip: ClipConfig, num_cameras: int) -> "ViT":
         """See Backbone: position embeddings fit the grid, and stochastic depth grows linearly to `drop_path`."""
         from timm.layers import build_sincos2d_pos_embed
 
@@ -146,7 +144,7 @@ class ViT(Backbone):
             ) from None
 
 
-def create(name: str, depth: int | None, **settings) -> VisionTransformer:
+def create(name: str, depth: int | None, **settings) -> "VisionTransformer":
     """timm's network of this name, with random weights.
 
     Raises:

@@ -8,8 +8,6 @@ A folder is written under another name, synced to disk and renamed; then `latest
 of ranks and any ZeRO stage (see state.py).
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

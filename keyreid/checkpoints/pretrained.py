@@ -1,7 +1,5 @@
 """Files of tensors, and a network filled from another network's; a backbone fills itself (`keyreid.backbones`)."""
 
-from __future__ import annotations
-
 import logging
 import pickle
 from collections.abc import Mapping

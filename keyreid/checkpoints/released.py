@@ -5,8 +5,6 @@ reads: the backbone's last block and norm (the global branch has its own copies,
 classifier `base.fc`.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

@@ -7,8 +7,6 @@ RUN/evaluation/DATASET-NAME/      of `keyreid evaluate`
 RUN/tracking/, RUN/logs/          the event log and MLflow's run id; what each rank said
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +27,7 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def holding(cls, file: Path) -> RunFolder | None:
+    def holding(cls, file: Path) -> "RunFolder | None":
         """The run to which a weights file belongs; None for a file on its own."""
         runs = map(cls, file.resolve().parents[:3])
         return next((run for run in runs if run.config_file.is_file()), None)

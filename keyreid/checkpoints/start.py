@@ -1,7 +1,5 @@
 """A network with the initial weights that its configuration names."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from pathlib import Path

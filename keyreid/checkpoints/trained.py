@@ -1,7 +1,5 @@
 """From a run, a checkpoint, a weights file or a published checkpoint to a network and its configuration."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ order, and the same weights shall be the same bytes. Its first entry, `sha256`, 
 place, so that a change of any byte shows.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

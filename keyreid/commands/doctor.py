@@ -1,7 +1,5 @@
 """`keyreid doctor`: what works on this machine, and the command that mends what does not."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

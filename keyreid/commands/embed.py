@@ -1,7 +1,5 @@
 """`keyreid embed`: vectors of tracklets in a Parquet file."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """`keyreid evaluate`: judge a model, or any distance matrix, by named protocols."""
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from pathlib import Path

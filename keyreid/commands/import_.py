@@ -1,7 +1,5 @@
 """`keyreid import`: your own videos, folders and tables."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -92,7 +90,7 @@ def folder(
     _report(out, import_folder(source.expanduser(), out.expanduser(), layout, test_share, seed, *bounds, name))
 
 
-def _report(out: Path, imported: Imported) -> None:
+def _report(out: Path, imported: "Imported") -> None:
     for reason, count in imported.left_out.items():
         if count:
             typer.echo(f"left out: {count} {reason}")

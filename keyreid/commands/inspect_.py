@@ -1,7 +1,5 @@
 """`keyreid inspect`: what is in a set of shards, and whether all of it is whole."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path
@@ -71,7 +69,7 @@ def _verify(folder: Path) -> None:
     _report(found, f"{folder}: verified, {total} shards are whole", mend)
 
 
-def _compare(shards: ShardSet, root: Path, keypoints: Path | None) -> None:
+def _compare(shards: "ShardSet", root: Path, keypoints: Path | None) -> None:
     from keyreid.datasets import open_dataset
     from keyreid.progress import track
     from keyreid.shards.verify import compare
@@ -92,7 +90,7 @@ def _compare(shards: ShardSet, root: Path, keypoints: Path | None) -> None:
     _report(found, f"{shards.location}: the same as {root}, {len(dataset.tracklets)} tracklets", mend)
 
 
-def _report(found: list[Problem], good: str, mend: str) -> None:
+def _report(found: "list[Problem]", good: str, mend: str) -> None:
     for problem in found[:_SHOWN]:
         typer.echo(str(problem))
     if len(found) > _SHOWN:
@@ -103,7 +101,7 @@ def _report(found: list[Problem], good: str, mend: str) -> None:
     typer.echo(good)
 
 
-def _describe(shards: ShardSet) -> None:
+def _describe(shards: "ShardSet") -> None:
     import numpy as np
 
     card = shards.card

@@ -1,7 +1,5 @@
 """`keyreid pose` and its companions: keypoints of a dataset, their quality, imports and exports, the small network."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

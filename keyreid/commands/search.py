@@ -1,7 +1,5 @@
 """`keyreid search`: find people in vector files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`keyreid shard`: pack a dataset into shards."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -75,7 +73,7 @@ def shard(
         _say_loudly(f"{without} tracklets were packed without keypoints")
 
 
-def _announce(layout: ShardLayout, out: Path) -> int:
+def _announce(layout: "ShardLayout", out: Path) -> int:
     """Say what will be packed; gives how many tracklets have no keypoints."""
     data, settings = layout.dataset, layout.settings
     frames = sum(len(tracklet.frames) for tracklet in data.tracklets)

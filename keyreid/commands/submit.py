@@ -1,7 +1,5 @@
 """`keyreid submit`: queue a job on a Slurm cluster, with the batch files in slurm/."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from enum import StrEnum
@@ -100,7 +98,7 @@ def submit(
 
 def _check(
     verb: Verb, arguments: list[str], nodes: str | None, ranks: int | None, array: str | None, waits: bool
-) -> Config | None:
+) -> "Config | None":
     """Refuse what would fail on the cluster: the configuration, and the shards unless an earlier job makes them."""
     from keyreid.config import load_config
     from keyreid.distributed.slurm import ARRAY_PLACEHOLDER

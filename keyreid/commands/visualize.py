@@ -1,7 +1,5 @@
 """`keyreid visualize`: pictures of what a model sees and finds."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

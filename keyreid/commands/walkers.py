@@ -1,7 +1,5 @@
 """`keyreid walkers`: draw pedestrians in the layout of MARS."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Annotated

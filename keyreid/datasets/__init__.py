@@ -4,8 +4,6 @@ A reader is a function `open_NAME(root: Path, ...) -> Dataset` in a module of th
 options that users may set, of the types that they are annotated with. To add one, write it and name it in READERS.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +23,7 @@ READERS = {
 }
 
 
-def open_dataset(name: str, root: Path | str, **options: Any) -> Dataset:
+def open_dataset(name: str, root: Path | str, **options: Any) -> "Dataset":
     """Open a dataset by name; docs/datasets.md says how each must lie on disk and which options it takes.
 
     Raises:

@@ -10,8 +10,6 @@ What `keyreid import` writes is such a table with a card, by which names keep th
     OUT/crops/...           pictures that were cut from videos
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 What was cut is encoded as JPEG of quality 95, or as PNG where it was cut from one; files of other formats become PNG.
 """
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from typing import Literal

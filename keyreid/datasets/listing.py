@@ -1,7 +1,5 @@
 """What the readers share: folders and pictures in a fixed order, keys, names turned into numbers, MATLAB files."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path

@@ -5,8 +5,6 @@ repository's folder); `keyreid walkers` writes the same layout. The index says w
 form a tracklet; a name's folder is what stands before its camera: `0001C1T0001F001.jpg` lies in `0001`.
 """
 
-from __future__ import annotations
-
 import gzip
 import re
 from dataclasses import dataclass

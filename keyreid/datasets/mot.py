@@ -6,8 +6,6 @@ Each sequence is a camera. Tracks are lines of frame (from 1), id, x, y, width, 
 of which the last three may be missing, or a CSV file whose first line names those columns in any order.
 """
 
-from __future__ import annotations
-
 import configparser
 from collections.abc import Iterator
 from dataclasses import dataclass

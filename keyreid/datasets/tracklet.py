@@ -1,7 +1,5 @@
 """The record that every dataset reader gives: a tracklet, short sequence of one person from one camera."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -11,8 +11,6 @@ cameras and halves them ten times; there is no official list, so a `splits_prid2
 data is used where there is one, and otherwise ten splits are drawn by `seed`. Figures of different splits differ.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

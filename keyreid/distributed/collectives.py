@@ -1,7 +1,5 @@
 """Collectives that gradients pass through."""
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 

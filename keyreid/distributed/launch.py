@@ -4,8 +4,6 @@ torchrun, deepspeed and srun start ranks themselves; this is for `keyreid train`
 that a run saves and ends in order, which torch's own elastic agent does not wait for.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

@@ -4,8 +4,6 @@ USR2 may come any number of times: Slurm can lose one that it is to pass on to r
 repeats it.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 from types import FrameType
@@ -20,7 +18,7 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self._previous: dict[int, object] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> "StopRequest":
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._receive)
         return self

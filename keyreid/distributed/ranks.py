@@ -1,7 +1,5 @@
 """Who this process is among the processes of a run, whatever launched it."""
 
-from __future__ import annotations
-
 import datetime
 import os
 from dataclasses import dataclass
@@ -36,7 +34,7 @@ class Ranks:
     control: dist.ProcessGroup | None
 
     @classmethod
-    def alone(cls, device: torch.device | str = "cpu") -> Ranks:
+    def alone(cls, device: torch.device | str = "cpu") -> "Ranks":
         """One process by itself, without a process group."""
         return cls(0, 1, 0, torch.device(device), None)
 

@@ -1,7 +1,5 @@
 """Ray: joined, or started on this machine; and what every process needs that Ray starts as a rank."""
 
-from __future__ import annotations
-
 import logging
 import os
 import secrets
@@ -67,7 +65,7 @@ def _start_here(common: dict) -> None:
 
 
 def start_processes(
-    kind: type[RayProcess],
+    kind: "type[RayProcess]",
     ranks: int,
     group: PlacementGroup,
     cpus: float,

@@ -1,7 +1,5 @@
 """Ranks that a Ray cluster places: `keyreid train CONFIG --ray HOST:PORT --ranks N`."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path

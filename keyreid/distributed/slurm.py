@@ -4,8 +4,6 @@ The batch files in slurm/ are the one description of how a job runs; nothing her
 list of words that goes to `sbatch` as it is, without a shell in between.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

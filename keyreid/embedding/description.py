@@ -1,7 +1,5 @@
 """What a vector file says of its tracklets beside the vectors: who, where, when, and a small picture."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

@@ -9,8 +9,6 @@ gallery is read once for every block of queries (at most 1024), so that it may b
   as both sides see of it: (d_global + sum_p v_qp v_gp d_p) / (1 + sum_p v_qp v_gp), v in [0, 1].
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -43,7 +41,7 @@ class Embeddings:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def __getitem__(self, rows: slice | np.ndarray) -> Embeddings:
+    def __getitem__(self, rows: slice | np.ndarray) -> "Embeddings":
         seen = None if self.visibility is None else self.visibility[rows]
         return Embeddings(self.vectors[rows], seen, self.global_width)
 

@@ -6,8 +6,6 @@ on the border of two ranks is run by both. So every clip is embedded in the same
 same order on one rank as on many: bit for bit the same vectors where machine and thread count are the same.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping, Sequence
 

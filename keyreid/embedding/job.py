@@ -5,8 +5,6 @@ parts. Rank r of R embeds parts r, r + R, ... by itself, without talking to the 
 the output (`OUT.parts/`). Whoever finds all parts there joins them. Run again, parts that are there are kept.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

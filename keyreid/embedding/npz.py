@@ -1,7 +1,5 @@
 """Arrays from `.npz` files of anybody's, without unpickling anything."""
 
-from __future__ import annotations
-
 import zipfile
 import zlib
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ sparse matrices, so that memory grows with N k1 k2 (N = queries + gallery) inste
 The result is (1 - weight) Jaccard distance + weight d^2 / max d^2, the maximum over each query's row.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from scipy import sparse

@@ -6,8 +6,6 @@ known); `visibility` (fixed list, float); `vector` (fixed list, float or half fl
 frame, or null). The file's metadata says which network made the vectors. Any Parquet tool reads them.
 """
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import io
@@ -109,11 +107,11 @@ class Vectors:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def __getitem__(self, rows: np.ndarray | slice) -> Vectors:
+    def __getitem__(self, rows: np.ndarray | slice) -> "Vectors":
         described = self.described.take(np.arange(len(self))[rows])
         return Vectors(self.about, described, self.vectors[rows], self.visibility[rows])
 
-    def followed_by(self, other: Vectors) -> Vectors:
+    def followed_by(self, other: "Vectors") -> "Vectors":
         """Both, one after the other."""
         arrays = (np.concatenate(pair) for pair in ((self.vectors, other.vectors), (self.visibility, other.visibility)))
         return Vectors(self.about, pa.concat_tables([self.described, other.described]), *arrays)
@@ -171,7 +169,7 @@ class Vectors:
         write_vectors(path, about, (replace(self[rows], about=about).table for rows in blocks))
 
     @staticmethod
-    def load(path: Path) -> Vectors:
+    def load(path: Path) -> "Vectors":
         """Read a vector file, or the `.npz` that evaluations wrote before; without pictures.
 
         Raises:

@@ -1,7 +1,5 @@
 """Any distance matrix, from an `.npz` file: read, checked, judged."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

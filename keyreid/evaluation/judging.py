@@ -1,7 +1,5 @@
 """One evaluation: embed the test tracklets on all ranks, judge them by named protocols, write scores and pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path

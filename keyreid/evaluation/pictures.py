@@ -1,7 +1,5 @@
 """The pictures of an evaluation and the page that shows them: which queries, and their ranked lists from the shards."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

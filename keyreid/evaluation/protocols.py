@@ -15,8 +15,6 @@ Ties: of two gallery entries at the same distance the one with the smaller index
 Queries without a match are not valid: they count in no average.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +96,7 @@ class Side:
     def __len__(self) -> int:
         return len(self.identities)
 
-    def __getitem__(self, rows: np.ndarray) -> Side:
+    def __getitem__(self, rows: np.ndarray) -> "Side":
         return Side(self.identities[rows], self.cameras[rows], None if self.frames is None else self.frames[rows])
 
 

@@ -1,7 +1,5 @@
 """From embedded tracklets to scores: which tracklets query which, how far apart they are, and what a protocol says."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """Evaluation of saved weights: on one split of a dataset, or on all of them with mean and deviation."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Scores as people and programs read them: a table and a JSON object, protocol and data set beside each number."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The model card that is written beside every export: what the network is, how good, and what it must not do."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path

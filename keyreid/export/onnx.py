@@ -5,8 +5,6 @@ Inputs, any number of clips B: `images` uint8 [B, T, 3, H, W] (RGB), `guidance` 
 `KeyReID.embed` gives; a tracklet's vector is the mean over its clips.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import tempfile

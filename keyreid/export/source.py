@@ -1,7 +1,5 @@
 """What is exported: a network, and what is known of it; and the export as one safetensors file with all of that."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path

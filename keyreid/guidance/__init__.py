@@ -3,8 +3,6 @@
 A mode of your own is a file here with a class made from `Guidance`, and its line in `MODES`.
 """
 
-from __future__ import annotations
-
 import difflib
 
 from keyreid.errors import ConfigError

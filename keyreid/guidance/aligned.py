@@ -1,7 +1,5 @@
 """Guidance as the paper's figures draw it: it weighs the patches that a part attends to."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from keyreid.guidance.mode import Guidance
@@ -19,7 +17,7 @@ class Aligned(Guidance):
 
     name = "aligned"
 
-    def part_features(self, branch: nn.Module, tokens: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
+    def part_features(self, branch: "nn.Module", tokens: "torch.Tensor", guidance: "torch.Tensor") -> "torch.Tensor":
         """See Guidance."""
         rows = tokens.unflatten(0, (-1, branch.frames)).transpose(1, 2)  # [B, R+N, T, D]
         rows = rows.index_select(1, branch.gather).flatten(2)

@@ -1,7 +1,5 @@
 """What a guidance mode decides, from the reader to the evaluation: one class instead of a name compared everywhere."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,18 +33,18 @@ class Guidance:
     blanks_repeats: bool = False
     is_published: bool = False
 
-    def scaled(self, heatmaps: torch.Tensor) -> torch.Tensor:
+    def scaled(self, heatmaps: "torch.Tensor") -> "torch.Tensor":
         """From the readers' [0, 1] to the range that the network takes."""
         return heatmaps
 
-    def prompts(self, parts: int, width: int) -> nn.Module | None:
+    def prompts(self, parts: int, width: int) -> "nn.Module | None":
         """A module whose output is added to the patch tokens before the first block, or None for no such addend.
 
         It maps guidance [S, P, Hp, Wp] of S frames to [S, Hp * Wp, width].
         """
         return None
 
-    def part_features(self, branch: nn.Module, tokens: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
+    def part_features(self, branch: "nn.Module", tokens: "torch.Tensor", guidance: "torch.Tensor") -> "torch.Tensor":
         """The parts of B clips, before the local branch's norm.
 
         Args:

@@ -1,7 +1,5 @@
 """Guidance as the published code computes it, for its checkpoints."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from keyreid.guidance.mode import Guidance
@@ -27,11 +25,11 @@ class Released(Guidance):
     blanks_repeats = True
     is_published = True
 
-    def scaled(self, heatmaps: torch.Tensor) -> torch.Tensor:
+    def scaled(self, heatmaps: "torch.Tensor") -> "torch.Tensor":
         """To [-1, 1]."""
         return heatmaps * 2 - 1
 
-    def part_features(self, branch: nn.Module, tokens: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
+    def part_features(self, branch: "nn.Module", tokens: "torch.Tensor", guidance: "torch.Tensor") -> "torch.Tensor":
         """See Guidance."""
         # The published view joins T consecutive tokens of a frame: [B, 1+N, T*D]
         rows = tokens.contiguous().view(guidance.shape[0], tokens.shape[1], -1).index_select(1, branch.gather)

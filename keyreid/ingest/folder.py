@@ -1,7 +1,5 @@
 """Bring a folder of folders, or a table of pictures, into an imported folder; pictures stay where they are."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import compress
 from pathlib import Path

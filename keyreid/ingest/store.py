@@ -1,7 +1,5 @@
 """Add sources to an imported folder: the rows of its manifest, and its card."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass

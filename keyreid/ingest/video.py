@@ -3,8 +3,6 @@
 A video is read once from its beginning to its end, however many people are in it.
 """
 
-from __future__ import annotations
-
 import functools
 import shutil
 from collections import Counter

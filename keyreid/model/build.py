@@ -1,7 +1,5 @@
 """From a configuration to a network."""
 
-from __future__ import annotations
-
 from keyreid.backbones import Backbone, build_backbone
 from keyreid.config import ClipConfig, ModelConfig
 from keyreid.model.keyreid import KeyReID

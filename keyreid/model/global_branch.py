@@ -1,7 +1,5 @@
 """The global branch: each frame's class token, weighed over time by a learnt attention."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """BatchNorm necks and linear classifiers."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -1,7 +1,5 @@
 """From a reader's batch to the network's inputs, on the device that the batch is on."""
 
-from __future__ import annotations
-
 import torch
 
 from keyreid.guidance import Guidance

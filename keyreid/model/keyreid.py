@@ -1,7 +1,5 @@
 """KeyRe-ID: a global and a keypoint-guided local branch on one vision transformer (arXiv 2507.07393)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,7 +28,7 @@ class Features(NamedTuple):
     temporal_scores: torch.Tensor
 
     @staticmethod
-    def concatenate(batches: list[Features]) -> Features:
+    def concatenate(batches: "list[Features]") -> "Features":
         """The features of several micro-batches as those of one batch."""
         return Features(
             *(torch.cat(values, dim) for values, dim in zip(zip(*batches, strict=True), BATCH_DIMS, strict=True))

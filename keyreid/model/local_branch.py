@@ -1,7 +1,5 @@
 """The keypoint-guided local branch: one feature for each body part, by one shared transformer block of width T x D."""
 
-from __future__ import annotations
-
 import math
 
 import torch

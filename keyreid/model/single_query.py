@@ -6,8 +6,6 @@ after it. docs/model.md has the derivation. What the branches add is a guidance 
 the row before its LayerNorm (`scale`, the published code) or weighs its key (`log_weight`).
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, DropPath
@@ -121,7 +119,7 @@ class SingleQueryBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
     @classmethod
-    def from_block(cls, block: Block) -> SingleQueryBlock:
+    def from_block(cls, block: Block) -> "SingleQueryBlock":
         """The same block with the same weights; see `is_rewritable`."""
         timm_attention = block.attn
         attention = SingleQueryAttention(

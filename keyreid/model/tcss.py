@@ -1,7 +1,5 @@
 """Temporal clip shift and shuffle (TCSS): the order in which the local branch meets its rows."""
 
-from __future__ import annotations
-
 import torch
 
 from keyreid.config import TcssConfig

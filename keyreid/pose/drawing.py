@@ -1,7 +1,5 @@
 """Pictures of poses: a skeleton and part heatmaps over a crop, and sheets of many crops."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import cv2

@@ -5,8 +5,6 @@ tracklet only, so that a tracklet's file depends on nothing but its frames and t
 beside it: a run that was killed, or cut into shares, gives the same files as one run.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -71,7 +69,7 @@ class Summary:
     empty: int = 0  # readable frames without a person
     unreadable: list[str] = field(default_factory=list)  # frames and why; their keypoints are zeros
 
-    def __iadd__(self, other: Summary) -> Summary:
+    def __iadd__(self, other: "Summary") -> "Summary":
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
         return self

@@ -6,8 +6,6 @@ published pipeline writes one float64 file of 6 x H x W a frame, 1.57 MB at 256 
 frame.
 """
 
-from __future__ import annotations
-
 import json
 import zipfile
 from collections.abc import Iterable, Iterator

@@ -13,8 +13,6 @@ A maximum cannot be pooled joint by joint where joints are close, so every path 
 x 23 are touched, on one canvas that stays in the cache. Measured in benchmarks/pose.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import cache
 

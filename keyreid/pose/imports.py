@@ -6,8 +6,6 @@ nobody found), and in a tree of heatmaps `...F001.npy`, float64 [6, H, W] at the
 files that keyreid keeps, one for each tracklet, and written back from them.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

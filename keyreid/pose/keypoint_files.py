@@ -5,8 +5,6 @@ of joints of a 256 x 128 picture across a pixel's border), `scores` float32 [T],
 JSON object). No pickle. Bytes depend on the content alone, so two runs can be compared by their files.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Joints and body parts: the COCO order of keypoints, and how they are grouped into 3, 4 or 6 parts."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from keyreid.errors import ConfigError

@@ -5,8 +5,6 @@ pixels (bilinear), padded on all sides to a multiple of 16 plus 1. Unlike there,
 one batch, and none is padded to a square.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -12,8 +12,6 @@ OpenPifPaf's own checkpoints are pickled networks, which run code when they are 
     python -m keyreid.pose.pifpaf        # checks the installation: encodes a pose and decodes it
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from functools import cache

@@ -1,7 +1,5 @@
 """How good the keypoints of a dataset are: numbers, histograms, a contact sheet, and the distance from true ones."""
 
-from __future__ import annotations
-
 import io
 import json
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ trained on them is `keyreid/synthetic/pose_training.py`. It is a plain residual 
 `keyreid/pose/pifpaf.py` puts OpenPifPaf's heads.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torchvision.ops import Conv2dNormActivation

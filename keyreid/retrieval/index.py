@@ -6,8 +6,6 @@ row inside the search (the camera). The index is an inverted file of about sqrt(
 neighbours found depends on how many lists are probed. A search maps the file; it does not read it whole.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -31,7 +29,7 @@ class GalleryIndex:
     """An index file and what it is of (`FILE.json` beside it)."""
 
     @classmethod
-    def fitting(cls, path: Path, gallery: VectorFiles, metric: Metric, probes: int | None = None) -> GalleryIndex:
+    def fitting(cls, path: Path, gallery: VectorFiles, metric: Metric, probes: int | None = None) -> "GalleryIndex":
         """The index at a path, built first where it is not there or not of these very vectors."""
         if not cls.fits(path, gallery, metric):
             cls.build(gallery, path, metric)
@@ -46,7 +44,7 @@ class GalleryIndex:
             return False
 
     @classmethod
-    def build(cls, gallery: VectorFiles, path: Path, metric: Metric, seed: int = 0) -> GalleryIndex:
+    def build(cls, gallery: VectorFiles, path: Path, metric: Metric, seed: int = 0) -> "GalleryIndex":
         """Build the index of a gallery and write it.
 
         Memory: 2 N D bytes for the vectors, and 4 x 64 x sqrt(N) x D for the sample that the lists are learnt from.

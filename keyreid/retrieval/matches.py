@@ -1,7 +1,5 @@
 """Search results as people and programs read them: a table, JSON, and the ranked picture."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

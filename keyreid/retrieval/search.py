@@ -4,8 +4,6 @@ Memory of the exact search: the queries of one pass (QUERY_BYTES at most), one b
 `embedding.distance` needs (256 MiB), whatever the gallery's size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """What can be embedded: shards as they are; folders, tables and videos with tracks are packed first."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

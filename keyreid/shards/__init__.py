@@ -1,7 +1,5 @@
 """Packed datasets: the format, the order of an epoch, and the readers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def open_reader(
-    shards: ShardSet,
-    batches: Iterator[list[ClipPlan]],
-    config: Config,
+    shards: "ShardSet",
+    batches: "Iterator[list[ClipPlan]]",
+    config: "Config",
     device: str = "cpu",
     workers: int | None = None,
-) -> Reader:
+) -> "Reader":
     """Open the reader that `data.reader` names.
 
     Args:

@@ -1,7 +1,5 @@
 """What a plan asks of a reader, and what a reader gives: the two records that both readers share."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -51,13 +49,13 @@ class ClipBatch:
         """float32 [B, T]: 1 where a frame has an erased rectangle."""
         return (self.erase[..., 2] > 0).float()
 
-    def to(self, device: torch.device | str) -> ClipBatch:
+    def to(self, device: torch.device | str) -> "ClipBatch":
         """The same batch on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True), lambda keys: keys)
 
-    def __getitem__(self, rows: slice) -> ClipBatch:
+    def __getitem__(self, rows: slice) -> "ClipBatch":
         return self._map(lambda tensor: tensor[rows], lambda keys: keys[rows])
 
-    def _map(self, of_tensor, of_keys) -> ClipBatch:
+    def _map(self, of_tensor, of_keys) -> "ClipBatch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return ClipBatch(**{n: of_keys(v) if n == "keys" else of_tensor(v) for n, v in values.items()})

@@ -1,7 +1,5 @@
 """The dataset card, `dataset.json`: what is in a set of shards, and the SHA-256 of everything else."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -6,8 +6,6 @@ sources with an iterator made anew each epoch delivered wrong pictures without a
 plan. Each frame carries a serial number through the pipeline, and what comes out is joined to its clip by that number.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import deque
 from collections.abc import Iterator

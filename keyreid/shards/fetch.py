@@ -6,8 +6,6 @@ one first, up to 16 frames away; after that, in training, by the middle of the i
 the shards alone, so it too is the same in every reader and on any ranks.
 """
 
-from __future__ import annotations
-
 import abc
 import logging
 import time

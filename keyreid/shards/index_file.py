@@ -1,7 +1,5 @@
 """The index of a shard: where everything in it is and what it holds, as columns in one file beside the tar."""
 
-from __future__ import annotations
-
 import io
 import json
 import zipfile
@@ -44,7 +42,7 @@ class ShardIndex:
     visible: np.ndarray  # uint8 [F]: bit p says that part p has a keypoint (its heatmap is not all zero)
 
     @classmethod
-    def joined(cls, header: dict[str, Any], pieces: Sequence[ShardIndex]) -> ShardIndex:
+    def joined(cls, header: dict[str, Any], pieces: "Sequence[ShardIndex]") -> "ShardIndex":
         """One index of the pieces' columns, one after the other."""
         return cls(header, *(np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("key", *_NUMBERS)))
 

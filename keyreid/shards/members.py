@@ -4,8 +4,6 @@
 Nothing here is ever unpickled.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import struct

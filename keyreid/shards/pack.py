@@ -4,8 +4,6 @@ Which tracklet goes to which shard follows from the dataset alone, so processes 
 the work without talking: each writes whole shards, finished shards are kept, and the card appears when all are there.
 """
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 import time

@@ -3,8 +3,6 @@
 The plan is made in the main process and sent to the workers, so that their number changes nothing.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 

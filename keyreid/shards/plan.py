@@ -4,8 +4,6 @@ A plan is a pure function of (seed, epoch, step): any step of any epoch is plann
 before it, and every rank and worker that plans it gets the same. Readers only carry it out.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence

@@ -9,8 +9,6 @@ where Y[i, r] is the share of patch i's pixel rows that heatmap row r covers aft
 picture of the heatmap is drawn, shifted or rounded.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from keyreid.backbones import PatchGrid

@@ -5,8 +5,6 @@ SHA-256 before it gets its name. The cache is shared by every process and datase
 shards that were not used for longest go. A shard is opened anew for each read (5 us), so what goes really frees disk.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os
@@ -36,7 +34,7 @@ log = logging.getLogger(__name__)
 
 def open_remote(
     url: str, cache_dir: str | Path | None = None, cache_gigabytes: float | None = None
-) -> tuple[Path, CachedShardFiles]:
+) -> "tuple[Path, CachedShardFiles]":
     """Fetch the card and the indices of a set of shards.
 
     Args:

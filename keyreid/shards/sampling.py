@@ -11,8 +11,6 @@ out what does not fill a group. MARS: 2,307 groups, 577 steps of 4 x 4. `ByFrame
 of a group, and nothing else.
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 from typing import Protocol

@@ -1,7 +1,5 @@
 """A set of shards: what is in it, which tracklets a split holds, and any member's bytes."""
 
-from __future__ import annotations
-
 import json
 import re
 import zlib
@@ -54,7 +52,7 @@ class ShardSet:
     @classmethod
     def open(
         cls, location: str | Path, cache_dir: str | Path | None = None, cache_gigabytes: float | None = None
-    ) -> ShardSet:
+    ) -> "ShardSet":
         """Open a folder, or a URL whose shards are fetched whole into `cache_dir` when they are first read.
 
         Raises:
@@ -73,7 +71,7 @@ class ShardSet:
         return cls(str(location), card, _read_indices(folder, card), files)
 
     @classmethod
-    def from_config(cls, data: DataConfig) -> ShardSet:
+    def from_config(cls, data: DataConfig) -> "ShardSet":
         """The shards, split and holdout that a configuration names."""
         shards = cls.open(data.shards, data.cache_dir, data.cache_gigabytes)
         shards.split_number, shards.holdout = data.split_number, data.holdout

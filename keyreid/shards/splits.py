@@ -1,7 +1,5 @@
 """Which tracklets a split holds, and which identities are held out of training."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 

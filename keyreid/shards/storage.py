@@ -1,7 +1,5 @@
 """Where the bytes of shards come from: files of a folder, from any thread, or one stream after the other."""
 
-from __future__ import annotations
-
 import os
 import resource
 import threading
@@ -37,7 +35,7 @@ class LocalShardFiles:
     """Shards in a folder, each opened at its first use."""
 
     @classmethod
-    def open(cls, folder: Path, shards: list[dict[str, Any]]) -> LocalShardFiles:
+    def open(cls, folder: Path, shards: list[dict[str, Any]]) -> "LocalShardFiles":
         """The shards of a card, all of which must be there in their full size, or it is a DataError."""
         paths = [folder / shard["file"] for shard in shards]
         for path, shard in zip(paths, shards, strict=True):

@@ -5,8 +5,6 @@ each other without a gap, each behind a plain header that names exactly that mem
 sizes that lie and members that hide are all refused, and whatever is damaged is named.
 """
 
-from __future__ import annotations
-
 import json
 import tarfile
 import zlib

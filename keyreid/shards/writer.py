@@ -5,8 +5,6 @@ when its index exists, because the index is renamed into place last; `kept` says
 that would be written again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import tarfile

@@ -4,8 +4,6 @@ Body axes: x to the person's left, y forward, z up; the unit is the person's hei
 at pi the back; it looks down by `pitch`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +29,7 @@ class Build:
     head: float  # factor on the size of the head
 
     @staticmethod
-    def draw(rng: np.random.Generator) -> Build:
+    def draw(rng: np.random.Generator) -> "Build":
         """A random adult."""
         return Build(**{name: rng.uniform(*bounds) for name, bounds in MATERIALS["build"].items()})
 
@@ -47,7 +45,7 @@ class Gait:
     cadence: float  # steps a frame, in radians of phase
 
     @staticmethod
-    def draw(rng: np.random.Generator) -> Gait:
+    def draw(rng: np.random.Generator) -> "Gait":
         """A random walk; one in eight people stands or strolls."""
         pace = rng.uniform(0.7, 1.15) if rng.random() < 0.87 else rng.uniform(0.05, 0.3)
         return Gait(

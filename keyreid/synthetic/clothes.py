@@ -4,8 +4,6 @@ Every garment is a texture around the body: rows run from top to bottom, columns
 the person's right side, the front (the middle column) and the left side to the back again. Colours are BGR in [0, 1].
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """One rendered tracklet: a person of `clothes` walks past a camera of `scene`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import cv2

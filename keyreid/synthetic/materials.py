@@ -1,7 +1,5 @@
 """What walkers are made of, as data: colours, clothes, drawn pieces, cameras (`keyreid/assets/walkers.yaml`)."""
 
-from __future__ import annotations
-
 from importlib import resources
 from typing import Any
 

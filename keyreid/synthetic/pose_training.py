@@ -7,8 +7,6 @@ learn here in minutes on a core: cross entropy for confidences, distances for ve
 over the last steps is what is written and judged, by the real decoder, on people and cameras that training never saw.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Where rendered pedestrians walk: cameras with their light, colours, view and street, and what stands in the way."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import cv2

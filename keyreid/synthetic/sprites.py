@@ -4,8 +4,6 @@ Baking unrolls a piece's texture as the camera at this yaw sees it, shades it by
 A frame then costs one small affine warp for each piece.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import cv2

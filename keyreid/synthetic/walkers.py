@@ -10,8 +10,6 @@ Layout, as MARS has it: `bbox_train/0001/0001C1T0001F001.jpg`, `bbox_test/` with
 Beside it: the true keypoints (`keypoints/KEY.npz`) and `walkers.json`, the settings, written last.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import io

@@ -8,8 +8,6 @@ Another tracker is a class in a new file with `send(events)` and `close()` (see 
 name in `TrackingConfig.sinks`.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Mapping
@@ -93,7 +91,7 @@ class Tracker:
         """Say who started the run, from what: `command`, `user`, `commit`, `version`."""
         self._append({"provenance": dict(values)})
 
-    def __enter__(self) -> Tracker:
+    def __enter__(self) -> "Tracker":
         return self
 
     def __exit__(

@@ -5,8 +5,6 @@
 {"provenance": {KEY: TEXT}} of each start        {"status": RUNNING, FINISHED, FAILED or KILLED}
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

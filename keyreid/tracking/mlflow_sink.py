@@ -1,7 +1,5 @@
 """MLflow as a sink: one MLflow run for each run folder, the same one after a restart."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A thread that sends a run's events to one sink, so that training neither waits for it nor stops because of it."""
 
-from __future__ import annotations
-
 import sys
 import threading
 import time

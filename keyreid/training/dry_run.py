@@ -1,7 +1,5 @@
 """What a training would do, without doing it."""
 
-from __future__ import annotations
-
 import yaml
 
 from keyreid.config import Config

@@ -1,7 +1,5 @@
 """An exponential average of the weights, kept where the weights are: whole, or each rank its ZeRO 3 shard."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -7,8 +7,6 @@ and any stage. Weights are put back before the engine is built, which then shard
 back through the accessors.
 """
 
-from __future__ import annotations
-
 import importlib.abc
 import logging
 import sys

@@ -1,7 +1,5 @@
 """The configuration of DeepSpeed, made from ours and the user's."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

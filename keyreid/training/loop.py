@@ -1,7 +1,5 @@
 """The training loop, its methods in the order they run."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import sys

@@ -1,7 +1,5 @@
 """Who started a run, with which command, from which code: a line in its folder for each start."""
 
-from __future__ import annotations
-
 import contextlib
 import getpass
 import json

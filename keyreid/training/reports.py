@@ -1,7 +1,5 @@
 """What training tells people: one line an interval, and the same numbers for tracking."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import resource

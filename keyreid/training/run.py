@@ -1,7 +1,5 @@
 """One training run, from joining the other ranks to the files that say how it ended."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -34,7 +32,7 @@ def train(
     resume: bool = True,
     tags: Mapping[str, str] | None = None,
     stop: StopRequest | None = None,
-    on_evaluation: OnEvaluation | None = None,
+    on_evaluation: "OnEvaluation | None" = None,
     command: Sequence[str] | None = None,
 ) -> dict | None:
     """Train on this process's rank; every rank of the run calls it.
@@ -75,7 +73,7 @@ def _tracked(
     tracker: Tracker,
     stop: StopRequest,
     resume: bool,
-    on_evaluation: OnEvaluation | None,
+    on_evaluation: "OnEvaluation | None",
 ) -> dict | None:
     from keyreid.training.loop import Interrupted, Trainer  # imports timm, which takes seconds
 

@@ -1,7 +1,5 @@
 """The optimizer's parameter groups and the learning rate of each step."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

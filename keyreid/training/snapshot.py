@@ -1,7 +1,5 @@
 """From a running engine to a checkpoint's content, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -7,8 +7,6 @@ of them, and last runs each micro-batch again with the gradient that its feature
 gradient caching).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ takes the rows of its clips: any number of ranks and micro-batches, a second for
 run all drop the same paths, with no generator state to save.
 """
 
-from __future__ import annotations
-
 import torch
 from timm.layers import DropPath
 from torch import nn

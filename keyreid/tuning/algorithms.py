@@ -1,7 +1,5 @@
 """From a search's words to Ray Tune's: who chooses points, and who stops or replaces trials."""
 
-from __future__ import annotations
-
 import math
 import random
 from functools import partial

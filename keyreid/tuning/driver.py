@@ -1,7 +1,5 @@
 """Runs a search: Ray, MLflow's run of the whole, the trials, and what comes out of them."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

@@ -1,7 +1,5 @@
 """The search's log book: a Ray Tune callback that keeps the records and shows them while trials run."""
 
-from __future__ import annotations
-
 import signal
 import time
 from pathlib import Path

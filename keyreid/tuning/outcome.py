@@ -1,7 +1,5 @@
 """What comes out of a search: the best configuration, tables, pictures and a page, in its folder and in MLflow."""
 
-from __future__ import annotations
-
 import base64
 import csv
 import dataclasses

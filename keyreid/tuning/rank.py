@@ -1,7 +1,5 @@
 """A trial's rank: a Ray actor that trains. In a module of its own, so that its process does not import Ray Tune."""
 
-from __future__ import annotations
-
 import queue
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a search is: its YAML, and the configuration of each of its trials."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -82,7 +80,7 @@ class Search(Section):
     pbt: PbtConfig = PbtConfig()
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Search:
+    def _fits_together(self) -> "Search":
         space.in_order(self.space)
         grids = [key for key, parameter in self.space.items() if parameter.grid]
         drawn = [key for key in self.space if key not in grids]

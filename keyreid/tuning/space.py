@@ -1,7 +1,5 @@
 """What a search varies: YAML's words for Optuna's distributions, points drawn from them, and mutations of a point."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -43,7 +41,7 @@ class Parameter(Section):
         return values
 
     @model_validator(mode="after")
-    def _one_kind(self) -> Parameter:
+    def _one_kind(self) -> "Parameter":
         kinds = [kind for kind in ("uniform", "loguniform", "choice", "grid") if getattr(self, kind) is not None]
         if len(kinds) != 1:
             raise ValueError(f"needs one of uniform, loguniform, choice and grid; has {' and '.join(kinds) or 'none'}")

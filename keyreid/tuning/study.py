@@ -4,8 +4,6 @@ A study's finished trials cannot change any more, which a search that resumes fr
 So the study is written from the records.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import warnings

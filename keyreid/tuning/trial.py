@@ -4,8 +4,6 @@ Ray Train is left out on purpose: its trainers bring a controller process for ea
 own. Every start has new ranks, because DeepSpeed keeps its process groups in module globals and cannot join another.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -4,8 +4,6 @@ The network never builds these maps (docs/model.md: one query is folded through 
 from what goes into its attention modules during a forward pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """What all pictures share: fonts, colours, and text that never leaves its place."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from pathlib import Path
 

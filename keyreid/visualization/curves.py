@@ -1,7 +1,5 @@
 """CMC curves, by matplotlib."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

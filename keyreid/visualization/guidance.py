@@ -1,7 +1,5 @@
 """What guides the local branch: the part heatmaps of tracklets over their frames."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

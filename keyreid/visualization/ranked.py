@@ -1,7 +1,5 @@
 """Ranked lists: a query on the left, its nearest tracklets beside it, right ones framed green and wrong ones red."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Strips of frames: tracklets under each other, for each one rows of pictures over time, a label before each row."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
