@@ -237,6 +237,15 @@ def test_pages_run(name, world, monkeypatch):
         assert (world / path).is_file(), path
 
 
+@pytest.mark.slow
+def test_the_readmes_python_runs(world, monkeypatch, capsys):
+    """On the run and the shards that the page on training made."""
+    monkeypatch.chdir(world)
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    assert "(8, " in capsys.readouterr().out
+
+
 def stand_in(word: str) -> str:
     for said, meant in STANDS_FOR.items():
         word = word.replace(said, meant)
