@@ -29,18 +29,17 @@ class PlainReader(Reader):
     ) -> None:
         super().__init__(config, device)
         workers = config.data.workers if workers is None else workers
-        loader = DataLoader(
-            _Batches(ClipFetcher(shards, config)),
-            sampler=batches,  # what is sampled are the clips to read
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=config.data.prefetch if workers else None,
-            multiprocessing_context=worker_context(__name__, "keyreid.shards.writer") if workers else None,
-            worker_init_fn=_start_worker,
-            collate_fn=_as_it_is,
-            pin_memory=self.device.type == "cuda",
+        self._batches = iter(
+            DataLoader(
+                _Batches(ClipFetcher(shards, config)),
+                sampler=batches,  # what is sampled are the clips to read
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=config.data.prefetch if workers else None,
+                multiprocessing_context=worker_context(__name__, "keyreid.shards.writer") if workers else None,
+                worker_init_fn=end_with_parent,
+            )
         )
-        self._batches = iter(loader)
 
     def _next(self) -> ClipBatch:
         batch, faults, error = next(self._batches)
@@ -75,10 +74,7 @@ class _Batches(Dataset):
         self.fetcher = fetcher
 
     def __getitem__(self, clips: list[ClipPlan]) -> tuple[ClipBatch | None, dict[str, str], Exception | None]:
-        """The batch and what could not be read, or the error that ends the run.
-
-        An error is a result: DataLoader would wrap it into one with a traceback.
-        """
+        """The batch and what could not be read, or the error that ends the run: DataLoader would wrap it into one."""
         fetched, images = [], []
         try:
             for clip in clips:
@@ -88,14 +84,6 @@ class _Batches(Dataset):
             return None, {}, error
         faults = {member: message for clip in fetched for member, message in clip.faults.items()}
         return self.fetcher.batch(clips, fetched, torch.stack(images).permute(0, 1, 4, 2, 3)), faults, None
-
-
-def _start_worker(_number: int) -> None:
-    end_with_parent()
-
-
-def _as_it_is(batch):
-    return batch
 
 
 def _images(pictures: list[np.ndarray], clip: ClipPlan, fetcher: ClipFetcher) -> torch.Tensor:
