@@ -29,17 +29,16 @@ class PlainReader(Reader):
     ) -> None:
         super().__init__(config, device)
         workers = config.data.workers if workers is None else workers
-        self._batches = iter(
-            DataLoader(
-                _Batches(ClipFetcher(shards, config)),
-                sampler=batches,  # what is sampled are the clips to read
-                batch_size=None,
-                num_workers=workers,
-                prefetch_factor=config.data.prefetch if workers else None,
-                multiprocessing_context=worker_context(__name__, "keyreid.shards.writer") if workers else None,
-                worker_init_fn=end_with_parent,
-            )
+        loader = DataLoader(
+            _Batches(ClipFetcher(shards, config)),
+            sampler=batches,  # what is sampled are the clips to read
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=config.data.prefetch if workers else None,
+            multiprocessing_context=worker_context(__name__, "keyreid.shards.writer") if workers else None,
+            worker_init_fn=end_with_parent,
         )
+        self._batches = iter(loader)
 
     def _next(self) -> ClipBatch:
         batch, faults, error = next(self._batches)
@@ -74,7 +73,10 @@ class _Batches(Dataset):
         self.fetcher = fetcher
 
     def __getitem__(self, clips: list[ClipPlan]) -> tuple[ClipBatch | None, dict[str, str], Exception | None]:
-        """The batch and what could not be read, or the error that ends the run: DataLoader would wrap it into one."""
+        """The batch and what could not be read, or the error that ends the run.
+
+        An error is a result: DataLoader would wrap it into one with a traceback.
+        """
         fetched, images = [], []
         try:
             for clip in clips:

@@ -74,9 +74,9 @@ def kept(tar: Path, settings_hash: str, every_byte: bool = False) -> bool:
         index = read_index(index_path(tar))
     except DataError:
         return False
-    header = index.header
     if encode_index(index) != index_path(tar).read_bytes():  # damaged where no reader looks
         return False
+    header = index.header
     if header["settings"] != settings_hash or not tar.is_file() or tar.stat().st_size != header["bytes"]:
         return False
     return not every_byte or sha256(tar) == header["sha256"]
