@@ -17,11 +17,7 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What cannot be written to `path` (a full disk, a folder that is a file) is an error that names it.
-
-    Raises:
-        KeyreidError: instead of OSError.
-    """
+    """What cannot be written to `path` (a full disk, a folder that is a file) is a KeyreidError that names it."""
     try:
         yield
     except OSError as error:

@@ -12,33 +12,19 @@ from keyreid.files import writing
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page; whatever is empty is left out. All text is escaped.
+    """A part of a page; whatever is empty is left out. All text is escaped."""
 
-    Attributes:
-        title: its heading.
-        text: paragraphs, a string each.
-        preformatted: text whose columns are aligned.
-        table: rows of cells; the first row is the head.
-        highlight: the row of the table that stands out; 0 for none.
-        pictures: a file beside the page, and its caption.
-        items: a list.
-    """
-
-    title: str = ""
-    text: Sequence[str] = ()
-    preformatted: str = ""
-    table: Sequence[Sequence[object]] = ()
-    highlight: int = 0
-    pictures: Sequence[tuple[str, str]] = ()
-    items: Sequence[str] = ()
+    title: str = ""  # its heading
+    text: Sequence[str] = ()  # paragraphs, a string each
+    preformatted: str = ""  # text whose columns are aligned
+    table: Sequence[Sequence[object]] = ()  # rows of cells; the first row is the head
+    highlight: int = 0  # the row of the table that stands out; 0 for none
+    pictures: Sequence[tuple[str, str]] = ()  # a file beside the page, and its caption
+    items: Sequence[str] = ()  # a list
 
 
 def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
-    """Write a page.
-
-    Raises:
-        KeyreidError: the file cannot be written.
-    """
+    """Write a page; KeyreidError where the file cannot be written."""
     template = resources.files("keyreid").joinpath("assets/page.html").read_text(encoding="utf-8")
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     with writing(path):

@@ -17,7 +17,7 @@ def worker_context(*modules: str) -> ForkServerContext:
     return context
 
 
-def end_with_parent() -> None:
+def end_with_parent(_worker: int = 0) -> None:
     """Called in a worker: end when the process that started it does, even by SIGKILL.
 
     Otherwise it waits for work for ever, and a packer left over from a killed run writes beside its successor.

@@ -23,12 +23,8 @@ class _Rate(ProgressColumn):
 def track(
     items: Iterable[Item], total: int | None, description: str, unit: str = "items", quiet: bool = False
 ) -> Iterator[Item]:
-    """Pass items through and show how many of `total` are done, the rate and the time left, on standard error.
-
-    Args:
-        quiet: show nothing (ranks other than the first).
-    """
-    if quiet:
+    """Pass items through and show how many of `total` are done, the rate and the time left, on standard error."""
+    if quiet:  # ranks other than the first
         yield from items
     elif sys.stderr.isatty():
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
@@ -42,9 +38,8 @@ def track(
 def _plain_lines(items: Iterable[Item], total: int | None, description: str, unit: str) -> Iterator[Item]:
     start = last = time.monotonic()
     done = 0
-    for item in items:
+    for done, item in enumerate(items, 1):
         yield item
-        done += 1
         now = time.monotonic()
         if now - last >= PLAIN_LINE_SECONDS:
             last = now

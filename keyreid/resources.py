@@ -19,11 +19,7 @@ def home() -> Path:
 
 
 def shipped(name: str) -> Path:
-    """The file that travels with keyreid as `name`, for example slurm/train.sbatch.
-
-    Raises:
-        KeyreidError: there is none.
-    """
+    """The file that travels with keyreid as `name`, for example slurm/train.sbatch; KeyreidError where none does."""
     path = home() / name
     if not path.is_file():
         raise KeyreidError(f"{path} is missing: set KEYREID_HOME to a clone of keyreid, or leave it unset")

@@ -79,7 +79,7 @@ def pack_dataset(dataset: Dataset, root: Path, out: Path, target_bytes: int = 15
 
 def read_named(shards: ShardSet, position: int, name: str) -> bytes:
     """A member of a tracklet by the name after `KEY.`; KeyError where it has none of that name."""
-    names = {shards.member_name(position, n): n for n in range(members_of(shards.tracklets[position].frames))}
+    names = {shards.index.member_name(position, n): n for n in range(members_of(shards.tracklets[position].frames))}
     return shards.read_member(position, names[name])
 
 

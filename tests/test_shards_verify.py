@@ -82,7 +82,7 @@ def _reading_names_it(packed, folder, file, place):
     touched = 0
     for position, record in enumerate(damaged.tracklets):
         for member in range(members_of(record.frames)):
-            name = f"{record.key}.{damaged.member_name(position, member)}"
+            name = f"{record.key}.{damaged.index.member_name(position, member)}"
             try:
                 assert damaged.read_member(position, member) == whole.read_member(position, member)
             except DataError as error:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from keyreid.commands.options import Overrides, RankCount, Verify, Weights
+from keyreid.commands.options import Overrides, RankCount, ReaderOptions, Verify, Weights
 from keyreid.errors import ConfigError
 
 PACKED = "KEYREID_PACKED"  # tells the ranks that we start where the source has been packed
@@ -22,7 +22,6 @@ Dataset = Annotated[
     str | None,
     typer.Option(help="How to read a source that is not shards: folder, mot, mars, ... Default: folder, or a video."),
 ]
-Options = Annotated[list[str] | None, typer.Option(help="NAME=VALUE, an option of that dataset's reader.")]
 Tracks = Annotated[Path | None, typer.Option(help="Tracks of a video or of a folder of its pictures.")]
 Camera = Annotated[str | None, typer.Option(help="Name of the video's camera; default the file's.")]
 Keypoints = Annotated[
@@ -40,7 +39,7 @@ def embed(
     overrides: Overrides = None,
     split: Annotated[Selection, typer.Option(help="Which tracklets of the shards.")] = "all",
     dataset: Dataset = None,
-    option: Options = None,
+    option: ReaderOptions = None,
     tracks: Tracks = None,
     camera: Camera = None,
     keypoints: Keypoints = None,

@@ -2,8 +2,9 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,7 +12,6 @@ from keyreid.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from keyreid.shards.shard_set import ShardSet
-    from keyreid.shards.verify import Problem
 
 SHEET_TRACKLETS = 12
 _BAR = 50
@@ -21,9 +21,7 @@ _SHOWN = 200  # problems that are printed
 def inspect_(
     shards: Annotated[str, typer.Argument(help="folder (or URL) that `keyreid shard` wrote")],
     verify: Annotated[bool, typer.Option("--verify", help="check every hash, header and member of a folder")] = False,
-    against: Annotated[
-        Path | None, typer.Option(help="compare with the dataset in this folder, which was packed")
-    ] = None,
+    against: Annotated[Path | None, typer.Option(help="compare with this folder's dataset, which was packed")] = None,
     keypoints: Annotated[
         Path | None, typer.Option(help="with --against: the keypoint files that were packed; default ROOT/keypoints")
     ] = None,
@@ -58,39 +56,40 @@ def inspect_(
 
 
 def _verify(folder: Path) -> None:
-    from keyreid.progress import track
     from keyreid.shards.card import read_card
     from keyreid.shards.verify import verify
 
     total = len(read_card(folder)["shards"])
-    results = verify(folder, len(os.sched_getaffinity(0)))
-    found = [problem for _, problems in track(results, total + 1, "verifying", "shards") for problem in problems]
     mend = "run the same `keyreid shard` again: it packs what is damaged or missing anew and keeps the rest"
-    _report(found, f"{folder}: verified, {total} shards are whole", mend)
+    good = f"{folder}: verified, {total} shards are whole"
+    _report(verify(folder, len(os.sched_getaffinity(0))), (total + 1, "verifying", "shards"), good, mend)
 
 
 def _compare(shards: "ShardSet", root: Path, keypoints: Path | None) -> None:
     from keyreid.datasets import open_dataset
-    from keyreid.progress import track
     from keyreid.shards.verify import compare
     from keyreid.shards.writer import PackSettings
 
-    source = shards.card["source"]
+    source, packed = shards.card["source"], shards.card["settings"]
     dataset = open_dataset(source["dataset"], root, **source["options"])
-    if shards.card["settings"]["keypoints"] != "keypoint files":
+    total = len(dataset.tracklets)
+    if packed["keypoints"] != "keypoint files":
         keypoints = None
     elif keypoints is None and (root / "keypoints").is_dir():
         keypoints = root / "keypoints"
     elif keypoints is None:
         typer.echo(f"keypoints are not compared: {root / 'keypoints'} is not there; name their folder with --keypoints")
-    settings = PackSettings(root, keypoints, image=shards.card["settings"]["image"])
-    results = track(compare(shards, dataset, settings), len(dataset.tracklets), "comparing", "tracklets")
-    found = [problem for _, problems in results for problem in problems]
+    results = compare(shards, dataset, PackSettings(root, keypoints, image=packed["image"]))
     mend = "where the shards are out of date, delete those named and run the same `keyreid shard` again"
-    _report(found, f"{shards.location}: the same as {root}, {len(dataset.tracklets)} tracklets", mend)
+    good = f"{shards.location}: the same as {root}, {total} tracklets"
+    _report(results, (total, "comparing", "tracklets"), good, mend)
 
 
-def _report(found: "list[Problem]", good: str, mend: str) -> None:
+def _report(results: Iterator[tuple[str, list]], tracked: tuple[Any, ...], good: str, mend: str) -> None:
+    """Print the problems found while `track(results, *tracked)` shows how far it is; exits with 1 where there are."""
+    from keyreid.progress import track
+
+    found = [problem for _, problems in track(results, *tracked) for problem in problems]
     for problem in found[:_SHOWN]:
         typer.echo(str(problem))
     if len(found) > _SHOWN:
@@ -105,16 +104,14 @@ def _describe(shards: "ShardSet") -> None:
     import numpy as np
 
     card = shards.card
-    counts, size = card["counts"], sum(shard["bytes"] for shard in card["shards"])
-    typer.echo(
-        f"{card['name']} in {shards.location}: {len(card['shards'])} shards, {size / 1e9:.3g} GB, by {card['tool']}"
-    )
+    counts, size = card["counts"], sum(shard["bytes"] for shard in card["shards"]) / 1e9
+    typer.echo(f"{card['name']} in {shards.location}: {len(card['shards'])} shards, {size:.3g} GB, by {card['tool']}")
     typer.echo(f"{'':10}{'tracklets':>12}{'frames':>12}{'identities':>12}")
     for name, row in {**card["by_split"], "in all": counts}.items():
         typer.echo(f"{name:10}{row['tracklets']:12}{row['frames']:12}{row['identities']:12}")
-    typer.echo(f"cameras: {', '.join(map(str, card['cameras']))}" + _splits(card))
-    frames = counts["frames"]
-    known = counts["frames_with_keypoints"]
+    splits = f"; {len(card['splits'])} splits, camera {card['query_camera']} queries the others"
+    typer.echo(f"cameras: {', '.join(map(str, card['cameras']))}" + (splits if card["splits"] else ""))
+    frames, known = counts["frames"], counts["frames_with_keypoints"]
     origin = f"from {card['settings']['heatmaps']['from']}" if known else "all zero, there are no keypoints"
     typer.echo(
         f"heatmaps: {origin}; {shards.parts} parts, {counts['heatmap_bytes'] / frames:.0f} bytes a frame; "
@@ -123,14 +120,10 @@ def _describe(shards: "ShardSet") -> None:
     sizes, often = np.unique(shards.frame_sizes, axis=0, return_counts=True)
     common = sizes[often.argmax()]
     typer.echo(f"pictures: {len(sizes)} sizes, most often {common[0]} x {common[1]} (width x height)")
-    lengths = np.array([record.frames for record in shards.tracklets])
+    lengths = shards.index.frames
     typer.echo(f"frames a tracklet: least {lengths.min()}, median {np.median(lengths):g}, most {lengths.max()}")
     edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, 11).round().astype(int))
     heights = np.histogram(lengths, edges)[0]
     for low, high, height in zip(edges[:-1], edges[1:], heights, strict=True):
         label = f"{low}" if high == low + 1 else f"{low} to {high - 1}"
         typer.echo(f"{label:>12} {'#' * round(_BAR * height / heights.max())} {height}")
-
-
-def _splits(card: dict) -> str:
-    return f"; {len(card['splits'])} splits, camera {card['query_camera']} queries the others" if card["splits"] else ""

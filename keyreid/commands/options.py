@@ -5,6 +5,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from keyreid.datasets import READERS
+from keyreid.errors import ConfigError
+
 Weights = Annotated[str, typer.Argument(help="A run, a checkpoint, exported .safetensors, or a published .pth.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes to the configuration: section.key=value ...", show_default=False)
@@ -19,3 +22,17 @@ Metric = Annotated[
     typer.Option(help="visible: parts count by how much both sides see of them."),
 ]
 Verify = Annotated[bool, typer.Option(help="Check the weights' hash first; --no-verify saves the seconds.")]
+DatasetName = Annotated[str, typer.Argument(help=f"{', '.join(READERS)}; rendered walkers are read as mars")]
+Root = Annotated[Path, typer.Argument(help="the dataset's folder (or manifest)")]
+ReaderOptions = Annotated[list[str] | None, typer.Option("--option", help="NAME=VALUE, for the dataset's reader")]
+Share = Annotated[
+    str, typer.Option("--share", "--shard", help="I/N: task I (from 0) of N that share the work, as in a job array")
+]
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """What `Share` says: (I, N)."""
+    number, _, shares = text.partition("/")
+    if not (number.isdigit() and shares.isdigit() and int(number) < int(shares)):
+        raise ConfigError(f"--share {text}: write I/N, I from 0 to N - 1, for example 0/8")
+    return int(number), int(shares)

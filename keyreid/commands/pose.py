@@ -5,12 +5,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from keyreid.datasets import READERS, open_dataset, parse_options
-from keyreid.errors import ConfigError
+from keyreid.commands.options import DatasetName, ReaderOptions, Root, Share, parse_share
+from keyreid.datasets import open_dataset, parse_options
 
-DatasetName = Annotated[str, typer.Argument(help=f"{', '.join(READERS)}; rendered walkers are read as mars")]
-Root = Annotated[Path, typer.Argument(help="the dataset's folder (or manifest)")]
-ReaderOptions = Annotated[list[str] | None, typer.Option("--option", help="NAME=VALUE, for the dataset's reader")]
 KeypointType = Annotated[
     Literal["float32", "float16"], typer.Option(help="of stored keypoints; float16 moves 6 % of joints by a pixel")
 ]
@@ -54,10 +51,7 @@ def pose(
         typer.Option(help="of several people in a frame: the best score, or nearest to the middle"),
     ] = "score",
     dtype: KeypointType = "float32",
-    share: Annotated[
-        str,
-        typer.Option("--share", "--shard", help="I/N: task I (from 0) of N that share the work, as in a job array"),
-    ] = "0/1",
+    share: Share = "0/1",
     max_unreadable: Annotated[int, typer.Option(min=0, help="frames that cannot be read before the run stops")] = 100,
     option: ReaderOptions = None,
 ) -> None:
@@ -71,7 +65,7 @@ def pose(
     settings = PoseSettings(checkpoint, long_edge, threshold, select, dtype)
     work = PoseWork(batch_size, workers, parse_devices(device), trust, max_unreadable)
     data = open_dataset(dataset, root, **parse_options(option or []))
-    summary = estimate(data, out, settings, work, _share(share))
+    summary = estimate(data, out, settings, work, parse_share(share))
     for fault in summary.unreadable:
         typer.echo(f"not read: {fault}", err=True)
     typer.echo(f"{out}: {summary}")
@@ -175,10 +169,3 @@ def pose_train(
     settings = TrainingSettings(pictures, epochs, seed=seed)
     for height, accuracy in train(out, settings, device, processes).items():
         typer.echo(f"held-out walkers of {height} pixels: {describe(accuracy)}")
-
-
-def _share(text: str) -> tuple[int, int]:
-    number, _, shares = text.partition("/")
-    if not (number.isdigit() and shares.isdigit()):
-        raise ConfigError(f"--share {text}: write I/N, I from 0 to N - 1, for example 0/8")
-    return int(number), int(shares)

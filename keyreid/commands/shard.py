@@ -2,52 +2,45 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from keyreid.errors import ConfigError
+from keyreid.commands.options import DatasetName, ReaderOptions, Root, Share, parse_share
+from keyreid.datasets import open_dataset, parse_options
 
 if TYPE_CHECKING:
     from keyreid.shards.pack import ShardLayout
 
 
 def shard(
-    dataset: Annotated[str, typer.Argument(help="mars (also rendered walkers), ilids_vid, prid2011, folder, or mot")],
-    root: Annotated[Path, typer.Argument(help="the dataset's folder (or manifest)", exists=False)],
+    dataset: DatasetName,
+    root: Root,
     out: Annotated[Path | None, typer.Option(help="folder of the shards; default shards/DATASET")] = None,
     keypoints: Annotated[
         Path | None, typer.Option(help="folder of keypoint files, as `keyreid pose` writes; default ROOT/keypoints")
     ] = None,
     heatmaps: Annotated[
-        Path | None,
-        typer.Option(help="folder of published heatmap files (.npy, named as the frames), or of imported ones"),
+        Path | None, typer.Option(help="folder of published heatmap files (.npy, named as the frames), or of imports")
     ] = None,
-    image: Annotated[
-        Literal["keep", "jpeg"], typer.Option(help="keep pictures byte for byte, or make JPEGs of those that are none")
-    ] = "keep",
+    image: Annotated[Literal["keep", "jpeg"], typer.Option(help="jpeg: make JPEGs of pictures that are none")] = "keep",
     quality: Annotated[int, typer.Option(min=1, max=100, help="of JPEGs that are made")] = 95,
     parts: Annotated[int, typer.Option(help="body parts: 6 serves models of 3, 4 and 6")] = 6,
-    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, an option of the dataset's reader")] = None,
+    option: ReaderOptions = None,
     target_megabytes: Annotated[float, typer.Option(min=0.001, help="size of a shard")] = 256.0,
     processes: Annotated[int, typer.Option(min=0, help="0: one for each CPU core")] = 0,
-    share: Annotated[
-        str, typer.Option(help="I/N: this is task I (from 0) of N that share the work, as in a SLURM array")
-    ] = "0/1",
-    finish: Annotated[
-        bool, typer.Option(help="pack nothing; check that all shards are there and write the card")
-    ] = False,
+    share: Share = "0/1",
+    finish: Annotated[bool, typer.Option(help="pack nothing; check that all shards are there, write the card")] = False,
     dry_run: Annotated[bool, typer.Option(help="only say what would be written")] = False,
 ) -> None:
     """Pack a dataset into shards: tars of whole tracklets with heatmaps, an index beside each, and a dataset card.
 
     Run it again after an interruption: whole shards are kept. Output depends on the dataset and these options alone.
     """
-    from keyreid.datasets import open_dataset
     from keyreid.shards import pack as packing
     from keyreid.shards.writer import PackSettings
 
-    root, part, options = root.expanduser(), _share(share), _options(option or [])
+    root, part, options = root.expanduser(), parse_share(share), parse_options(option or [])
     data = open_dataset(dataset, root, **options)
     if keypoints is None and (root / "keypoints").is_dir():
         keypoints = root / "keypoints"
@@ -68,7 +61,9 @@ def shard(
             typer.echo("other shares are still to be packed; the last one to end writes the card")
             return
     card = packing.finish(layout, out)
-    _say_what_was_packed(card, out)
+    size = sum(entry["bytes"] for entry in card["shards"]) / 1e9
+    text = "{tracklets} tracklets of {identities} identities, {frames} frames, {frames_with_keypoints} with keypoints"
+    typer.echo(f"{out}: {text.format_map(card['counts'])}; {len(card['shards'])} shards, {size:.3g} GB")
     if without:
         _say_loudly(f"{without} tracklets were packed without keypoints")
 
@@ -89,37 +84,6 @@ def _announce(layout: "ShardLayout", out: Path) -> int:
             "Find them with `keyreid pose`, then pack with --keypoints DIR."
         )
     return without
-
-
-def _say_what_was_packed(card: dict[str, Any], out: Path) -> None:
-    counts = card["counts"]
-    typer.echo(
-        f"{out}: {counts['tracklets']} tracklets of {counts['identities']} identities, {counts['frames']} frames, "
-        f"{counts['frames_with_keypoints']} with keypoints; {len(card['shards'])} shards, "
-        f"{sum(entry['bytes'] for entry in card['shards']) / 1e9:.3g} GB"
-    )
-
-
-def _share(text: str) -> tuple[int, int]:
-    number, _, shares = text.partition("/")
-    if not (number.isdigit() and shares.isdigit() and int(number) < int(shares)):
-        raise ConfigError(f"--share {text}: write I/N, I from 0 to N - 1, for example 0/8")
-    return int(number), int(shares)
-
-
-def _options(texts: list[str]) -> dict[str, Any]:
-    import yaml
-
-    options = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--option {text}: write NAME=VALUE")
-        try:
-            options[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--option {text}: the value is not YAML: {' '.join(str(error).split())}") from None
-    return options
 
 
 def _say_loudly(text: str) -> None:

@@ -5,9 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from keyreid.datasets import open_dataset
+from keyreid.datasets import open_dataset, parse_options
 from keyreid.datasets.mot import VIDEO_SUFFIXES
 from keyreid.errors import ConfigError, DataError
 from keyreid.shards.card import CARD_NAME
@@ -54,12 +52,7 @@ def reader_options(
         options["tracks"] = str(tracks.expanduser().resolve())
     if camera is not None:
         options["camera"] = camera
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--option {text}: write NAME=VALUE")
-        options[name] = yaml.safe_load(value)
-    return dataset, options
+    return dataset, options | parse_options(given)
 
 
 def pack_source(

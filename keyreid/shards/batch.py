@@ -51,11 +51,8 @@ class ClipBatch:
 
     def to(self, device: torch.device | str) -> "ClipBatch":
         """The same batch on another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True), lambda keys: keys)
+        tensors = (getattr(self, field.name) for field in fields(self)[:-1])
+        return ClipBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.keys)
 
     def __getitem__(self, rows: slice) -> "ClipBatch":
-        return self._map(lambda tensor: tensor[rows], lambda keys: keys[rows])
-
-    def _map(self, of_tensor, of_keys) -> "ClipBatch":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return ClipBatch(**{n: of_keys(v) if n == "keys" else of_tensor(v) for n, v in values.items()})
+        return ClipBatch(*(getattr(self, field.name)[rows] for field in fields(self)))

@@ -27,20 +27,15 @@ def card_digest(card: dict[str, Any]) -> str:
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """Read and check a dataset card.
-
-    Raises:
-        DataError: there is none, or it is not one.
-    """
+    """Read and check a dataset card; DataError where there is none, or it is not one."""
     path = folder / CARD_NAME
     try:
         card = json.loads(path.read_bytes())
     except FileNotFoundError:
         tars = len(list(folder.glob("*.tar"))) if folder.is_dir() else 0
-        hint = f"{tars} shards are there, so packing has not finished: run `keyreid shard` again"
-        raise DataError(
-            f"{path}: no dataset card; {hint if tars else 'make the shards with `keyreid shard`'}"
-        ) from None
+        unfinished = f"{tars} shards are there, so packing has not finished: run `keyreid shard` again"
+        hint = unfinished if tars else "make the shards with `keyreid shard`"
+        raise DataError(f"{path}: no dataset card; {hint}") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a dataset card ({error}); pack the dataset again") from None
     kind = card.get("format") if isinstance(card, dict) else None

@@ -29,13 +29,11 @@ _SERIAL_LIMIT = 1 << 30
 
 @dataclass
 class _PipelineRun:
-    """One run of the pipeline: N frames of whole clips.
+    """One run of the pipeline: N frames of whole clips."""
 
-    Its inputs are, for each frame: the encoded picture, the crop's top and left before the flip, whether it is flipped,
-    its serial number, and its size where some must be resized.
-    """
-
-    inputs: list[Any]  # what external_source takes
+    # What external_source takes, for each frame: the encoded picture, the crop's top and left before the flip, whether
+    # it is flipped, its serial number, and its size where some must be resized.
+    inputs: list[Any]
     fetched: list[FetchedClip]  # the same frames, to name the one that does not decode
     batch: ClipBatch | None  # with the last run of a list of clips: everything but the pictures
 
@@ -59,8 +57,7 @@ class DaliReader(Reader):
         self._running: deque[_PipelineRun] = deque()
 
     def _next(self) -> ClipBatch:
-        pictures: list[torch.Tensor] = []
-        batch = None
+        pictures, batch = [], None
         while batch is None:
             delivered, run = self._run()
             pictures.append(delivered)
@@ -103,7 +100,8 @@ class DaliReader(Reader):
     def _read(self, batches: Iterator[list[ClipPlan]]) -> Iterator[_PipelineRun]:
         """Carry out the plan: all of a list's clips at once, for storage that takes its time."""
         read = 0
-        decode = _checked if self.faults.policy == "skip" else None
+        # A picture that does not decode would end the pipeline, so that it is found before.
+        decode = members.check_picture if self.faults.policy == "skip" else None
         with ThreadPoolExecutor(self._workers, thread_name_prefix="keyreid-fetch") as pool:
             for clips in batches:
                 fetched = list(pool.map(self._fetcher.fetch, clips, itertools.repeat(decode)))
@@ -136,12 +134,6 @@ class DaliReader(Reader):
         return DataError(f"DALI cannot decode a batch: {error}")
 
 
-def _checked(picture: bytes) -> bytes:
-    """The same bytes, if they decode: a picture that does not would end the pipeline."""
-    members.check_picture(picture)
-    return picture
-
-
 def _build(source: Any, height: int, width: int, resize: bool, device: torch.device, threads: int) -> Any:
     """The pipeline: encoded frames in, uint8 [H, W, 3] pictures and their serial numbers out."""
     try:
@@ -151,7 +143,6 @@ def _build(source: Any, height: int, width: int, resize: bool, device: torch.dev
             f"data.reader=dali, but DALI cannot be imported ({error}); set data.reader=plain, or {install_hint('dali')}"
         ) from None
     on_gpu = device.type == "cuda"
-
     kinds = [types.UINT8, *[types.INT32] * (4 if resize else 3)]
 
     @pipeline_def(enable_conditionals=resize)

@@ -57,11 +57,7 @@ class Faults:
         return len(self.messages)
 
     def add(self, faults: dict[str, str]) -> None:
-        """Note what a clip's reading found.
-
-        Raises:
-            DataError: there are more than the limit.
-        """
+        """Note what a clip's reading found; DataError where that makes more than the limit."""
         for member, message in faults.items():
             if member not in self.messages:
                 self.messages[member] = message
@@ -107,11 +103,7 @@ class ClipFetcher:
     """Reads the clips of a plan, for one model's patch grid. Thread-safe; may be sent to another process."""
 
     def __init__(self, shards: ShardSet, config: Config) -> None:
-        """Prepare for a configuration's data, clip and model.
-
-        Raises:
-            ConfigError: the shards' heatmaps are not of the parts that the model wants.
-        """
+        """Prepare for a configuration; ConfigError where the heatmaps are not of the parts that the model wants."""
         self.grid = patch_grid(config.model, config.clip)  # refuses patches that do not tile the clip
         self.shards = shards
         self.height, self.width = config.clip.height, config.clip.width
@@ -125,13 +117,10 @@ class ClipFetcher:
         self._merged = None if self.parts == shards.parts else [list(united) for united in merged_parts(self.parts)]
 
     def fetch(self, clip: ClipPlan, decode: Callable[[bytes], Any] | None = None) -> FetchedClip:
-        """Read a clip's members.
+        """Read a clip's members; DataError where one cannot be used or replaced.
 
         Args:
             decode: applied to each picture, its result taken instead of the bytes; a ValueError is a fault.
-
-        Raises:
-            DataError: a member cannot be used and the policy is to stop, or nothing could replace it.
         """
         pictures, heatmaps, rows, faults = [], [], [], {}
         for frame in clip.frames.tolist():
@@ -149,8 +138,7 @@ class ClipFetcher:
                 break
             else:
                 raise DataError("nothing is left to replace it: " + next(iter(faults.values())))
-        index = self.shards.index
-        at = [int(index.first_frame[position]) + candidate for position, candidate in rows]
+        at = [int(self.shards.index.first_frame[position]) + candidate for position, candidate in rows]
         visible, sizes = self.shards.visible[at], self.shards.frame_sizes[at]
         stacked = np.stack(heatmaps)
         if self.from_keypoints:
@@ -163,14 +151,9 @@ class ClipFetcher:
         return FetchedClip(pictures, stacked, visible, sizes, rows, faults)
 
     def batch(self, clips: list[ClipPlan], fetched: list[FetchedClip], images: torch.Tensor = _LATER) -> ClipBatch:
-        """A batch of clips of the same length.
-
-        Args:
-            images: uint8 [B, T, 3, H, W]; may be put in later.
-        """
-        flip, crop, erase, blank = (
-            np.stack([getattr(c, n) for c in clips]) for n in ("flip", "crop", "erase", "blank")
-        )
+        """A batch of clips of the same length; `images`, uint8 [B, T, 3, H, W], may be put in later."""
+        changes = ("flip", "crop", "erase", "blank")
+        flip, crop, erase, blank = (np.stack([getattr(clip, name) for clip in clips]) for name in changes)
         total, frames = flip.shape
         heatmaps = np.concatenate([clip.heatmaps for clip in fetched], dtype=np.float32, casting="unsafe")
         one = 1.0 if self.from_keypoints else 255.0

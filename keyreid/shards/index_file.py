@@ -87,11 +87,7 @@ def encode_index(index: ShardIndex) -> bytes:
 
 
 def read_index(path: Path) -> ShardIndex:
-    """Read and check the index of a shard.
-
-    Raises:
-        DataError: it is missing, damaged, of another version, or contradicts itself.
-    """
+    """Read a shard's index; DataError where it is missing, damaged, of another version, or contradicts itself."""
     try:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -106,13 +102,10 @@ def read_index(path: Path) -> ShardIndex:
     version = f"keyreid-index/{members.VERSION}"
     if header.get("format") != version:
         raise DataError(f"{path}: index format {header.get('format')!r}; this version reads {version}")
-    lengths = ((_OF_TRACKLETS, len(index.key)), (_OF_MEMBERS, members_of(index.frames).sum()))
-    lengths += ((_OF_FRAMES, index.frames.sum()),)
-    right = all(
-        len(getattr(index, name)) == length and getattr(index, name).dtype == dtype
-        for dtypes, length in lengths
-        for name, dtype in dtypes.items()
-    )
+    lengths = dict.fromkeys(_OF_TRACKLETS, len(index.key)) | dict.fromkeys(_OF_FRAMES, index.frames.sum())
+    lengths |= dict.fromkeys(_OF_MEMBERS, members_of(index.frames).sum())
+    columns = ((getattr(index, name), dtype, lengths[name]) for name, dtype in _NUMBERS.items())
+    right = all(len(column) == length and column.dtype == dtype for column, dtype, length in columns)
     codes = (index.split < len(members.SPLITS)).all() and (index.picture < len(members.PICTURES)).all()
     if not right or not codes or (index.frames < 1).any() or (index.offset < 0).any():
         raise DataError(f"{path}: the index contradicts itself; delete it and pack the dataset again")

@@ -73,11 +73,7 @@ def encode_keypoints(keypoints: np.ndarray) -> bytes:
 
 
 def decode_keypoints(content: bytes, frames: int) -> np.ndarray:
-    """The inverse of `encode_keypoints`.
-
-    Raises:
-        ValueError: not a float32 `.npy` file of `frames` poses.
-    """
+    """The inverse of `encode_keypoints`; ValueError where it is not a float32 `.npy` file of `frames` poses."""
     with _ONE_PARSER:
         keypoints = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     if keypoints.shape != (frames, 17, 3) or keypoints.dtype != np.float32:
@@ -88,8 +84,7 @@ def decode_keypoints(content: bytes, frames: int) -> np.ndarray:
 def picture_size(content: bytes, kind: str) -> tuple[int, int]:
     """Width and height that a JPEG's or PNG's header states.
 
-    Raises:
-        ValueError: the header is none, or the end marker of a JPEG is missing (decoders paint the rest grey).
+    ValueError where it is none, or the end marker of a JPEG is missing (decoders paint the rest grey).
     """
     stream = io.BytesIO(content)
     try:
@@ -103,21 +98,18 @@ def picture_size(content: bytes, kind: str) -> tuple[int, int]:
 
 
 def decode_picture(content: bytes) -> np.ndarray:
-    """Decode a JPEG or PNG to uint8 RGB [H, W, 3]; orientation tags are ignored, as every reader here does.
-
-    Raises:
-        ValueError: it does not decode.
-    """
+    """Decode a JPEG or PNG to uint8 RGB [H, W, 3], or ValueError; every reader here ignores orientation tags."""
     picture = _decode(content, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     if picture is None:
         raise ValueError("the picture does not decode")
     return picture
 
 
-def check_picture(content: bytes) -> None:
-    """Decode a picture small and grey, in half the time, to know that it can be; ValueError where it cannot."""
+def check_picture(content: bytes) -> bytes:
+    """The same bytes, or ValueError: a picture is decoded small and grey, in half the time, to know that it can be."""
     if _decode(content, cv2.IMREAD_REDUCED_GRAYSCALE_8) is None:
         decode_picture(content)  # an eighth of a PNG of fewer than 8 pixels a side is nothing
+    return content
 
 
 def _decode(content: bytes, flags: int) -> np.ndarray | None:
@@ -148,11 +140,7 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def decode_tiles(content: bytes, parts: int) -> np.ndarray:
-    """The inverse of `encode_tiles`: uint8 [P, 64, 32]. Any grey PNG of that size is read.
-
-    Raises:
-        ValueError: it is no such picture.
-    """
+    """The inverse of `encode_tiles`: uint8 [P, 64, 32], of any grey PNG of that size; ValueError for anything else."""
     size = parts * TILE_WIDTH, TILE_HEIGHT
     fits = content[16:24] == struct.pack(">II", *size)  # asked before anything is inflated
     picture = _decode(content, cv2.IMREAD_UNCHANGED) if fits else None

@@ -4,7 +4,6 @@ Which tracklet goes to which shard follows from the dataset alone, so processes 
 the work without talking: each writes whole shards, finished shards are kept, and the card appears when all are there.
 """
 
-import hashlib
 import shutil
 import time
 from collections.abc import Iterator
@@ -12,14 +11,14 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolE
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import repeat
+from itertools import chain, repeat, starmap
 from pathlib import Path
 from typing import Any
 
 import keyreid
 from keyreid.datasets.tracklet import Dataset, Tracklet
 from keyreid.errors import DataError, KeyreidError
-from keyreid.files import replace_bytes, writing
+from keyreid.files import replace_bytes, sha256, writing
 from keyreid.processes import end_with_parent, worker_context
 from keyreid.progress import track
 from keyreid.shards.card import CARD_NAME, card_digest, encode_card, read_card
@@ -27,7 +26,6 @@ from keyreid.shards.index_file import index_path, read_index
 from keyreid.shards.members import SPLITS, VERSION
 from keyreid.shards.writer import PackSettings, fingerprint, kept, write_shard
 
-DEFAULT_TARGET_BYTES = 256_000_000
 _PICTURES_MEASURED = 1000  # file sizes are looked up for so many, evenly spaced
 _BYTES_OF_A_CROP = 8000  # guess for frames that are boxes in a picture or a video
 _BYTES_BESIDE_A_PICTURE = 512 + 256 + 1536 + 204  # header and padding, heatmaps, keypoints
@@ -50,7 +48,7 @@ class ShardLayout:
         return [fingerprint(name, tracklets, self.settings) for name, tracklets in self.shards]
 
 
-def plan_shards(dataset: Dataset, settings: PackSettings, target_bytes: int = DEFAULT_TARGET_BYTES) -> ShardLayout:
+def plan_shards(dataset: Dataset, settings: PackSettings, target_bytes: int = 256_000_000) -> ShardLayout:
     """Cut a dataset, in its order, into shards of about `target_bytes`."""
     if not dataset.tracklets:
         raise DataError(f"dataset {dataset.name} has no tracklets")
@@ -103,10 +101,15 @@ def pack(
         todo = [number for number, is_whole in checked if not is_whole]
     if todo:
         (out / CARD_NAME).unlink(missing_ok=True)  # it must not vouch for shards that are being replaced
-    names = (CARD_NAME, *(tar.stem for tar in tars.values()))
-    for stale in (path for name in names for path in out.glob(f".{name}.*.partial")):
-        stale.unlink(missing_ok=True)
-    _check_disk(out, sum(layout.bytes[number] for number in todo))
+    for name in (CARD_NAME, *(tar.stem for tar in tars.values())):
+        for stale in out.glob(f".{name}.*.partial"):
+            stale.unlink(missing_ok=True)
+    needed, free = sum(layout.bytes[number] for number in todo), shutil.disk_usage(out).free
+    if needed * _DISK_RESERVE > free:
+        raise DataError(
+            f"{out}: about {needed / 1e9:.2f} GB are to be written, but the disk has {free / 1e9:.2f} GB free; "
+            "make room, or choose another --out"
+        )
     jobs = [(tars[n], layout.shards[n][1], layout.settings, layout.fingerprints[n]) for n in todo]
     frames = sum(len(tracklet.frames) for _, tracklets, *_ in jobs for tracklet in tracklets)
     start = time.monotonic()
@@ -119,8 +122,7 @@ def pack(
 
 def finish(layout: ShardLayout, out: Path) -> dict[str, Any]:
     """Write the dataset card and give it; DataError where shards are missing or of other tracklets or settings."""
-    absent = missing(layout, out)
-    if absent:
+    if absent := missing(layout, out):
         some = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
         raise DataError(
             f"{out}: {len(absent)} of {len(layout.shards)} shards are missing or were packed from other data or with "
@@ -135,35 +137,23 @@ def finish(layout: ShardLayout, out: Path) -> dict[str, Any]:
 
 def missing(layout: ShardLayout, out: Path) -> list[str]:
     """Names of the shards that are not there as they would be written now."""
-    return [
-        name
-        for (name, _), settings_hash in zip(layout.shards, layout.fingerprints, strict=True)
-        if not kept(out / name, settings_hash)
-    ]
+    expected = zip(layout.shards, layout.fingerprints, strict=True)
+    return [name for (name, _), settings_hash in expected if not kept(out / name, settings_hash)]
 
 
 def make_card(layout: ShardLayout, out: Path) -> dict[str, Any]:
     """The dataset card of the finished shards in `out`; FORMAT.md says what each entry means."""
     dataset, settings = layout.dataset, layout.settings
-    shards, frames_with_keypoints, heatmap_bytes = [], 0, 0
+    counts = _counts(dataset.tracklets) | {"frames_with_keypoints": 0, "heatmap_bytes": 0}
+    shards = []
     for name, _ in layout.shards:
         path = index_path(out / name)
         index = read_index(path)
-        content = path.read_bytes()
-        frames_with_keypoints += int((index.visible > 0).sum())
-        heatmap_bytes += index.heatmap_bytes
-        shards.append(
-            {
-                "file": name,
-                "bytes": index.header["bytes"],
-                "sha256": index.header["sha256"],
-                "index": path.name,
-                "index_bytes": len(content),
-                "index_sha256": hashlib.sha256(content).hexdigest(),
-                "tracklets": len(index.key),
-                "frames": int(index.frames.sum()),
-            }
-        )
+        counts["frames_with_keypoints"] += int((index.visible > 0).sum())
+        counts["heatmap_bytes"] += index.heatmap_bytes
+        shard = {"file": name, "tracklets": len(index.key), "frames": int(index.frames.sum())}
+        shard |= {"index": path.name, "index_bytes": path.stat().st_size, "index_sha256": sha256(path)}
+        shards.append(shard | {entry: index.header[entry] for entry in ("bytes", "sha256")})
     by_split = {split: [tracklet for tracklet in dataset.tracklets if tracklet.split == split] for split in SPLITS}
     return {
         "format": f"keyreid-dataset/{VERSION}",
@@ -171,13 +161,10 @@ def make_card(layout: ShardLayout, out: Path) -> dict[str, Any]:
         "tool": f"keyreid {keyreid.__version__}",
         "source": _source(layout),
         "settings": settings.described(),
-        "counts": _counts(dataset.tracklets)
-        | {"frames_with_keypoints": frames_with_keypoints, "heatmap_bytes": heatmap_bytes},
+        "counts": counts,
         "by_split": {split: _counts(tracklets) for split, tracklets in by_split.items() if tracklets},
         "cameras": sorted({tracklet.camera for tracklet in dataset.tracklets}),
-        "splits": [
-            {"train": [int(i) for i in train], "test": [int(i) for i in test]} for train, test in dataset.splits
-        ],
+        "splits": [{"train": list(map(int, train)), "test": list(map(int, test))} for train, test in dataset.splits],
         "query_camera": dataset.query_camera,
         "names": dataset.names,
         "frames_per_second": dataset.frames_per_second,
@@ -186,9 +173,8 @@ def make_card(layout: ShardLayout, out: Path) -> dict[str, Any]:
 
 
 def _source(layout: ShardLayout) -> dict[str, Any]:
-    settings = layout.settings
-    name = settings.dataset or layout.dataset.name
-    return {"dataset": name, "folder": settings.root.name, "options": settings.options}
+    dataset = layout.settings.dataset or layout.dataset.name
+    return {"dataset": dataset, "folder": layout.settings.root.name, "options": layout.settings.options}
 
 
 def _counts(tracklets: Any) -> dict[str, int]:
@@ -214,24 +200,14 @@ def _bytes_of_a_picture(dataset: Dataset) -> float:
     return sum(sizes) / len(sizes)
 
 
-def _check_disk(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out).free
-    if needed * _DISK_RESERVE > free:
-        raise DataError(
-            f"{out}: about {needed / 1e9:.2f} GB are to be written, but the disk has {free / 1e9:.2f} GB free; "
-            "make room, or choose another --out"
-        )
-
-
 _Job = tuple[Path, list[Tracklet], PackSettings, str]
 
 
 def _write(jobs: list[_Job], processes: int) -> Iterator[None]:
     """Write shards, in other processes where there are several; yields once a frame."""
     if processes == 1 or len(jobs) < 2:
-        for job in jobs:
-            for frames in write_shard(*job):
-                yield from repeat(None, frames)
+        for frames in chain.from_iterable(starmap(write_shard, jobs)):
+            yield from repeat(None, frames)
         return
     context = worker_context("keyreid.shards.writer", "keyreid.shards.plain")
     counter = context.Value("Q", 0)
@@ -243,9 +219,8 @@ def _write(jobs: list[_Job], processes: int) -> Iterator[None]:
                 finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in finished:
                     future.result()
-                done = counter.value
-                yield from repeat(None, done - shown)
-                shown = done
+                before, shown = shown, counter.value
+                yield from repeat(None, shown - before)
         except BrokenProcessPool:
             raise KeyreidError(
                 "a packing process was ended from outside (out of memory?); "

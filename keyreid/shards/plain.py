@@ -36,9 +36,7 @@ class PlainReader(Reader):
             num_workers=workers,
             prefetch_factor=config.data.prefetch if workers else None,
             multiprocessing_context=worker_context(__name__, "keyreid.shards.writer") if workers else None,
-            worker_init_fn=_start_worker,
-            collate_fn=_as_it_is,
-            pin_memory=self.device.type == "cuda",
+            worker_init_fn=end_with_parent,
         )
         self._batches = iter(loader)
 
@@ -88,14 +86,6 @@ class _Batches(Dataset):
             return None, {}, error
         faults = {member: message for clip in fetched for member, message in clip.faults.items()}
         return self.fetcher.batch(clips, fetched, torch.stack(images).permute(0, 1, 4, 2, 3)), faults, None
-
-
-def _start_worker(_number: int) -> None:
-    end_with_parent()
-
-
-def _as_it_is(batch):
-    return batch
 
 
 def _images(pictures: list[np.ndarray], clip: ClipPlan, fetcher: ClipFetcher) -> torch.Tensor:

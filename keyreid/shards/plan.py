@@ -17,31 +17,21 @@ from keyreid.shards.batch import ClipPlan
 from keyreid.shards.sampling import FRAMES, ByCamera, ByFrames, EachInTurn, Sampler, TrainingTracklets, random_numbers
 from keyreid.shards.shard_set import ShardSet
 
-SAMPLERS: dict[str, Callable[[TrainingTracklets, DataConfig, int], Sampler]] = {
-    "identity": EachInTurn,
-    "frames": ByFrames,
-    "camera": ByCamera,
-}
+SAMPLERS: dict[str, Callable[..., Sampler]] = {"identity": EachInTurn, "frames": ByFrames, "camera": ByCamera}
 _BLOCK_STEPS = 64  # steps whose frames are drawn together, for speed
 _ERASE_TRIES = 8
 
 
 class TrainingPlan:
-    """The order of training.
-
-    Attributes:
-        num_identities: training identities, which are labelled in sorted order.
-        steps_per_epoch: the same in every epoch.
-        batch_size: clips a step, over all ranks: P x K.
-    """
+    """The order of training."""
 
     def __init__(self, shards: ShardSet, data: DataConfig, clip: ClipConfig, seed: int = 0) -> None:
         """Prepare the plan of a run; ConfigError where there are fewer identities than a step needs."""
         self._tracklets = _training_tracklets(shards, data)
         self._sampler = SAMPLERS[data.sampler](self._tracklets, data, seed)
-        self.num_identities = len(self._tracklets.count)
-        self.steps_per_epoch = self._sampler.steps_per_epoch
-        self.batch_size = data.batch_size
+        self.num_identities = len(self._tracklets.count)  # of training; labelled in sorted order
+        self.steps_per_epoch = self._sampler.steps_per_epoch  # the same in every epoch
+        self.batch_size = data.batch_size  # clips a step, over all ranks: P x K
         self._augment, self._clip, self._seed = data.augment, clip, seed
         self._block = functools.lru_cache(maxsize=4)(self._plan_block)
 
@@ -68,10 +58,8 @@ class TrainingPlan:
             ConfigError: the ranks do not divide the batch.
         """
         if self.batch_size % world_size:
-            raise ConfigError(
-                f"{world_size} ranks do not divide the batch of {self.batch_size} clips "
-                "(data.identities x data.tracklets)"
-            )
+            batch = f"{self.batch_size} clips (data.identities x data.tracklets)"
+            raise ConfigError(f"{world_size} ranks do not divide the batch of {batch}")
         share = self.batch_size // world_size
         length = steps_per_epoch or self.steps_per_epoch
         for number in itertools.count(epoch * length + step):
@@ -99,27 +87,18 @@ def _training_tracklets(shards: ShardSet, data: DataConfig) -> TrainingTracklets
         raise DataError(f"{shards.location}: split {data.split_number} has no training tracklets")
     identities, labels = np.unique(shards.identities[positions], return_inverse=True)
     if data.identities > len(identities):
-        raise ConfigError(
-            f"data.identities={data.identities}, but {shards.location} has {len(identities)} training identities"
-        )
+        there = f"{shards.location} has {len(identities)} training identities"
+        raise ConfigError(f"data.identities={data.identities}, but {there}")
     order = np.argsort(labels, kind="stable")
     positions, count = positions[order], np.bincount(labels)
-    frames = shards.index.frames[positions]
-    return TrainingTracklets(
-        positions, labels[order], shards.cameras[positions], frames, count, np.cumsum(count) - count
-    )
+    cameras, frames = shards.cameras[positions], shards.index.frames[positions]
+    return TrainingTracklets(positions, labels[order], cameras, frames, count, np.cumsum(count) - count)
 
 
 def evaluation_clips(
-    shards: ShardSet,
-    positions: Sequence[int],
-    frames: int,
-    clips: int | None = None,
-    mode: Guidance = MODES["aligned"],
+    shards: ShardSet, positions: Sequence[int], frames: int, clips: int | None = None, mode: Guidance = MODES["aligned"]
 ) -> list[ClipPlan]:
-    """Clips of T consecutive frames that cover tracklets, in order, unchanged.
-
-    The last clip is filled by repeating its frames.
+    """Clips of T consecutive frames that cover tracklets, in order, unchanged; the last one repeats frames to be full.
 
     Args:
         frames: T.
@@ -130,8 +109,7 @@ def evaluation_clips(
     no_flip, no_crop, no_erase = _nothing(frames), np.zeros((frames, 2), np.int64), np.zeros((frames, 4), np.int64)
     for position in positions:
         total = shards.tracklets[position].frames
-        numbers = np.arange(-(-total // frames))
-        numbers = numbers[: mode.most_clips]
+        numbers = np.arange(-(-total // frames))[: mode.most_clips]
         if clips is not None and clips < len(numbers):
             numbers = numbers[((np.arange(clips) + 0.5) * len(numbers) / clips).astype(np.int64)]
         for number in numbers.tolist():

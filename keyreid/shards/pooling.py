@@ -51,9 +51,7 @@ def _shares(
     The second of the two counts only the pixels within [start, start + length).
     """
     first = np.arange(cells) * grid.stride
-    ranges = np.stack(
-        [np.broadcast_to(first, (len(shift), cells)), np.broadcast_to(first + grid.patch, (len(shift), cells))]
-    )
+    ranges = np.stack([first, first + grid.patch])[:, None].repeat(len(shift), 1)  # [2, N, cells]
     inside = np.clip(ranges, start[:, None], (start + length)[:, None])
     low, high = np.stack([ranges, inside], 2)  # [N, 2, cells] each
     edges = np.arange(samples + 1, dtype=np.float32) * (side / samples)

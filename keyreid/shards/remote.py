@@ -35,14 +35,11 @@ log = logging.getLogger(__name__)
 def open_remote(
     url: str, cache_dir: str | Path | None = None, cache_gigabytes: float | None = None
 ) -> "tuple[Path, CachedShardFiles]":
-    """Fetch the card and the indices of a set of shards.
+    """Fetch the card and the indices of a set of shards: their folder, and the shards, fetched when they are read.
 
     Args:
         url: its folder; whatever fsspec opens (s3://, gs://, https://), with the credentials it finds.
         cache_gigabytes: bound of the whole cache; None: none.
-
-    Returns:
-        A folder that holds the card and the indices, and the shards, fetched when they are read.
 
     Raises:
         DataError: something cannot be fetched or is not what the card says.
@@ -78,32 +75,22 @@ class CachedShardFiles:
 
     def read(self, number: int, size: int, offset: int) -> bytes:
         """See ShardFiles; a shard is fetched if it is not in the cache."""
-        path = self._folder / self._shards[number]["file"]
+        shard = self._shards[number]
+        path = self._folder / shard["file"]
         while True:
             try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                break
+                with path.open("rb", buffering=0) as file:
+                    if time.monotonic() - self._noted.get(number, -1e9) > USE_NOTED_SECONDS:
+                        self._noted[number] = time.monotonic()
+                        os.utime(file.fileno())
+                    return read_range(file.fileno(), size, offset)
             except FileNotFoundError:  # not fetched yet, or some process needed the room
-                self._stage(number, path)
-        try:
-            if time.monotonic() - self._noted.get(number, -1e9) > USE_NOTED_SECONDS:
-                self._noted[number] = time.monotonic()
-                os.utime(descriptor)
-            return read_range(descriptor, size, offset)
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from None
-        finally:
-            os.close(descriptor)
-
-    def close(self) -> None:
-        """Nothing stays open."""
-
-    def _stage(self, number: int, path: Path) -> None:
-        shard = self._shards[number]
-        with FileLock(f"{path}.lock"):
-            if not path.exists():  # or it was fetched while this process waited
-                self._make_room(shard["bytes"])
-                _fetch(f"{self._url}/{shard['file']}", path, shard["bytes"], shard["sha256"])
+                with FileLock(f"{path}.lock"):
+                    if not path.exists():  # or it was fetched while this process waited
+                        self._make_room(shard["bytes"])
+                        _fetch(f"{self._url}/{shard['file']}", path, shard["bytes"], shard["sha256"])
+            except OSError as error:
+                raise DataError(f"{path}: {error.strerror}") from None
 
     def _make_room(self, needed: int) -> None:
         """Remove the shards that were not used for longest, until `needed` bytes fit the bound."""
@@ -137,34 +124,27 @@ class _Bound(Callback):
 
 def _fetch(url: str, path: Path, size: int, digest: str | None = None) -> None:
     """Fetch a file whole: it has its name only when its hash is right. Tries again where that may help."""
-    reason = None
-    with replacing(path) as partial:
-        for attempt in range(TRIES):
-            if reason:
-                log.warning("%s: %s; trying again", url, reason)
-                time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
-            reason = _transfer(url, partial, size)
-            if reason is None and digest is not None and sha256(partial) != digest:
-                reason = f"its SHA-256 is not that of the card ({partial.stat().st_size} of {size} bytes came)"
-            if reason is None:
-                return
-        raise DataError(f"{url}: {reason}; given up after {TRIES} tries")
-
-
-def _transfer(url: str, path: Path, size: int) -> str | None:
-    """Copy a file here; gives why it failed where another try may help."""
     try:
         system = url_to_fs(url)[0]  # fsspec keeps one for each process and protocol
     except ImportError as error:
         raise DataError(f"{url}: {error}; {install_hint('remote')}") from None
     except ValueError as error:
         raise DataError(f"{url}: {error}") from None
-    try:
-        system.get_file(url, str(path), callback=_Bound(url, size))
-    except (FileNotFoundError, PermissionError) as error:
-        raise DataError(f"{url}: {type(error).__name__}: {error}") from None
-    except DataError:
-        raise
-    except Exception as error:  # every protocol has its own, and networks fail in many ways
-        return f"{type(error).__name__}: {error}"
-    return None
+    reason = ""
+    with replacing(path) as partial:
+        for attempt in range(TRIES):
+            if attempt:
+                log.warning("%s: %s; trying again", url, reason)
+                time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
+            try:
+                system.get_file(url, str(partial), callback=_Bound(url, size))
+                if digest is None or sha256(partial) == digest:
+                    return
+                reason = f"its SHA-256 is not that of the card ({partial.stat().st_size} of {size} bytes came)"
+            except (FileNotFoundError, PermissionError) as error:
+                raise DataError(f"{url}: {type(error).__name__}: {error}") from None
+            except DataError:
+                raise
+            except Exception as error:  # every protocol has its own, and networks fail in many ways
+                reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{url}: {reason}; given up after {TRIES} tries")

@@ -36,13 +36,9 @@ class TrainingTracklets:
 
 
 class Sampler(Protocol):
-    """Chooses the tracklets of each step; made once a run, by `SAMPLERS[data.sampler](tracklets, data, seed)`.
+    """Chooses the tracklets of each step; made once a run, by `SAMPLERS[data.sampler](tracklets, data, seed)`."""
 
-    Attributes:
-        steps_per_epoch: the same in every epoch.
-    """
-
-    steps_per_epoch: int
+    steps_per_epoch: int  # the same in every epoch
 
     def steps(self, epoch: int, first: int, last: int) -> np.ndarray:
         """The tracklets of the steps first .. last - 1, as rows of `TrainingTracklets`: int [last - first, P * K].
@@ -50,14 +46,10 @@ class Sampler(Protocol):
         The K of an identity stand together. A pure function: all ranks ask, in any order, and resuming asks in the
         middle. `random_numbers` gives numbers for it.
         """
-        ...
 
 
 def random_numbers(seed: int, stream: int, epoch: int, block: int) -> np.random.Generator:
-    """Random numbers of their own for each (seed, stream, epoch, block).
-
-    They come from Philox, a generator that is keyed and counted instead of advanced.
-    """
+    """Random numbers of their own for each (seed, stream, epoch, block): Philox is keyed and counted, not advanced."""
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, block, epoch]))
 
 
@@ -86,21 +78,14 @@ class EachInTurn:
     def _plan_epoch(self, epoch: int) -> np.ndarray:
         """The tracklets of every step, int [steps, P * K]."""
         random = random_numbers(self.seed, ORDER, epoch, 0)
-        label, number = self._with_fillers(random)
-        members = self.members(random, label, number)
+        counts = self._groups.copy()  # of each label, then as many as fill the steps
+        while missing := self.steps_per_epoch * self.data.identities - counts.sum():
+            able = np.flatnonzero(counts < self.steps_per_epoch)
+            counts[random.permutation(able)[:missing]] += 1
+        label = np.repeat(np.arange(len(counts)), counts)
+        members = self.members(random, label, _number_within(counts))
         dealt = _deal(random, label, self.steps_per_epoch)
         return members[dealt].reshape(self.steps_per_epoch, self.data.batch_size)
-
-    def _with_fillers(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """The groups of an epoch: label and number within the label, as many as fill the steps; by label."""
-        counts = self._groups.copy()
-        missing = self.steps_per_epoch * self.data.identities - counts.sum()
-        while missing:
-            able = np.flatnonzero(counts < self.steps_per_epoch)
-            chosen = random.permutation(able)[:missing]
-            counts[chosen] += 1
-            missing -= len(chosen)
-        return np.repeat(np.arange(len(counts)), counts), _number_within(counts)
 
 
 class ByFrames(EachInTurn):
@@ -138,13 +123,9 @@ class ByCamera(EachInTurn):
 
 
 def _deal(random: np.random.Generator, labels: np.ndarray, steps: int) -> np.ndarray:
-    """Deal groups to steps at random, so that no step has two of one label.
+    """Deal groups to steps at random, so that no step has two of one label: positions in `labels`, int [steps, P].
 
-    Args:
-        labels: int [steps * P], ascending; no label more than `steps` times.
-
-    Returns:
-        Positions in `labels`, int [steps, P].
+    `labels` is int [steps * P], ascending; no label more than `steps` times.
     """
     width = len(labels) // steps
     # Labels in a random order, laid out column by column: the same label is never twice in a row of the table.

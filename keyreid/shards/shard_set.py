@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,8 +18,9 @@ from keyreid.pose.parts import part_names
 from keyreid.shards import members
 from keyreid.shards.card import read_card
 from keyreid.shards.index_file import ShardIndex, read_index
-from keyreid.shards.splits import Selection, Splits
 from keyreid.shards.storage import LocalShardFiles, ShardFiles
+
+Selection = Literal["train", "query", "gallery", "junk", "all", "holdout_query", "holdout_gallery"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -149,23 +150,53 @@ class ShardSet:
         """
         split_number = self.split_number if split_number is None else split_number
         holdout = self.holdout if holdout is None else holdout
-        return Splits(self.location, self.card, self.index).select(split, split_number, holdout).tolist()
+        if split == "all":
+            return list(range(len(self)))
+        held_out = split.startswith("holdout_")
+        chosen = self._in_split("train" if held_out else split, split_number)
+        if held_out or (split == "train" and holdout):
+            identities = np.unique(self.identities[chosen])
+            count = round(holdout * len(identities))
+            identities = identities[((np.arange(count) + 0.5) * len(identities) / count).astype(np.int64)]
+            chosen = chosen[np.isin(self.identities[chosen], identities) == held_out]
+        return (self._queries_or_gallery(split, chosen) if held_out else chosen).tolist()
+
+    def _in_split(self, split: str, number: int) -> np.ndarray:
+        """The positions of a split before anybody is held out."""
+        splits = self.card["splits"]
+        if number and number >= len(splits):
+            there = f"its splits are 0 to {len(splits) - 1}" if splits else "the dataset has one split"
+            raise DataError(f"{self.location}: data.split_number={number}, but {there}")
+        if not splits:
+            return np.flatnonzero(self.index.split == members.SPLITS.index(split))
+        if split == "junk":
+            return np.arange(0)
+        chosen = np.isin(self.identities, splits[number]["train" if split == "train" else "test"])
+        if split != "train":
+            chosen &= (self.cameras == self.card["query_camera"]) == (split == "query")
+        return np.flatnonzero(chosen)
+
+    def _queries_or_gallery(self, split: str, positions: np.ndarray) -> np.ndarray:
+        """Of the tracklets of identities held out, those of one side."""
+        if not len(positions):
+            raise DataError(f"{self.location}: no identities are held out; set data.holdout, for example to 0.1")
+        identity, camera = self.identities[positions], self.cameras[positions]
+        if self.card["query_camera"] is not None:
+            return positions[(camera == self.card["query_camera"]) == (split == "holdout_query")]
+        if split == "holdout_gallery":
+            return positions
+        # Each identity's first tracklet of each camera, where two cameras saw it.
+        first = np.sort(np.unique(np.stack([identity, camera]), axis=1, return_index=True)[1])
+        seen, cameras = np.unique(identity[first], return_counts=True)
+        return positions[first[np.isin(identity[first], seen[cameras > 1])]]
 
     def read_member(self, position: int, member: int) -> bytes:
         """The content of a tracklet's n-th member; DataError where its bytes are not those that were packed."""
-        row = int(self.index.first_member[position]) + member
-        offset, size = int(self.index.offset[row]), int(self.index.size[row])
-        return self._checked(self.files.read(int(self._shard[position]), size, offset), position, member)
+        return self._read(position, member, 1)[0]
 
-    def read_frame(self, position: int, frame: int) -> tuple[bytes, bytes]:
+    def read_frame(self, position: int, frame: int) -> list[bytes]:
         """A frame's picture and its heatmaps, which lie side by side, in one read; both checked."""
-        member = members.picture_member(frame)
-        row = int(self.index.first_member[position]) + member
-        start, second = self.index.offset[row : row + 2].tolist()
-        size, heatmap_size = self.index.size[row : row + 2].tolist()
-        content = self.files.read(int(self._shard[position]), second + heatmap_size - start, start)
-        picture = self._checked(content[:size], position, member)
-        return picture, self._checked(content[second - start :], position, member + 1)
+        return self._read(position, members.picture_member(frame), 2)
 
     def metadata(self, position: int) -> dict[str, Any]:
         """A tracklet's JSON."""
@@ -183,27 +214,17 @@ class ShardSet:
         """A frame's part heatmaps, uint8 [P, 64, 32]."""
         return self._decoded(position, members.picture_member(frame) + 1, members.decode_tiles, self.parts)
 
-    def member_name(self, position: int, member: int) -> str:
-        """The name after `KEY.` of a tracklet's n-th member."""
-        return self.index.member_name(position, member)
-
     def shard_name(self, shard: int) -> str:
         """Where a shard is, for messages."""
         return f"{self.location.rstrip('/')}/{self.card['shards'][shard]['file']}"
 
     def fault(self, position: int, member: int, what: str) -> DataError:
         """The error for a member that cannot be used."""
+        name = f"tracklet {self.index.key[position]}: member {self.index.member_name(position, member)}"
         return DataError(
-            f"{self._named(position)}: member {self.member_name(position, member)}: {what}; "
+            f"{self.shard_name(self._shard[position])}: {name}: {what}; "
             "`keyreid inspect DIR --verify` finds all that is damaged; pack the shard again"
         )
-
-    def close(self) -> None:
-        """Close the shards' files."""
-        self.files.close()
-
-    def _named(self, position: int) -> str:
-        return f"{self.shard_name(self._shard[position])}: tracklet {self.index.key[position]}"
 
     def _decoded(self, position: int, member: int, decode: Callable[..., Any], *args: Any) -> Any:
         """A member's content, decoded; a failure names the shard, the tracklet and the member."""
@@ -212,13 +233,21 @@ class ShardSet:
         except ValueError as error:
             raise self.fault(position, member, str(error)) from None
 
-    def _checked(self, content: bytes, position: int, member: int) -> bytes:
-        row = self.index.first_member[position] + member
-        short = int(self.index.size[row]) - len(content)
-        if short or zlib.crc32(content) != self.index.crc[row]:
-            what = f"the shard ends {short} bytes early" if short > 0 else "its bytes are not those packed"
-            raise self.fault(position, member, what)
-        return content
+    def _read(self, position: int, member: int, count: int) -> list[bytes]:
+        """Members that follow each other, in one read, each checked."""
+        row = int(self.index.first_member[position]) + member
+        columns = self.index.offset, self.index.size, self.index.crc
+        offsets, sizes, checksums = (column[row : row + count].tolist() for column in columns)
+        content = self.files.read(int(self._shard[position]), offsets[-1] + sizes[-1] - offsets[0], offsets[0])
+        pieces = []
+        for number, (offset, size, checksum) in enumerate(zip(offsets, sizes, checksums, strict=True), member):
+            start = offset - offsets[0]
+            pieces.append(content[start : start + size])
+            short = size - len(pieces[-1])
+            if short or zlib.crc32(pieces[-1]) != checksum:
+                what = f"the shard ends {short} bytes early" if short else "its bytes are not those packed"
+                raise self.fault(position, number, what)
+        return pieces
 
 
 def _read_indices(folder: Path, card: dict[str, Any]) -> list[ShardIndex]:

@@ -10,6 +10,7 @@ import fsspec
 
 from keyreid.errors import DataError
 
+AGAIN = "pack the dataset again, whole shards are kept"
 _SPARE_FILES = 256  # for everything else a training process opens
 _STREAM_BYTES = 1 << 20  # read at once
 _STREAM_KEPT = 64 << 20  # behind the place of reading, for a tracklet whose frames repeat
@@ -19,16 +20,7 @@ class ShardFiles(Protocol):
     """The shards of a set, by their position in the card; remote.py has those of a URL."""
 
     def read(self, number: int, size: int, offset: int) -> bytes:
-        """`size` bytes of shard `number`; fewer where it ends.
-
-        Raises:
-            DataError: it is missing or cannot be read.
-        """
-        ...
-
-    def close(self) -> None:
-        """Close what is open."""
-        ...
+        """`size` bytes of shard `number`, fewer where it ends; DataError where it is missing or cannot be read."""
 
 
 class LocalShardFiles:
@@ -42,12 +34,9 @@ class LocalShardFiles:
             try:
                 found = path.stat().st_size
             except OSError as error:
-                raise DataError(f"{path}: {error.strerror}; pack the dataset again, whole shards are kept") from None
+                raise DataError(f"{path}: {error.strerror}; {AGAIN}") from None
             if found != shard["bytes"]:
-                raise DataError(
-                    f"{path}: {found} bytes, but {shard['bytes']} were packed; pack the dataset again, whole shards "
-                    "are kept"
-                )
+                raise DataError(f"{path}: {found} bytes, but {shard['bytes']} were packed; {AGAIN}")
         return cls(paths)
 
     def __init__(self, paths: list[Path]) -> None:
@@ -65,22 +54,12 @@ class LocalShardFiles:
     def read(self, number: int, size: int, offset: int) -> bytes:
         """See ShardFiles."""
         try:
-            if number not in self._descriptors:
-                with self._lock:
-                    if number not in self._descriptors:
-                        self._descriptors[number] = os.open(self._paths[number], os.O_RDONLY | os.O_CLOEXEC)
+            with self._lock:
+                if number not in self._descriptors:
+                    self._descriptors[number] = os.open(self._paths[number], os.O_RDONLY | os.O_CLOEXEC)
             return read_range(self._descriptors[number], size, offset)
         except OSError as error:
-            raise DataError(
-                f"{self._paths[number]}: {error.strerror}; pack the dataset again, whole shards are kept"
-            ) from None
-
-    def close(self) -> None:
-        """Close every open shard."""
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
+            raise DataError(f"{self._paths[number]}: {error.strerror}; {AGAIN}") from None
 
 
 class StreamedShardFiles:
@@ -91,8 +70,7 @@ class StreamedShardFiles:
     """
 
     def __init__(self, locations: list[str]) -> None:
-        self._locations = locations
-        self._number = -1
+        self._locations, self._number = locations, -1
         self._stream: BinaryIO | None = None
         self._kept, self._start = bytearray(), 0  # what was read last, and where in the shard it begins
 
@@ -102,8 +80,7 @@ class StreamedShardFiles:
         try:
             if number != self._number or offset < self._start:
                 self.close()
-                self._stream = fsspec.open(location, "rb").open()
-                self._number = number
+                self._stream, self._number = fsspec.open(location, "rb").open(), number
             while self._start + len(self._kept) < offset + size:
                 more = self._stream.read(_STREAM_BYTES)
                 if not more:

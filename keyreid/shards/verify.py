@@ -25,7 +25,7 @@ from keyreid.shards.card import CARD_NAME, encode_card, read_card
 from keyreid.shards.index_file import TAR_BLOCK, ShardIndex, read_index
 from keyreid.shards.members import PICTURES, SPLITS, UNKNOWN_IDENTITY
 from keyreid.shards.shard_set import ShardSet
-from keyreid.shards.writer import PackSettings, load_keypoints
+from keyreid.shards.writer import PackSettings, index_facts, load_keypoints
 
 _COMPARED = ("identity", "camera", "split", "number of frames")
 
@@ -56,9 +56,7 @@ def verify(folder: Path, threads: int = 1) -> Iterator[tuple[str, list[Problem]]
         found = pool.map(lambda shard: list(_verify_shard(folder, shard)), card["shards"])
         yield from zip((shard["file"] for shard in card["shards"]), found, strict=True)
     known = {name for shard in card["shards"] for name in (shard["file"], shard["index"])} | {CARD_NAME}
-    strays = sorted(
-        path.name for path in folder.iterdir() if path.name not in known and not path.name.endswith(".lock")
-    )
+    strays = sorted(path.name for path in folder.iterdir() if path.name not in known and path.suffix != ".lock")
     problems = [Problem(name, "", "is no part of the dataset; an older packing left it: delete it") for name in strays]
     if "card_sha256" not in card or (folder / CARD_NAME).read_bytes() != encode_card(card):
         problems.append(Problem(CARD_NAME, "", "its bytes are not those that packing writes"))
@@ -170,7 +168,13 @@ def _check_content(index: ShardIndex, at: int, number: int, content: bytes) -> N
     frame = index.first_frame[at] + members.frame_of(number)
     if number == members.JSON:
         facts = index.key[at], index.identity[at], index.camera[at], SPLITS[index.split[at]], index.frames[at]
-        if _facts(content) != facts:
+        try:
+            said = json.loads(content)
+            identity = UNKNOWN_IDENTITY if said["identity"] is None else said["identity"]
+            agrees = (said["key"], identity, said["camera"], said["split"], said["frames"]) == facts
+        except (ValueError, KeyError, TypeError):
+            agrees = False
+        if not agrees:
             raise ValueError("contradicts the index")
     elif number == members.KEYPOINTS:
         members.decode_keypoints(content, int(index.frames[at]))
@@ -187,24 +191,12 @@ def _check_content(index: ShardIndex, at: int, number: int, content: bytes) -> N
             raise ValueError("shows a part that the index calls missing")
 
 
-def _facts(content: bytes) -> tuple | None:
-    """What a tracklet's JSON and its shard's index both say; nothing where it is no such JSON."""
-    try:
-        described = json.loads(content)
-        identity = UNKNOWN_IDENTITY if described["identity"] is None else described["identity"]
-        return described["key"], identity, described["camera"], described["split"], described["frames"]
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
 def _compare_tracklet(shards: ShardSet, tracklet: Tracklet, settings: PackSettings) -> Iterator[Problem]:
     position = shards.position[tracklet.key]
     record = shards.tracklets[position]
     shard = shards.shard_name(record.shard)
-    identity = UNKNOWN_IDENTITY if tracklet.identity is None else tracklet.identity
     all_packed = record.identity, record.camera, record.split, record.frames
-    all_wanted = identity, tracklet.camera, tracklet.split, len(tracklet.frames)
-    for name, packed, wanted in zip(_COMPARED, all_packed, all_wanted, strict=True):
+    for name, packed, wanted in zip(_COMPARED, all_packed, index_facts(tracklet)[1:], strict=True):
         if packed != wanted:
             yield Problem(shard, tracklet.key, f"{name} is {packed}, in the dataset {wanted}")
     if record.frames != len(tracklet.frames):

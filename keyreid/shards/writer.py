@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import cv2
 import numpy as np
@@ -54,15 +54,9 @@ class PackSettings:
         """The settings as they stand in the dataset card: no path of this machine in them."""
         keypoints = "keypoint files" if self.keypoints else "the dataset's keypoints"
         image = {"image": self.image} | ({"quality": self.quality} if self.image == "jpeg" else {})
-        return {
-            **image,
-            "heatmaps": {
-                "from": "heatmap files" if self.heatmaps else keypoints,
-                "parts": list(part_names(self.parts)),
-                "tile": [TILE_HEIGHT, TILE_WIDTH],
-            },
-            "keypoints": keypoints,
-        }
+        origin = "heatmap files" if self.heatmaps else keypoints
+        heatmaps = {"from": origin, "parts": list(part_names(self.parts)), "tile": [TILE_HEIGHT, TILE_WIDTH]}
+        return {**image, "heatmaps": heatmaps, "keypoints": keypoints}
 
 
 def fingerprint(name: str, tracklets: list[Tracklet], settings: PackSettings) -> str:
@@ -75,11 +69,7 @@ def fingerprint(name: str, tracklets: list[Tracklet], settings: PackSettings) ->
 
 
 def kept(tar: Path, settings_hash: str, every_byte: bool = False) -> bool:
-    """Whether the finished shard `tar` was written from the same tracklets with the same settings.
-
-    Args:
-        every_byte: and has the SHA-256 that it had then.
-    """
+    """Whether the finished shard `tar` is of the same tracklets and settings; `every_byte`: and has its SHA-256."""
     try:
         index = read_index(index_path(tar))
     except DataError:
@@ -105,26 +95,21 @@ def write_shard(tar: Path, tracklets: list[Tracklet], settings: PackSettings, se
     pieces = []
     with writing(tar):
         with replacing(tar) as partial:
-            with partial.open("wb", buffering=1 << 20) as file:
-                stream = _HashedStream(file)
-                owner = {"user": "keyreid", "group": "keyreid"}
-                with TarWriter(stream, encoder=False, compress=False, mtime=0, mode=0o644, **owner) as out:
-                    out.tarstream.format = tarfile.USTAR_FORMAT  # plain headers; TarWriter leaves its argument unused
-                    for tracklet in tracklets:
-                        pieces.append(_write_tracklet(out, tracklet, settings))
-                        yield len(tracklet.frames)
+            owner = {"user": "keyreid", "group": "keyreid"}
+            with (
+                partial.open("wb", buffering=1 << 20) as file,
+                TarWriter(file, encoder=False, compress=False, mtime=0, mode=0o644, **owner) as out,
+            ):
+                out.tarstream.format = tarfile.USTAR_FORMAT  # plain headers; TarWriter leaves its argument unused
+                for tracklet in tracklets:
+                    pieces.append(_write_tracklet(out, tracklet, settings))
+                    yield len(tracklet.frames)
             if not partial.exists():
                 raise KeyreidError(f"{tar}: another `keyreid shard` is packing the same share into this folder")
             sync(partial)
+            written = {"shard": tar.name, "bytes": partial.stat().st_size, "sha256": sha256(partial)}
             index_path(tar).unlink(missing_ok=True)  # an old one must not vouch for the new shard
-        header = {
-            "format": f"keyreid-index/{VERSION}",
-            "shard": tar.name,
-            "bytes": stream.bytes,
-            "sha256": stream.digest.hexdigest(),
-            "parts": settings.parts,
-            "settings": settings_hash,
-        }
+        header = {"format": f"keyreid-index/{VERSION}", **written, "parts": settings.parts, "settings": settings_hash}
         replace_bytes(index_path(tar), encode_index(ShardIndex.joined(header, pieces)))
 
 
@@ -143,11 +128,8 @@ def _write_tracklet(out: TarWriter, tracklet: Tracklet, settings: PackSettings) 
     bits = (visible << np.arange(settings.parts)).sum(1)
 
     described = _described(tracklet, settings.root)
-    equal = len(set(sizes)) == 1
-    described["size" if equal else "sizes"] = sizes[0] if equal else sizes
-    described["visibility"] = bits.tolist()
-    described["parts"] = list(part_names(settings.parts))
-
+    described |= {"size": sizes[0]} if len(set(sizes)) == 1 else {"sizes": sizes}
+    described |= {"visibility": bits.tolist(), "parts": list(part_names(settings.parts))}
     contents = [members.encode_json(described), members.encode_keypoints(keypoints)]
     for picture, tile in zip(pictures, tiles, strict=True):
         contents += [picture, members.encode_tiles(tile)]
@@ -157,36 +139,25 @@ def _write_tracklet(out: TarWriter, tracklet: Tracklet, settings: PackSettings) 
         name = members.member_name(member, kinds[members.frame_of(member)])
         out.write({"__key__": tracklet.key, name: content})
         offsets.append(out.tarstream.offset - -(-len(content) // TAR_BLOCK) * TAR_BLOCK)
+    # The columns in the order of ShardIndex: of the tracklet, of its members, of its frames.
+    key, identity, camera, split, frames = index_facts(tracklet)
+    columns = [[key], [identity], [camera], [members.SPLITS.index(split)], [frames], offsets]
+    columns += [[len(content) for content in contents], [zlib.crc32(content) for content in contents]]
+    columns += [[members.PICTURES.index(kind) for kind in kinds], width, height, bits]
+    return ShardIndex({}, *map(np.array, columns))
+
+
+def index_facts(tracklet: Tracklet) -> tuple[str, int, int, str, int]:
+    """What the index says of a tracklet: key, identity, camera, split and number of frames."""
     identity = members.UNKNOWN_IDENTITY if tracklet.identity is None else tracklet.identity
-    return ShardIndex(
-        header={},
-        key=np.array([tracklet.key]),
-        identity=np.array([identity]),
-        camera=np.array([tracklet.camera]),
-        split=np.array([members.SPLITS.index(tracklet.split)]),
-        frames=np.array([len(tracklet.frames)]),
-        offset=np.array(offsets),
-        size=np.array([len(content) for content in contents]),
-        crc=np.array([zlib.crc32(content) for content in contents]),
-        picture=np.array([members.PICTURES.index(kind) for kind in kinds]),
-        width=width,
-        height=height,
-        visible=bits,
-    )
+    return tracklet.key, identity, tracklet.camera, tracklet.split, len(tracklet.frames)
 
 
 def _described(tracklet: Tracklet, root: Path) -> dict[str, Any]:
     """What a tracklet's JSON says about it before its pictures are read."""
-    identity = tracklet.identity
-    described: dict[str, Any] = {
-        "format": f"keyreid-tracklet/{VERSION}",
-        "key": tracklet.key,
-        "identity": identity,
-        "camera": tracklet.camera,
-        "split": tracklet.split,
-        "frames": len(tracklet.frames),
-        "source": _sources([frame.path for frame in tracklet.frames], root),
-    }
+    described: dict[str, Any] = {name: getattr(tracklet, name) for name in ("key", "identity", "camera", "split")}
+    sources = _sources([frame.path for frame in tracklet.frames], root)
+    described |= {"format": f"keyreid-tracklet/{VERSION}", "frames": len(tracklet.frames), "source": sources}
     if any(frame.box is not None for frame in tracklet.frames):
         described["boxes"] = [frame.box and [round(float(v), 3) for v in frame.box] for frame in tracklet.frames]
     if any(frame.video_frame is not None for frame in tracklet.frames):
@@ -271,21 +242,6 @@ def _tiles(path: Path, heatmap: np.ndarray, parts: int) -> np.ndarray:
     low, high = float(heatmap.min()), float(heatmap.max())
     if not (low >= -HEATMAP_FILE_TOLERANCE and high <= 1 + HEATMAP_FILE_TOLERANCE):
         raise DataError(f"{path}: heatmap values from {low:.3g} to {high:.3g}; they must lie in [0, 1]")
-    pooled = [
-        cv2.resize(part.astype(np.float32), (TILE_WIDTH, TILE_HEIGHT), interpolation=cv2.INTER_AREA) for part in heatmap
-    ]
+    size = TILE_WIDTH, TILE_HEIGHT
+    pooled = [cv2.resize(part, size, interpolation=cv2.INTER_AREA) for part in heatmap.astype(np.float32)]
     return (np.stack(pooled).clip(0, 1) * 255 + 0.5).astype(np.uint8)
-
-
-class _HashedStream:
-    """A file that knows the SHA-256 and the length of what was written."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-        self.bytes = 0
-
-    def write(self, content: bytes) -> int:
-        self.digest.update(content)
-        self.bytes += len(content)
-        return self.file.write(content)
