@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -38,7 +38,6 @@ class EmbedSettings:
 
     Attributes:
         features: the whole evaluation vector, or its global part alone (for large galleries: 25 times smaller).
-        dtype: of the stored vectors.
         pictures: keep a small picture of the middle frame, so that results can be shown.
     """
 
@@ -48,14 +47,7 @@ class EmbedSettings:
 
 
 class EmbeddingJob:
-    """One output file and the parts it is made of.
-
-    Args:
-        trained: network and configuration; the clip, clips of a tracklet and batch size come from there.
-        shards: what is embedded.
-        positions: which tracklets of it.
-        out: the vector file.
-    """
+    """One output file and the parts it is made of; clip, clips of a tracklet and batch size are those of `trained`."""
 
     def __init__(
         self, trained: Trained, shards: ShardSet, positions: Sequence[int], out: Path, settings: EmbedSettings
@@ -65,13 +57,10 @@ class EmbeddingJob:
         self.positions = list(positions)
         self.folder = out.with_name(f"{out.name}.parts")
         self.cameras_known = trained.knows_cameras(shards)
-        whole = about_vectors(trained.network, shards, self.cameras_known, weights_identity(trained))
-        self.about = replace(
-            whole,
-            width=whole.width if settings.features == "whole" else whole.global_width,
-            dtype=settings.dtype,
-            fingerprint=self._fingerprint(whole.weights["sha256"]),
-        )
+        about = about_vectors(trained.network, shards, self.cameras_known, weights_identity(trained))
+        width = about.width if settings.features == "whole" else about.global_width
+        fingerprint = self._fingerprint(about.weights["sha256"])
+        self.about = replace(about, width=width, dtype=settings.dtype, fingerprint=fingerprint)
 
     @property
     def done(self) -> bool:
@@ -100,7 +89,9 @@ class EmbeddingJob:
                 paths = [self._path(number) for number in range(len(self.parts))]
                 if not all(map(self._is_ours, paths)):
                     return None
-                write_vectors(self.out, self.about, _tables(paths))
+                columns = self.about.schema.names
+                blocks = itertools.chain.from_iterable(VectorFiles([path]).blocks(columns) for path in paths)
+                write_vectors(self.out, self.about, (table for _, table in blocks))
             shutil.rmtree(self.folder, ignore_errors=True)
         return len(self.positions)
 
@@ -143,15 +134,6 @@ def weights_identity(trained: Trained) -> dict[str, str]:
 
 def cut(frames: Sequence[int], frames_a_part: int) -> list[range]:
     """Cut tracklets into runs of about so many frames, none empty."""
-    ends = np.cumsum(frames)
-    if not len(ends):
-        return []
-    number = (ends - 1) // frames_a_part
-    starts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(ends)]
-    return [range(start, end) for start, end in itertools.pairwise(starts)]
-
-
-def _tables(paths: Sequence[Path]) -> Iterator[pa.Table]:
-    for path in paths:
-        for _, table in VectorFiles([path]).blocks(read_about(path).schema.names):
-            yield table
+    number = (np.cumsum(frames, dtype=np.int64) - 1) // frames_a_part
+    starts = np.flatnonzero(np.diff(number, prepend=-1)).tolist()
+    return [range(start, end) for start, end in itertools.pairwise([*starts, len(frames)])]

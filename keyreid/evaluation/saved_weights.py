@@ -90,12 +90,10 @@ class SavedEvaluation:
 
     def _folder(self, trained: Trained | None, shards: ShardSet) -> Path:
         """Where results go; made before the long work, which would be lost if it could not be."""
-        name = shards.card["name"]
-        if self.out is not None:
-            folder = self.out
-        elif trained.run is None:
+        name, folder = shards.card["name"], self.out
+        if folder is None and trained.run is None:
             folder = trained.file.with_name(f"{trained.file.stem}-evaluation-{name}")
-        else:
+        elif folder is None:
             folder = trained.run.evaluation / f"{name}-{trained.file.parent.name}"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -105,14 +103,15 @@ class SavedEvaluation:
         """The vectors of these splits' test tracklets on the first rank, kept in `folder`."""
         known = trained is not None and trained.knows_cameras(shards)
         if self.vectors is not None:
-            about = self.vectors.about
-            if about.cameras_known is None:  # files of the last version do not say
-                about = replace(about, cameras_known=known)
-            return replace(self.vectors, about=about)
+            if self.vectors.about.cameras_known is not None:
+                return self.vectors
+            # Files of the last version do not say.
+            return replace(self.vectors, about=replace(self.vectors.about, cameras_known=known))
+        identity = None
         if self.ranks.first:
             _print_notes(trained, shards, splits, known)
+            identity = weights_identity(trained)
         wanted = {position for number in splits for side in query_and_gallery(shards, number) for position in side}
-        identity = weights_identity(trained) if self.ranks.first else None
         vectors = extract(trained.network, shards, sorted(wanted), trained.config, self.ranks, known, identity)
         if vectors is not None:
             vectors.save(folder / VECTORS)
@@ -121,23 +120,19 @@ class SavedEvaluation:
     def _judge(
         self, trained: Trained | None, shards: ShardSet, config: Config, folder: Path, vectors: Vectors | None
     ) -> dict[str, Any]:
-        model = None if trained is None else trained.network
-        return judge_vectors(vectors, model, shards, config, folder, self.ranks, self.protocols)
+        return judge_vectors(vectors, trained and trained.network, shards, config, folder, self.ranks, self.protocols)
 
     def _tracked(
         self, trained: Trained | None, config: Config, result: dict[str, Any], folder: Path, files: Sequence[str]
     ) -> dict[str, Any]:
-        """The result with its `folder`, after MLflow has it: as a run of its own, below the training's.
-
-        MLflow hears of it where a run or a configuration says which.
-        """
-        run = None if trained is None else trained.run
+        """The result with its `folder`, after MLflow, where a run or a configuration says which, has it as a run."""
+        run = trained and trained.run
         whole = {**result, "folder": str(folder)}
         if not self.ranks.first or (run is None and self.config is None and config.tracking.uri is None):
             return whole
         output = Path(config.output) if run is None else run.path.parent
-        known = None if run is None else run.tracking / RUN_ID
-        parent = {"mlflow.parentRunId": known.read_text().strip()} if known is not None and known.is_file() else {}
+        known = run and run.tracking / RUN_ID
+        parent = {"mlflow.parentRunId": known.read_text().strip()} if known and known.is_file() else {}  # the training
         settings = config.tracking.model_copy(update={"system_metrics": False})
         events = Path(tempfile.mkdtemp(prefix="mlflow-", dir=folder))
         with Tracker(settings, output, events, f"{config.name} on {result['dataset']}", parent) as tracker:
@@ -160,6 +155,5 @@ def _print_notes(trained: Trained, shards: ShardSet, splits: Iterable[int], came
     if not cameras_known and trained.network.backbone.camera is not None:
         print("note: the weights were trained on other cameras; the mean of their camera embeddings is used")
     for number in splits:
-        seen = trained.trained_on(shards, query_and_gallery(shards, number)[0])
-        if seen:
+        if seen := trained.trained_on(shards, query_and_gallery(shards, number)[0]):
             print(f"note: split {number}: the weights were trained on {len(seen)} of its test identities")

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from keyreid.visualization.canvas import INK, SOFT_INK, blank, font, heat, scaled, text_width
+from keyreid.visualization.canvas import INK, LABEL, MARGIN, SOFT_INK, font, heat, scaled, text_width, titled
 
 PICTURE = (72, 144)  # width and height in pixels
-GAP, MARGIN, HEADING_LINE, COLUMN_LINE = 4, 24, 32, 20
-TITLE, HEADING, LABEL = 22, 15, 13  # font sizes
+GAP, HEADING_LINE, COLUMN_LINE = 4, 32, 20
+HEADING = 15  # font size
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,10 @@ def draw_strips(strips: Sequence[Strip], title: str, subtitle: str) -> Image.Ima
     ]
     heights = [HEADING_LINE + COLUMN_LINE + len(strip.rows) * (PICTURE[1] + GAP) + MARGIN for strip in strips]
     side_by_side = 2 if len(strips) > 1 else 1
-    column_width, head = max(widths), MARGIN + 34 + 32
+    column_width = max(widths)
     pairs = [heights[n : n + side_by_side] for n in range(0, len(strips), side_by_side)]
-    content = side_by_side * column_width + (side_by_side - 1) * 2 * MARGIN
-    width = max(content, text_width(title, TITLE, bold=True), text_width(subtitle, LABEL)) + 2 * MARGIN
-    image, draw = blank(width, head + sum(max(pair) for pair in pairs))
-    draw.text((MARGIN, MARGIN), title, INK, font(TITLE, bold=True))
-    draw.text((MARGIN, MARGIN + 34), subtitle, SOFT_INK, font(LABEL))
+    width = side_by_side * column_width + (side_by_side - 1) * 2 * MARGIN
+    image, draw, head = titled(width, sum(max(pair) for pair in pairs), title, subtitle)
     for number, strip in enumerate(strips):
         line, place = divmod(number, side_by_side)
         left = MARGIN + place * (column_width + 2 * MARGIN)
