@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
 import torch
 from filelock import FileLock
 
@@ -56,6 +55,7 @@ class EmbeddingJob:
         self.parts = cut([shards.tracklets[position].frames for position in positions], PART_FRAMES)
         self.positions = list(positions)
         self.folder = out.with_name(f"{out.name}.parts")
+        self.paths = [self.folder / f"part-{number:05d}.parquet" for number in range(len(self.parts))]
         self.cameras_known = trained.knows_cameras(shards)
         about = about_vectors(trained.network, shards, self.cameras_known, weights_identity(trained))
         width = about.width if settings.features == "whole" else about.global_width
@@ -72,13 +72,18 @@ class EmbeddingJob:
         if self.done:
             return 0
         mine = range(rank, len(self.parts), world_size)
-        todo = [number for number in mine if not self._is_ours(self._path(number))]
+        todo = [number for number in mine if not self._is_ours(self.paths[number])]
         if rank == 0 and len(todo) < len(mine):
             print(f"{len(mine) - len(todo)} of {len(mine)} parts are there already")
         self.trained.network.to(device)
         for number in track(todo, len(todo), "embedding", "parts", quiet=rank > 0 or len(todo) < 2):
             positions = [self.positions[row] for row in self.parts[number]]
-            write_vectors(self._path(number), self.about, [self._embed(positions, device)])
+            alone, config = Ranks.alone(device), self.trained.config
+            vectors = extract(self.trained.network, self.shards, positions, config, alone, self.cameras_known)
+            described = describe(self.shards, positions, times=True, pictures=self.settings.pictures)
+            kept = vectors.vectors[:, : self.about.width]
+            part = replace(vectors, about=self.about, described=described, vectors=kept)
+            write_vectors(self.paths[number], self.about, [part.table])
         return len(todo)
 
     def join(self) -> int | None:
@@ -86,22 +91,13 @@ class EmbeddingJob:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.out.with_name(f".{self.out.name}.lock")):
             if not self.done:
-                paths = [self._path(number) for number in range(len(self.parts))]
-                if not all(map(self._is_ours, paths)):
+                if not all(map(self._is_ours, self.paths)):
                     return None
                 columns = self.about.schema.names
-                blocks = itertools.chain.from_iterable(VectorFiles([path]).blocks(columns) for path in paths)
+                blocks = itertools.chain.from_iterable(VectorFiles([path]).blocks(columns) for path in self.paths)
                 write_vectors(self.out, self.about, (table for _, table in blocks))
             shutil.rmtree(self.folder, ignore_errors=True)
         return len(self.positions)
-
-    def _embed(self, positions: list[int], device: torch.device | str) -> pa.Table:
-        trained, alone = self.trained, Ranks.alone(device)
-        vectors = extract(trained.network, self.shards, positions, trained.config, alone, self.cameras_known)
-        assert vectors is not None  # one rank
-        described = describe(self.shards, positions, times=True, pictures=self.settings.pictures)
-        kept = vectors.vectors[:, : self.about.width]
-        return replace(vectors, about=self.about, described=described, vectors=kept).table
 
     def _fingerprint(self, weights: str) -> str:
         config, settings = self.trained.config, self.settings
@@ -114,9 +110,6 @@ class EmbeddingJob:
             "settings": [settings.features, settings.dtype, settings.pictures, self.cameras_known],
         }
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"part-{number:05d}.parquet"
 
     def _is_ours(self, path: Path) -> bool:
         try:

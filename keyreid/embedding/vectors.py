@@ -47,10 +47,8 @@ class VectorsAbout:
         width: D.
         parts: P, entries of `visibility`.
         global_width: how many of the D are the global feature; P parts of equal width follow, or none.
-        dataset: name of the data set.
         weights: `name` and `sha256` of the weights file: only vectors of one network can be compared. A network that
             is still in training has a name alone.
-        dtype: of the stored vectors.
         fingerprint: of the vectors, or of all that decides them: an interrupted embedding knows its parts by it.
         cameras_known: the network took the cameras for those it was trained on; None where that is not recorded.
     """
@@ -155,11 +153,7 @@ class Vectors:
 
     @staticmethod
     def load(path: Path) -> "Vectors":
-        """Read a vector file, or the `.npz` that evaluations wrote before; without pictures.
-
-        Raises:
-            DataError: the file is missing, damaged, or holds something else.
-        """
+        """Read a vector file, or the `.npz` of the last version, without pictures; DataError where it is neither."""
         return _read_npz(path) if path.suffix == ".npz" else VectorFiles([path]).load()
 
 
@@ -187,11 +181,7 @@ def write_vectors(path: Path, about: VectorsAbout, tables: Iterable[pa.Table]) -
     # Vectors do not get smaller by compression or dictionaries; the other columns do.
     plain = list(DESCRIPTION)
     packed = {"compression": dict.fromkeys(plain, "zstd"), "use_dictionary": plain, "write_statistics": plain}
-    with (
-        writing(path),
-        replacing(path, alone=True) as partial,
-        pq.ParquetWriter(partial, about.schema, **packed) as writer,
-    ):
+    with writing(path), replacing(path, alone=True) as file, pq.ParquetWriter(file, about.schema, **packed) as writer:
 
         def flush() -> None:
             if waiting:
@@ -285,11 +275,7 @@ def embeddings_of(table: pa.Table, about: VectorsAbout) -> Embeddings:
 
 
 def read_about(path: Path, file: pq.ParquetFile | None = None) -> VectorsAbout:
-    """What a vector file says of itself.
-
-    Raises:
-        DataError: it is missing or no vector file.
-    """
+    """What a vector file says of itself; DataError where it is missing or none."""
     metadata = (file or _open(path)).schema_arrow.metadata or {}
     try:
         values = json.loads(metadata[METADATA_KEY])

@@ -33,7 +33,6 @@ class Protocol:
     """What distinguishes a protocol from the others.
 
     Attributes:
-        queries_in_gallery: the queries are gallery entries too.
         junk_left_out: gallery entries of identity -1 are left out of every ranking.
         trapezoid: AP by trapezoids instead of rectangles.
         cameras_by_frame: the published evaluator's camera arrays, see `cameras_as_released`.

@@ -72,21 +72,13 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def write_scores(result: Mapping[str, Any], path: Path) -> None:
-    """Write `combine`'s object.
-
-    Raises:
-        KeyreidError: the file cannot be written.
-    """
+    """Write `combine`'s object; KeyreidError where that fails."""
     with writing(path):
         path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-    """Read what `write_scores` wrote.
-
-    Raises:
-        DataError: it is missing or something else.
-    """
+    """Read what `write_scores` wrote; DataError where it is missing or something else."""
     try:
         result = json.loads(path.read_text())
         if not (result["protocols"] and result["dataset"]):

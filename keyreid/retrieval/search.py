@@ -29,7 +29,6 @@ class SearchSettings:
     """How the gallery is searched.
 
     Attributes:
-        top: hits of each query.
         other_cameras: leave out tracklets of the query's own camera.
         rerank: k-reciprocal re-ranking among each query's RERANK_CANDIDATES nearest.
     """

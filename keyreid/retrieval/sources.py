@@ -68,10 +68,8 @@ def as_shards(
 
 def _reader_options(dataset: str, given: Sequence[str], tracks: Path | None, camera: str | None) -> dict[str, Any]:
     options: dict[str, Any] = {"identified": False, "split": "all"} if dataset == "mot" else {}
-    if tracks is not None:
-        options["tracks"] = str(tracks.expanduser().resolve())
-    if camera is not None:
-        options["camera"] = camera
+    options |= {} if tracks is None else {"tracks": str(tracks.expanduser().resolve())}
+    options |= {} if camera is None else {"camera": camera}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals:

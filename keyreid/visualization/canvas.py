@@ -57,8 +57,3 @@ def save_picture(image: Image.Image, path: Path) -> None:
 def scaled(picture: np.ndarray, width: int, height: int) -> Image.Image:
     """A uint8 RGB picture [H, W, 3] at another size; its proportions are kept, the rest is grey."""
     return ImageOps.pad(Image.fromarray(picture), (width, height), Image.Resampling.BICUBIC, (226, 232, 240))
-
-
-def heat(values: np.ndarray) -> np.ndarray:
-    """Values in [0, 1] of any shape as colours uint8 [..., 3], dark blue to yellow to red."""
-    return (matplotlib.colormaps["turbo"](np.clip(values, 0, 1))[..., :3] * 255).astype(np.uint8)

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import matplotlib
 import numpy as np
 from PIL import Image
 
-from keyreid.visualization.canvas import INK, LABEL, MARGIN, SOFT_INK, font, heat, scaled, text_width, titled
+from keyreid.visualization.canvas import INK, LABEL, MARGIN, SOFT_INK, font, scaled, text_width, titled
 
 PICTURE = (72, 144)  # width and height in pixels
 GAP, HEADING_LINE, COLUMN_LINE = 4, 32, 20
@@ -30,8 +31,7 @@ def draw_strips(strips: Sequence[Strip], title: str, subtitle: str) -> Image.Ima
         for strip in strips
     ]
     heights = [HEADING_LINE + COLUMN_LINE + len(strip.rows) * (PICTURE[1] + GAP) + MARGIN for strip in strips]
-    side_by_side = 2 if len(strips) > 1 else 1
-    column_width = max(widths)
+    side_by_side, column_width = min(2, len(strips)), max(widths)
     pairs = [heights[n : n + side_by_side] for n in range(0, len(strips), side_by_side)]
     width = side_by_side * column_width + (side_by_side - 1) * 2 * MARGIN
     image, draw, head = titled(width, sum(max(pair) for pair in pairs), title, subtitle)
@@ -56,5 +56,6 @@ def overlay(picture: np.ndarray, weights: np.ndarray) -> np.ndarray:
     height, width = picture.shape[:2]
     grown = Image.fromarray(weights.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
     opacity = np.clip(np.asarray(grown), 0, 1)[..., None]
+    colours = (matplotlib.colormaps["turbo"](opacity[..., 0])[..., :3] * 255).astype(np.uint8)  # blue, yellow, red
     faded = 0.6 * picture + 0.4 * 255 * 0.5  # so that colours of the clothes do not pass for weights
-    return (faded * (1 - 0.85 * opacity) + heat(opacity[..., 0]) * 0.85 * opacity).astype(np.uint8)
+    return (faded * (1 - 0.85 * opacity) + colours * 0.85 * opacity).astype(np.uint8)
