@@ -17,8 +17,14 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What cannot be written to `path` (a full disk, a folder that is a file) is a KeyreidError that names it."""
+    """Make the folder of `path`; what cannot be written there (a full disk, a folder that is a file) is named.
+
+    Raises:
+        KeyreidError: instead of OSError.
+    """
     try:
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         raise KeyreidError(f"{path}: cannot be written: {error.strerror or error}") from None

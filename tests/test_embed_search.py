@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -255,6 +256,17 @@ def test_bad_files_are_named(gallery, tmp_path):
     with pytest.raises(DataError, match="vectors of different networks cannot be compared"):
         VectorFiles([gallery[0], tmp_path / "theirs.parquet"])
     with pytest.raises(DataError, match="vectors of different networks"):
+        next(
+            search.search(VectorFiles([tmp_path / "theirs.parquet"]), None, VectorFiles([gallery[0]]), SearchSettings())
+        )
+
+
+def test_weights_are_told_apart_by_their_hash_not_by_their_name(gallery, tmp_path):
+    theirs = replace(about(), weights={"name": "w", "sha256": "another"})
+    write_vectors(tmp_path / "theirs.parquet", theirs, [make_rows(["k1"], [1], np.zeros((1, 8)))])
+    with pytest.raises(DataError, match="vectors of different networks cannot be compared"):
+        VectorFiles([gallery[0], tmp_path / "theirs.parquet"])
+    with pytest.raises(DataError, match=r"embedded by w, .* by w: vectors of different networks"):
         next(
             search.search(VectorFiles([tmp_path / "theirs.parquet"]), None, VectorFiles([gallery[0]]), SearchSettings())
         )

@@ -17,8 +17,7 @@ from keyreid.cli import app
 from keyreid.embedding.distance import pairwise
 from keyreid.embedding.vectors import Vectors
 from keyreid.errors import CheckpointError, ConfigError, DataError, KeyreidError
-from keyreid.evaluation import evaluate
-from keyreid.evaluation.judging import check_judgeable
+from keyreid.evaluation.judging import check_judgeable, evaluate
 from keyreid.evaluation.protocols import judge
 from keyreid.evaluation.ranking import side_of
 

@@ -13,23 +13,14 @@ from keyreid.errors import ConfigError
 
 PACKED = "KEYREID_PACKED"  # tells the ranks that we start where the source has been packed
 
-Source = Annotated[
-    str, typer.Argument(help="Shards (folder or URL), a folder or table of pictures, or a video with --tracks.")
-]
+Source = Annotated[str, typer.Argument(help="Shards (folder or URL), a folder or table of pictures, or a video.")]
 Out = Annotated[Path, typer.Option(help="Vector file to write (.parquet).")]
 Selection = Literal["all", "train", "query", "gallery", "junk"]
-Dataset = Annotated[
-    str | None,
-    typer.Option(help="How to read a source that is not shards: folder, mot, mars, ... Default: folder, or a video."),
-]
+Dataset = Annotated[str | None, typer.Option(help="Reader of a source that is not shards: folder, mot, mars, ...")]
 Tracks = Annotated[Path | None, typer.Option(help="Tracks of a video or of a folder of its pictures.")]
 Camera = Annotated[str | None, typer.Option(help="Name of the video's camera; default the file's.")]
-Keypoints = Annotated[
-    Path | None, typer.Option(help="Keypoint files of a source that is not shards; default SOURCE/keypoints.")
-]
-Features = Annotated[
-    Literal["whole", "global"], typer.Option(help="global: the global feature alone, 25 times smaller.")
-]
+Keypoints = Annotated[Path | None, typer.Option(help="Keypoint files of a folder or video; default SOURCE/keypoints.")]
+Features = Annotated[Literal["whole", "global"], typer.Option(help="global: that feature alone, 25 times smaller.")]
 
 
 def embed(
@@ -57,11 +48,12 @@ def embed(
     from keyreid.distributed.launch import default_ranks, is_launched, run_ranks
     from keyreid.distributed.ranks import position
     from keyreid.embedding.job import EmbedSettings
+    from keyreid.retrieval.sources import as_shards
 
     if out.suffix != ".parquet":
         raise ConfigError(f"--out {out}: the name of a vector file ends in .parquet")
     work = out.with_name(f"{out.name}.shards")
-    shards = os.environ.get(PACKED) or _as_shards(source, dataset, option or [], tracks, camera, keypoints, work)
+    shards = os.environ.get(PACKED) or as_shards(source, dataset, option or [], tracks, camera, keypoints, work)
     ranks = ranks or default_ranks()
     if ranks > 1 and not is_launched():
         os.environ[PACKED] = shards
@@ -73,38 +65,6 @@ def embed(
         _embed(weights, shards, out, overrides or [], split, EmbedSettings(features, dtype, pictures), verify)
     if position()[0] == 0 and work.is_dir() and out.is_file():
         shutil.rmtree(work)
-
-
-def _as_shards(
-    source: str,
-    dataset: str | None,
-    option: list[str],
-    tracks: Path | None,
-    camera: str | None,
-    keypoints: Path | None,
-    work: Path,
-) -> str:
-    """Where the source's shards are: its own, or those that it is packed into here, at `work`."""
-    from keyreid.distributed.launch import is_launched
-    from keyreid.retrieval.sources import check_source, is_shards, pack_source, reader_options
-
-    if is_shards(source):
-        for name, value in (("--tracks", tracks), ("--dataset", dataset), ("--keypoints", keypoints)):
-            if value:
-                raise ConfigError(f"{source} is shards, which need no {name}")
-        return source
-    path = check_source(source)
-    if is_launched():
-        raise ConfigError(f"{source}: pack it into shards first (keyreid shard); several ranks cannot share packing")
-    dataset, options = reader_options(path, dataset, option, tracks, camera)
-    without = pack_source(path, dataset, options, keypoints, work, len(os.sched_getaffinity(0)))
-    if without:
-        print(
-            f"warning: {without} tracklets have no keypoints: the local branch is not guided. Find them with "
-            f"`keyreid pose`, then embed with --keypoints DIR",
-            file=sys.stderr,
-        )
-    return str(work)
 
 
 def _embed(weights: str, source: str, out: Path, overrides: list[str], split: Selection, settings: Any, verify: bool):
@@ -130,7 +90,6 @@ def _embed(weights: str, source: str, out: Path, overrides: list[str], split: Se
         return
     device = f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     job.run(rank, world_size, device)
-    rows = job.join()
-    if rows is not None:
+    if (rows := job.join()) is not None:
         size = out.stat().st_size / 1e6
         print(f"{out}: {rows} vectors of {job.about.width} numbers, {job.about.dtype}, {size:.1f} MB")

@@ -10,32 +10,15 @@ import typer
 from keyreid.commands.options import Configuration, Overrides, RankCount, Shards, Verify
 from keyreid.errors import ConfigError
 
-Weights = Annotated[
-    str | None,
-    typer.Argument(
-        help="A run's folder (its best checkpoint), a checkpoint, keyreid .safetensors, or a published .pth. With "
-        "--all-splits it may hold {split}, for weights of each split.",
-        show_default=False,
-    ),
-]
-Protocols = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="torchreid, official, inclusive or released; repeat it for several. Default: the configuration's.",
-        show_default=False,
-    ),
-]
+_WEIGHTS = "A run, a checkpoint, exported .safetensors, or a published .pth; {split} is the number with --all-splits."
+Weights = Annotated[str | None, typer.Argument(help=_WEIGHTS, show_default=False)]
+_PROTOCOLS = "torchreid, official, inclusive or released; repeat it for several. Default: the configuration's."
+Protocols = Annotated[list[str] | None, typer.Option(help=_PROTOCOLS, show_default=False)]
 Distance = Annotated[Path | None, typer.Option(help="Judge the distance matrix in this .npz file; needs no model.")]
 Json = Annotated[Path | None, typer.Option(help="Write the scores as JSON to this file too.")]
-VectorFile = Annotated[
-    Path | None, typer.Option(help="What `evaluate` or `embed` wrote; then nothing is embedded again.")
-]
-Out = Annotated[
-    Path | None, typer.Option(help="Folder for vectors, scores and pictures. Default: one beside the weights.")
-]
-SplitNumber = Annotated[
-    int | None, typer.Option(min=0, help="Which split of the dataset (iLIDS-VID, PRID2011: 0 to 9).")
-]
+VectorFile = Annotated[Path | None, typer.Option(help="What `evaluate` or `embed` wrote, instead of embedding again.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for all that is written. Default: one beside the weights.")]
+SplitNumber = Annotated[int | None, typer.Option(min=0, help="Split of the dataset (iLIDS-VID, PRID2011: 0 to 9).")]
 AllSplits = Annotated[bool, typer.Option(help="Mean and standard deviation over all splits of the dataset.")]
 
 

@@ -11,16 +11,9 @@ from keyreid.errors import ConfigError
 TABLES = 10  # queries whose hits are printed
 PICTURE_ROWS = 24  # queries in the ranked picture
 
-Gallery = Annotated[
-    list[Path], typer.Argument(help="The gallery: files that `embed` or `evaluate` wrote, or folders of them.")
-]
-Query = Annotated[
-    list[str], typer.Option(help="A tracklet's key, or a vector file, all of whose rows ask. Repeat it for several.")
-]
-Index = Annotated[
-    Path | None,
-    typer.Option(help="Search by this index instead of exactly; it is built where it is not there or out of date."),
-]
+Gallery = Annotated[list[Path], typer.Argument(help="The gallery: what `embed` or `evaluate` wrote, or folders of it.")]
+Query = Annotated[list[str], typer.Option(help="A tracklet's key, or a vector file: all its rows. Repeat for several.")]
+Index = Annotated[Path | None, typer.Option(help="Search by this index, not exactly; built where absent or outdated.")]
 Probes = Annotated[int | None, typer.Option(min=1, help="Lists of the index that are searched; default a sixteenth.")]
 
 
@@ -42,11 +35,14 @@ def search(
     A tracklet never finds itself. Names of persons are compared where both are known.
     """
     import torch
+    from rich.console import Console
 
     from keyreid.embedding.vectors import VectorFiles
     from keyreid.retrieval.index import GalleryIndex
+    from keyreid.retrieval.matches import ranked_picture, summary, table_of, write_matches
     from keyreid.retrieval.search import SearchSettings
     from keyreid.retrieval.search import search as find
+    from keyreid.visualization.canvas import save_picture
 
     if probes is not None and index is None:
         raise ConfigError("--probes is of an index; name it with --index FILE")
@@ -56,8 +52,17 @@ def search(
     lookup = None if index is None else GalleryIndex.fitting(index, gallery, metric, probes)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     results = list(find(queries, rows, gallery, settings, lookup, device))
-    _print(results, json)
-    _write(results, json, picture, queries, gallery, settings)
+    console = Console()
+    for found in results[:TABLES]:
+        console.print(table_of(found))
+    if len(results) > TABLES:
+        print(f"... and {len(results) - TABLES} more queries" + ("" if json else "; write all with --json FILE"))
+    print(summary(results))
+    if json is not None:
+        write_matches(results, settings, json)
+    if picture is not None:
+        save_picture(ranked_picture(results[:PICTURE_ROWS], queries, gallery, settings), picture)
+        print(f"{picture}: ranked picture of {min(len(results), PICTURE_ROWS)} queries")
 
 
 def _queries(texts: list[str], gallery):
@@ -70,27 +75,3 @@ def _queries(texts: list[str], gallery):
     if len(files) < len(texts):
         raise ConfigError("--query: either keys or vector files, not both")
     return VectorFiles(files), None
-
-
-def _print(results, json: Path | None) -> None:
-    from rich.console import Console
-
-    from keyreid.retrieval.matches import summary, table_of
-
-    console = Console()
-    for found in results[:TABLES]:
-        console.print(table_of(found))
-    if len(results) > TABLES:
-        print(f"... and {len(results) - TABLES} more queries" + ("" if json else "; write all with --json FILE"))
-    print(summary(results))
-
-
-def _write(results, json: Path | None, picture: Path | None, queries, gallery, settings) -> None:
-    from keyreid.retrieval.matches import ranked_picture, write_matches
-    from keyreid.visualization.canvas import save_picture
-
-    if json is not None:
-        write_matches(results, settings, json)
-    if picture is not None:
-        save_picture(ranked_picture(results[:PICTURE_ROWS], queries, gallery, settings), picture)
-        print(f"{picture}: ranked picture of {min(len(results), PICTURE_ROWS)} queries")

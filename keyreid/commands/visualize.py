@@ -108,8 +108,7 @@ def _positions(shards, keys: list[str] | None, count: int) -> list[int]:
 
     if not keys:
         return evenly_spaced(len(shards), count)
-    missing = [key for key in keys if key not in shards.position]
-    if missing:
+    if missing := [key for key in keys if key not in shards.position]:
         raise DataError(f"{shards.location} holds no tracklet {missing[0]}; `keyreid inspect` lists them")
     return [shards.position[key] for key in keys]
 

@@ -21,27 +21,22 @@ def describe(shards: ShardSet, positions: Sequence[int], times: bool = False, pi
         times: with frame numbers and seconds, for which each tracklet's metadata is read.
         pictures: with a picture of each middle frame.
     """
-    names = {kind: {number: name for name, number in of.items()} for kind, of in shards.card.get("names", {}).items()}
+    names = (shards.card.get("names", {}).get(kind, {}) for kind in ("identity", "camera"))
+    people, cameras = ({number: name for name, number in of.items()} for of in names)
     records = [shards.tracklets[position] for position in positions]
-    people, cameras = names.get("identity", {}), names.get("camera", {})
     columns: dict[str, list[Any]] = {
         **{name: [getattr(record, name) for record in records] for name in ("key", "identity", "camera", "frames")},
         "identity_name": [people.get(record.identity) for record in records],
         "camera_name": [cameras.get(record.camera) or str(record.camera) for record in records],
     }
     if times:
-        columns["first_frame"], columns["last_frame"] = [], []
-        for position in positions:
-            first, last = numbered_frames(shards.metadata(position))
-            columns["first_frame"].append(first)
-            columns["last_frame"].append(last)
+        numbers = [numbered_frames(shards.metadata(position)) for position in positions]
         rates = shards.card.get("frames_per_second", {})
         rate = [rates.get(cameras.get(record.camera)) for record in records]
-        for seconds, frames in (("start_seconds", "first_frame"), ("end_seconds", "last_frame")):
-            columns[seconds] = [
-                number / each if each and number is not None else None
-                for number, each in zip(columns[frames], rate, strict=True)
-            ]
+        for end, frame, seconds in ((0, "first_frame", "start_seconds"), (1, "last_frame", "end_seconds")):
+            columns[frame] = [number[end] for number in numbers]
+            timed = zip(columns[frame], rate, strict=True)
+            columns[seconds] = [number / each if each and number is not None else None for number, each in timed]
     if pictures:
         columns["picture"] = [_picture(shards, position) for position in positions]
     return description(columns)

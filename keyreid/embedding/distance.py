@@ -22,6 +22,7 @@ from keyreid.errors import ConfigError
 Metric = Literal["euclidean", "cosine", "visible"]
 BLOCK_BYTES = 256 * 2**20
 _MAX_ROWS = 1024
+_NO_ENTRY = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,7 @@ def nearest(
         query_group, gallery_group: int64 [Q], [G]; entries of the query's own group (its camera, say) are left out.
 
     Returns:
-        distances float32 [Q, k] ascending, and indices int64 [Q, k]. Where fewer than k entries are left, the rest is
-        infinity and -1.
+        distances float32 [Q, k] ascending, indices int64 [Q, k]; infinity and -1 where fewer than k entries are left.
     """
     found = np.full((len(query), k), _NO_ENTRY, np.int64)
     for rows, columns, block in distance_blocks(query, gallery, metric, device, block_bytes):
@@ -95,12 +95,8 @@ def nearest(
         best = keys.topk(min(k, keys.shape[1]), dim=1, largest=False, sorted=False).values.cpu().numpy()
         found[rows] = np.sort(np.concatenate([found[rows], best], axis=1), axis=1)[:, :k]
     distances = (found >> 32).astype(np.int32).view(np.float32)
-    indices = found & 0xFFFFFFFF
     missing = found == _NO_ENTRY
-    return np.where(missing, np.float32(np.inf), distances), np.where(missing, -1, indices)
-
-
-_NO_ENTRY = np.iinfo(np.int64).max
+    return np.where(missing, np.float32(np.inf), distances), np.where(missing, -1, found & 0xFFFFFFFF)
 
 
 def distance_blocks(
@@ -140,15 +136,15 @@ def pair_distances(
         chosen = slice(start, start + step)
         one = _prepare(query[left[chosen]], metric, centre, "cpu")
         other = _prepare(gallery[right[chosen]], metric, centre, "cpu")
+        pairs = zip(one.pieces, other.pieces, strict=True)
         if metric == "cosine":
-            result[chosen] = (1 - (one.pieces[0] * other.pieces[0]).sum(1)).clamp_(min=0).numpy()
-            continue
-        parts = [functional.pairwise_distance(a, b, eps=0) for a, b in zip(one.pieces, other.pieces, strict=True)]
-        if metric == "euclidean":
-            result[chosen] = parts[0].numpy()
+            parts = [(1 - (a * b).sum(1)).clamp_(min=0) for a, b in pairs]
         else:
+            parts = [functional.pairwise_distance(a, b, eps=0) for a, b in pairs]
+        if metric == "visible":
             weights = one.weights * other.weights
-            result[chosen] = ((torch.stack(parts, 1) * weights).sum(1) / weights.sum(1)).numpy()
+            parts = [(torch.stack(parts, 1) * weights).sum(1) / weights.sum(1)]
+        result[chosen] = parts[0].numpy()
     return result
 
 
@@ -169,10 +165,8 @@ def _check(query: Embeddings, gallery: Embeddings, metric: Metric) -> None:
             parts = 0 if side.visibility is None else side.visibility.shape[1]
             rest = side.vectors.shape[1] - side.global_width
             if not parts or not rest or rest % parts:
-                raise ConfigError(
-                    "distance visible needs the parts' visibility and their vectors beside the global feature; embed "
-                    "whole vectors, or use euclidean"
-                )
+                needs = "the parts' visibility and their vectors beside the global feature"
+                raise ConfigError(f"distance visible needs {needs}; embed whole vectors, or use euclidean")
 
 
 def _prepare(side: Embeddings, metric: Metric, centre: torch.Tensor, device: torch.device | str) -> _Prepared:

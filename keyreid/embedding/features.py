@@ -6,6 +6,7 @@ on the border of two ranks is run by both. So every clip is embedded in the same
 same order on one rank as on many: bit for bit the same vectors where machine and thread count are the same.
 """
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -22,7 +23,7 @@ from keyreid.model import KeyReID
 from keyreid.model.inputs import prepare
 from keyreid.progress import track
 from keyreid.shards import open_reader
-from keyreid.shards.batch import ClipBatch, ClipPlan
+from keyreid.shards.batch import ClipBatch
 from keyreid.shards.plan import evaluation_clips
 from keyreid.shards.shard_set import ShardSet
 
@@ -46,7 +47,6 @@ def extract(
     Args:
         positions: of the tracklets in `shards.tracklets`.
         config: clip size, batch size, number of clips, reader and precision.
-        ranks: default one process on the CPU.
         cameras_known: the model was trained on these cameras; otherwise all are unknown to it.
         weights: what the vectors say of their network, see `VectorsAbout`.
 
@@ -56,7 +56,8 @@ def extract(
     ranks = ranks or Ranks.alone()
     mode = named(config.model.guidance)
     clips = evaluation_clips(shards, positions, config.clip.frames, clips=config.evaluation.clips, mode=mode)
-    counts = _clips_of_each(clips, positions)
+    place = {position: row for row, position in enumerate(positions)}
+    counts = np.bincount([place[clip.tracklet] for clip in clips], minlength=len(positions))
     share = _shares(counts, ranks.world_size)
     size = config.evaluation.clips_per_batch
     batches = _batches_of(share, counts, size)[ranks.rank]
@@ -81,25 +82,17 @@ def extract(
     if not ranks.first:
         return None
     about = about_vectors(model, shards, cameras_known, weights or {})
-    means = means.numpy()
-    return Vectors(about, describe(shards, positions), means[:, : about.width], means[:, about.width :])
+    vectors, seen = np.split(means.numpy(), [about.width], axis=1)
+    return Vectors(about, describe(shards, positions), vectors, seen)
 
 
 def about_vectors(model: KeyReID, shards: ShardSet, cameras_known: bool, weights: Mapping[str, str]) -> VectorsAbout:
     """What the vectors are that a model makes of shards."""
-    return VectorsAbout(
-        width=model.width + model.parts * model.part_width,
-        parts=model.parts,
-        global_width=model.width,
-        dataset=str(shards.card.get("name", "")),
-        weights=dict(weights),
-        cameras_known=cameras_known,
-    )
+    width, dataset = model.width + model.parts * model.part_width, str(shards.card.get("name", ""))
+    return VectorsAbout(width, model.parts, model.width, dataset, dict(weights), cameras_known=cameras_known)
 
 
-def network_inputs(
-    model: KeyReID, batch: ClipBatch, cameras_known: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def network_inputs(model: KeyReID, batch: ClipBatch, cameras_known: bool) -> tuple[torch.Tensor, ...]:
     """Pictures, guidance and cameras of a batch as the network takes them when it is judged, on the batch's device.
 
     Whoever asks the network what it sees (an evaluation, a picture of its attention) asks with these.
@@ -110,32 +103,19 @@ def network_inputs(
     return images.to(weights), guidance.to(weights), cameras
 
 
-def _clips_of_each(clips: Sequence[ClipPlan], positions: Sequence[int]) -> np.ndarray:
-    """int64 [N]: how many clips each tracklet has; they come in the tracklets' order."""
-    place = {position: row for row, position in enumerate(positions)}
-    return np.bincount([place[clip.tracklet] for clip in clips], minlength=len(positions))
-
-
 def _shares(counts: np.ndarray, world_size: int) -> list[range]:
     """The consecutive tracklets of each rank, with about as many clips each."""
-    ends = np.cumsum(counts)
-    cuts = np.searchsorted(ends, np.arange(1, world_size) * (ends[-1] / world_size), side="right") if len(ends) else []
-    borders = [0, *(int(cut) for cut in cuts), len(counts)] if len(ends) else [0] * (world_size + 1)
-    return [range(borders[rank], borders[rank + 1]) for rank in range(world_size)]
+    cuts = np.searchsorted(np.cumsum(counts), np.arange(1, world_size) * (counts.sum() / world_size), side="right")
+    return [range(start, end) for start, end in itertools.pairwise([0, *cuts.tolist(), len(counts)])]
 
 
 def _batches_of(share: list[range], counts: np.ndarray, size: int) -> list[list[int]]:
     """The batches that each rank runs: those with clips of its tracklets, then its last one again up to the longest."""
     ends = np.cumsum(counts)
-    result = []
-    for tracklets in share:
-        if not len(tracklets):
-            result.append([])
-            continue
-        first_clip = ends[tracklets.start] - counts[tracklets.start]
-        result.append(list(range(first_clip // size, -(-ends[tracklets[-1]] // size))))
-    longest = max(len(batches) for batches in result)
-    return [batches + [batches[-1] if batches else 0] * (longest - len(batches)) for batches in result]
+    starts = ends - counts
+    own = [list(range(starts[of[0]] // size, -(-ends[of[-1]] // size))) if of else [] for of in share]
+    longest = max(map(len, own))
+    return [batches + (batches[-1:] or [0]) * (longest - len(batches)) for batches in own]
 
 
 def _mean_by_tracklet(
@@ -184,11 +164,7 @@ def _embed(model: KeyReID, batch: ClipBatch, config: Config, cameras_known: bool
 
 
 def _gather_rows(rows: torch.Tensor, lengths: list[int], ranks: Ranks) -> torch.Tensor:
-    """All ranks' rows in rank order on the first rank; the others get their own back.
-
-    Args:
-        lengths: rows of each rank.
-    """
+    """All ranks' rows, `lengths` of them, in rank order on the first rank; the others get their own back."""
     if not ranks.first:
         if len(rows):
             dist.send(rows, 0, group=ranks.control)

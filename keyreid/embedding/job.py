@@ -9,13 +9,12 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
 import torch
 from filelock import FileLock
 
@@ -38,7 +37,6 @@ class EmbedSettings:
 
     Attributes:
         features: the whole evaluation vector, or its global part alone (for large galleries: 25 times smaller).
-        dtype: of the stored vectors.
         pictures: keep a small picture of the middle frame, so that results can be shown.
     """
 
@@ -48,14 +46,7 @@ class EmbedSettings:
 
 
 class EmbeddingJob:
-    """One output file and the parts it is made of.
-
-    Args:
-        trained: network and configuration; the clip, clips of a tracklet and batch size come from there.
-        shards: what is embedded.
-        positions: which tracklets of it.
-        out: the vector file.
-    """
+    """One output file and the parts it is made of; clip, clips of a tracklet and batch size are those of `trained`."""
 
     def __init__(
         self, trained: Trained, shards: ShardSet, positions: Sequence[int], out: Path, settings: EmbedSettings
@@ -64,14 +55,12 @@ class EmbeddingJob:
         self.parts = cut([shards.tracklets[position].frames for position in positions], PART_FRAMES)
         self.positions = list(positions)
         self.folder = out.with_name(f"{out.name}.parts")
+        self.paths = [self.folder / f"part-{number:05d}.parquet" for number in range(len(self.parts))]
         self.cameras_known = trained.knows_cameras(shards)
-        whole = about_vectors(trained.network, shards, self.cameras_known, weights_identity(trained))
-        self.about = replace(
-            whole,
-            width=whole.width if settings.features == "whole" else whole.global_width,
-            dtype=settings.dtype,
-            fingerprint=self._fingerprint(whole.weights["sha256"]),
-        )
+        about = about_vectors(trained.network, shards, self.cameras_known, weights_identity(trained))
+        width = about.width if settings.features == "whole" else about.global_width
+        fingerprint = self._fingerprint(about.weights["sha256"])
+        self.about = replace(about, width=width, dtype=settings.dtype, fingerprint=fingerprint)
 
     @property
     def done(self) -> bool:
@@ -83,13 +72,18 @@ class EmbeddingJob:
         if self.done:
             return 0
         mine = range(rank, len(self.parts), world_size)
-        todo = [number for number in mine if not self._is_ours(self._path(number))]
+        todo = [number for number in mine if not self._is_ours(self.paths[number])]
         if rank == 0 and len(todo) < len(mine):
             print(f"{len(mine) - len(todo)} of {len(mine)} parts are there already")
         self.trained.network.to(device)
         for number in track(todo, len(todo), "embedding", "parts", quiet=rank > 0 or len(todo) < 2):
             positions = [self.positions[row] for row in self.parts[number]]
-            write_vectors(self._path(number), self.about, [self._embed(positions, device)])
+            alone, config = Ranks.alone(device), self.trained.config
+            vectors = extract(self.trained.network, self.shards, positions, config, alone, self.cameras_known)
+            described = describe(self.shards, positions, times=True, pictures=self.settings.pictures)
+            kept = vectors.vectors[:, : self.about.width]
+            part = replace(vectors, about=self.about, described=described, vectors=kept)
+            write_vectors(self.paths[number], self.about, [part.table])
         return len(todo)
 
     def join(self) -> int | None:
@@ -97,20 +91,13 @@ class EmbeddingJob:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.out.with_name(f".{self.out.name}.lock")):
             if not self.done:
-                paths = [self._path(number) for number in range(len(self.parts))]
-                if not all(map(self._is_ours, paths)):
+                if not all(map(self._is_ours, self.paths)):
                     return None
-                write_vectors(self.out, self.about, _tables(paths))
+                columns = self.about.schema.names
+                blocks = itertools.chain.from_iterable(VectorFiles([path]).blocks(columns) for path in self.paths)
+                write_vectors(self.out, self.about, (table for _, table in blocks))
             shutil.rmtree(self.folder, ignore_errors=True)
         return len(self.positions)
-
-    def _embed(self, positions: list[int], device: torch.device | str) -> pa.Table:
-        trained, alone = self.trained, Ranks.alone(device)
-        vectors = extract(trained.network, self.shards, positions, trained.config, alone, self.cameras_known)
-        assert vectors is not None  # one rank
-        described = describe(self.shards, positions, times=True, pictures=self.settings.pictures)
-        kept = vectors.vectors[:, : self.about.width]
-        return replace(vectors, about=self.about, described=described, vectors=kept).table
 
     def _fingerprint(self, weights: str) -> str:
         config, settings = self.trained.config, self.settings
@@ -123,9 +110,6 @@ class EmbeddingJob:
             "settings": [settings.features, settings.dtype, settings.pictures, self.cameras_known],
         }
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"part-{number:05d}.parquet"
 
     def _is_ours(self, path: Path) -> bool:
         try:
@@ -143,15 +127,6 @@ def weights_identity(trained: Trained) -> dict[str, str]:
 
 def cut(frames: Sequence[int], frames_a_part: int) -> list[range]:
     """Cut tracklets into runs of about so many frames, none empty."""
-    ends = np.cumsum(frames)
-    if not len(ends):
-        return []
-    number = (ends - 1) // frames_a_part
-    starts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(ends)]
-    return [range(start, end) for start, end in itertools.pairwise(starts)]
-
-
-def _tables(paths: Sequence[Path]) -> Iterator[pa.Table]:
-    for path in paths:
-        for _, table in VectorFiles([path]).blocks(read_about(path).schema.names):
-            yield table
+    number = (np.cumsum(frames, dtype=np.int64) - 1) // frames_a_part
+    starts = np.flatnonzero(np.diff(number, prepend=-1)).tolist()
+    return [range(start, end) for start, end in itertools.pairwise([*starts, len(frames)])]

@@ -24,8 +24,7 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         if isinstance(file, np.ndarray):
             raise DataError(f"{path}: a single array; an .npz file with {', '.join(names)} is needed")
         with file:
-            missing = [name for name in names if name not in file.files]
-            if missing:
+            if missing := [name for name in names if name not in file.files]:
                 there = ", ".join(file.files) or "nothing"
                 raise DataError(f"{path}: lacks {', '.join(missing)}; it has {there}")
             arrays = {name: file[name] for name in names}
@@ -33,7 +32,6 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         raise DataError(f"{path}: no such file") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: not an .npz file of plain arrays: {error}") from None
-    unusable = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
-    if unusable:
+    if unusable := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
         raise DataError(f"{path}: {unusable[0]} is not an array")
     return arrays

@@ -29,7 +29,9 @@ def rerank(
         k2: nearest neighbours whose encodings are averaged (local query expansion).
         weight: of the original distance (lambda in the paper).
     """
-    everyone = _join(query, gallery)
+    seen = (query.visibility, gallery.visibility)
+    visibility = None if any(side is None for side in seen) else np.concatenate(seen)
+    everyone = Embeddings(np.concatenate([query.vectors, gallery.vectors]), visibility, query.global_width)
     count = len(everyone)
     neighbours = nearest(everyone, everyone, min(k1 + 1, count), metric, device, block_bytes)[1]
     original, furthest = _distances_of_queries(everyone, len(query), metric, device, block_bytes)
@@ -50,14 +52,6 @@ def rerank(
     original *= (weight / scale[: len(query), None]).astype(np.float32)
     result += original
     return result
-
-
-def _join(query: Embeddings, gallery: Embeddings) -> Embeddings:
-    """Queries, then gallery."""
-    seen = None
-    if query.visibility is not None and gallery.visibility is not None:
-        seen = np.concatenate([query.visibility, gallery.visibility])
-    return Embeddings(np.concatenate([query.vectors, gallery.vectors]), seen, query.global_width)
 
 
 def _distances_of_queries(
@@ -89,14 +83,12 @@ def _reciprocal(neighbours: np.ndarray, k: int) -> sparse.csr_array:
 
 def _expand(reciprocal: sparse.csr_array, half: sparse.csr_array) -> sparse.csr_array:
     """Reciprocal neighbours, and those of each candidate (at k1 / 2) whose own overlap them by more than two thirds."""
-    overlap = reciprocal * (reciprocal @ half.T)  # |R(row, k1) and R(column, k1/2)|, for candidates
-    overlap = sparse.coo_array(overlap)
+    # |R(row, k1) and R(column, k1/2)|, for candidates
+    overlap = sparse.coo_array(reciprocal * (reciprocal @ half.T))
     size = np.diff(sparse.csr_array(half).indptr)
     chosen = 3 * overlap.data > 2 * size[overlap.col]
-    candidates = sparse.csr_array(
-        (np.ones(chosen.sum()), (overlap.row[chosen], overlap.col[chosen])), shape=reciprocal.shape
-    )
-    return reciprocal + candidates @ half
+    places = overlap.row[chosen], overlap.col[chosen]
+    return reciprocal + sparse.csr_array((np.ones(chosen.sum()), places), shape=reciprocal.shape) @ half
 
 
 def _jaccard(encoding: sparse.csr_array, queries: int) -> np.ndarray:

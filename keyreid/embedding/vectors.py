@@ -30,16 +30,10 @@ FORMAT = "keyreid-vectors/1"
 METADATA_KEY = b"keyreid"
 ROW_GROUP_BYTES = 32 * 2**20  # of vectors; also what is read at a time
 DESCRIPTION = {
-    "key": pa.string(),
-    "identity": pa.int64(),
-    "identity_name": pa.string(),
-    "camera": pa.int64(),
-    "camera_name": pa.string(),
-    "frames": pa.int32(),
-    "first_frame": pa.int64(),
-    "last_frame": pa.int64(),
-    "start_seconds": pa.float64(),
-    "end_seconds": pa.float64(),
+    **{"key": pa.string(), "identity": pa.int64(), "identity_name": pa.string()},
+    **{"camera": pa.int64(), "camera_name": pa.string(), "frames": pa.int32()},
+    **{"first_frame": pa.int64(), "last_frame": pa.int64()},
+    **{"start_seconds": pa.float64(), "end_seconds": pa.float64()},
 }
 _NPZ = ("vectors", "visibility", "global_width", "dataset")
 _KEYS_COMPARED = 20_000  # for the nearest one to a mistyped key, which takes long
@@ -53,10 +47,8 @@ class VectorsAbout:
         width: D.
         parts: P, entries of `visibility`.
         global_width: how many of the D are the global feature; P parts of equal width follow, or none.
-        dataset: name of the data set.
         weights: `name` and `sha256` of the weights file: only vectors of one network can be compared. A network that
             is still in training has a name alone.
-        dtype: of the stored vectors.
         fingerprint: of the vectors, or of all that decides them: an interrupted embedding knows its parts by it.
         cameras_known: the network took the cameras for those it was trained on; None where that is not recorded.
     """
@@ -79,13 +71,9 @@ class VectorsAbout:
     def schema(self) -> pa.Schema:
         """The Parquet schema, with this object in its metadata."""
         number = pa.float32() if self.dtype == "float32" else pa.float16()
-        columns = {
-            **DESCRIPTION,
-            "visibility": pa.list_(pa.float32(), self.parts),
-            "vector": pa.list_(number, self.width),
-            "picture": pa.binary(),
-        }
-        return pa.schema(columns.items(), {METADATA_KEY: json.dumps({"format": FORMAT, **asdict(self)}).encode()})
+        arrays = {"visibility": pa.list_(pa.float32(), self.parts), "vector": pa.list_(number, self.width)}
+        about = {METADATA_KEY: json.dumps({"format": FORMAT, **asdict(self)}).encode()}
+        return pa.schema([*DESCRIPTION.items(), *arrays.items(), ("picture", pa.binary())], about)
 
 
 @dataclass(frozen=True)
@@ -93,7 +81,6 @@ class Vectors:
     """N embedded tracklets in memory.
 
     Attributes:
-        about: what their vectors are.
         described: N rows of DESCRIPTION's columns, and of `picture` or not; see `description`.
         vectors: [N, D].
         visibility: float32 [N, P], the share of frames in which each part is seen.
@@ -155,11 +142,7 @@ class Vectors:
         return rows_of(self.keys.tolist(), list(keys), source)
 
     def save(self, path: Path) -> None:
-        """Write a vector file.
-
-        Raises:
-            KeyreidError: it cannot be written.
-        """
+        """Write a vector file; errors as of `write_vectors`."""
         step = self.about.rows_at_a_time
         blocks = [slice(at, at + step) for at in range(0, len(self), step)]
         digest = hashlib.sha256()  # by which an index knows its vectors again
@@ -170,11 +153,7 @@ class Vectors:
 
     @staticmethod
     def load(path: Path) -> "Vectors":
-        """Read a vector file, or the `.npz` that evaluations wrote before; without pictures.
-
-        Raises:
-            DataError: the file is missing, damaged, or holds something else.
-        """
+        """Read a vector file, or the `.npz` of the last version, without pictures; DataError where it is neither."""
         return _read_npz(path) if path.suffix == ".npz" else VectorFiles([path]).load()
 
 
@@ -192,10 +171,7 @@ def description(columns: Mapping[str, Sequence[Any] | np.ndarray]) -> pa.Table:
 
 
 def write_vectors(path: Path, about: VectorsAbout, tables: Iterable[pa.Table]) -> int:
-    """Write tables as one file with row groups of about ROW_GROUP_BYTES; it is there whole or not at all.
-
-    Returns:
-        How many rows were written.
+    """Write tables as one file with row groups of about ROW_GROUP_BYTES, whole or not at all; gives how many rows.
 
     Raises:
         KeyreidError: it cannot be written.
@@ -205,31 +181,24 @@ def write_vectors(path: Path, about: VectorsAbout, tables: Iterable[pa.Table]) -
     # Vectors do not get smaller by compression or dictionaries; the other columns do.
     plain = list(DESCRIPTION)
     packed = {"compression": dict.fromkeys(plain, "zstd"), "use_dictionary": plain, "write_statistics": plain}
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, alone=True) as partial, pq.ParquetWriter(partial, about.schema, **packed) as writer:
+    with writing(path), replacing(path, alone=True) as file, pq.ParquetWriter(file, about.schema, **packed) as writer:
 
-            def flush() -> None:
-                if waiting:
-                    writer.write_table(pa.concat_tables(waiting).combine_chunks(), row_group_size=about.rows_at_a_time)
-                    waiting.clear()
+        def flush() -> None:
+            if waiting:
+                writer.write_table(pa.concat_tables(waiting).combine_chunks(), row_group_size=about.rows_at_a_time)
+                waiting.clear()
 
-            for table in tables:
-                rows += len(table)
-                waiting.append(table.replace_schema_metadata(about.schema.metadata))
-                if sum(map(len, waiting)) >= about.rows_at_a_time:
-                    flush()
-            flush()
+        for table in tables:
+            rows += len(table)
+            waiting.append(table.replace_schema_metadata(about.schema.metadata))
+            if sum(map(len, waiting)) >= about.rows_at_a_time:
+                flush()
+        flush()
     return rows
 
 
 class VectorFiles:
-    """Vector files as one list of N rows; nothing but what is asked for is read.
-
-    Attributes:
-        paths: the files.
-        about: what their vectors are; the same network made all of them.
-    """
+    """Vector files as one list of N rows, `about` which all of them agree; nothing but what is asked for is read."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         """Open files, and all `*.parquet` of folders.
@@ -237,7 +206,11 @@ class VectorFiles:
         Raises:
             DataError: a file is missing, is none of ours, or was made by another network.
         """
-        self.paths = [file for path in paths for file in (_parquet_files(path) if path.is_dir() else [path])]
+        self.paths: list[Path] = []
+        for path in paths:
+            if path.is_dir() and not any(path.glob("*.parquet")):
+                raise DataError(f"{path}: no .parquet files in this folder")
+            self.paths += sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         self._files = [_open(path) for path in self.paths]
         self.about = read_about(self.paths[0], self._files[0])
         for path, file in zip(self.paths, self._files, strict=True):
@@ -248,11 +221,7 @@ class VectorFiles:
         return int(self._first[-1])
 
     def blocks(self, columns: Iterable[str], rows: int | None = None) -> Iterator[tuple[int, pa.Table]]:
-        """All rows in order, some at a time: the number of the first, and the rows.
-
-        Args:
-            rows: how many at a time; default what fits ROW_GROUP_BYTES.
-        """
+        """All rows in order, `rows` at a time (default: as ROW_GROUP_BYTES allow): the first's number, the rows."""
         first = 0
         for path, file in zip(self.paths, self._files, strict=True):
             try:
@@ -306,11 +275,7 @@ def embeddings_of(table: pa.Table, about: VectorsAbout) -> Embeddings:
 
 
 def read_about(path: Path, file: pq.ParquetFile | None = None) -> VectorsAbout:
-    """What a vector file says of itself.
-
-    Raises:
-        DataError: it is missing or no vector file.
-    """
+    """What a vector file says of itself; DataError where it is missing or none."""
     metadata = (file or _open(path)).schema_arrow.metadata or {}
     try:
         values = json.loads(metadata[METADATA_KEY])
@@ -326,10 +291,8 @@ def check_comparable(one: VectorsAbout, other: VectorsAbout, one_name: str, othe
     by = "sha256" if "sha256" in one.weights and "sha256" in other.weights else "name"
     if one.weights.get(by) != other.weights.get(by):
         names = [about.weights.get("name", "unknown weights") for about in (one, other)]
-        raise DataError(
-            f"{other_name} was embedded by {names[1]}, {one_name} by {names[0]}: vectors of different networks cannot "
-            "be compared; embed both with the same weights"
-        )
+        made = f"{other_name} was embedded by {names[1]}, {one_name} by {names[0]}"
+        raise DataError(f"{made}: vectors of different networks cannot be compared; embed both with the same weights")
     if (one.width, one.global_width) != (other.width, other.global_width):
         widths = f"{other_name} has vectors of {other.width} numbers, {one_name} of {one.width}"
         raise DataError(f"{widths}: embed both with the same --features")
@@ -348,18 +311,11 @@ def rows_of(there: list[str], keys: Sequence[str], source: str) -> np.ndarray:
         DataError: a key is not there; a near one is named.
     """
     place = {key: row for row, key in enumerate(there)}
-    missing = [key for key in keys if key not in place]
-    if missing:
+    if missing := [key for key in keys if key not in place]:
         near = difflib.get_close_matches(missing[0], there[:_KEYS_COMPARED], n=1, cutoff=0.0)
         hint = f"; the nearest key is {near[0]}" if near else ""
         raise DataError(f"{source}: no tracklet has the key {missing[0]!r} ({len(missing)} are missing){hint}")
     return np.array([place[key] for key in keys], np.int64)
-
-
-def _parquet_files(folder: Path) -> list[Path]:
-    if files := sorted(folder.glob("*.parquet")):
-        return files
-    raise DataError(f"{folder}: no .parquet files in this folder")
 
 
 def _open(path: Path) -> pq.ParquetFile:
@@ -384,7 +340,6 @@ def _read_npz(path: Path) -> Vectors:
         raise DataError(f"{path}: not a file of vectors: {len(vectors)} vectors, {len(file['keys'])} keys")
     weights = {"name": f"unknown weights of {path.name}", "sha256": sha256(path)}
     about = VectorsAbout(vectors.shape[1], visibility.shape[1], int(global_width), str(dataset), weights)
-    columns = {name: file[f"{name}s"] for name in ("key", "camera")}
-    columns |= {"identity": file["identities"], "frames": file["frames"]}
+    columns = dict(zip(("key", "identity", "camera", "frames"), file.values(), strict=True))
     described = description({**columns, "camera_name": file["cameras"].astype(np.str_)})
     return Vectors(about, described, vectors, visibility)

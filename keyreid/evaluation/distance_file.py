@@ -32,16 +32,20 @@ def judge_file(path: Path, protocols: Sequence[str]) -> dict[str, Any]:
     rules = [protocol_named(name) for name in protocols]  # all of them, so that any unknown one is refused
     frames_needed = any(rule.cameras_by_frame for rule in rules)
     arrays = read_arrays(path, (*ARRAYS, *FRAME_ARRAYS) if frames_needed else ARRAYS)
-    distance = _checked_distance(path, arrays["distance"])
+    distance = arrays["distance"]
+    if distance.ndim != 2:
+        raise DataError(f"{path}: distance {distance.shape} is not a matrix [queries, gallery]")
+    if distance.dtype.kind not in "fiub":
+        raise DataError(f"{path}: distance is {distance.dtype}, not real numbers")
+    if not distance.size:
+        raise DataError(f"{path}: distance {distance.shape} is empty: there is nothing to judge")
     sides = []
     for side, axis in (("query", 0), ("gallery", 1)):
-        columns = {}
-        for name in ("ids", "cameras", "frames"):
-            if f"{side}_{name}" in arrays:
-                columns[name] = _checked_column(path, f"{side}_{name}", arrays, axis)
-        if "frames" in columns and columns["frames"].min() < 1:
-            raise DataError(f"{path}: {side}_frames holds {columns['frames'].min()}; a tracklet has at least one frame")
-        sides.append(Side(columns["ids"], columns["cameras"], columns.get("frames")))
+        names = [f"{side}_{name}" for name in ("ids", "cameras", "frames")]
+        columns = [_checked_column(path, name, arrays, axis) for name in names if name in arrays]
+        if frames_needed and columns[2].min() < 1:
+            raise DataError(f"{path}: {names[2]} holds {columns[2].min()}; a tracklet has at least one frame")
+        sides.append(Side(*columns))
     try:
         scores = {name: judge(distance, *sides, name).as_dict() for name in protocols}
     except DataError as error:
@@ -54,20 +58,8 @@ def junk_note(result: dict[str, Any]) -> str:
     unaware = [name for name in result["protocols"] if not protocol_named(name).junk_left_out]
     if not unaware or not result["junk"]:
         return ""
-    return (
-        f"note: {result['junk']} gallery entries have identity {JUNK_IDENTITY}, which {', '.join(unaware)} counts as "
-        "wrong answers; leave them out of the file, as MARS's readers do"
-    )
-
-
-def _checked_distance(path: Path, distance: np.ndarray) -> np.ndarray:
-    if distance.ndim != 2:
-        raise DataError(f"{path}: distance {distance.shape} is not a matrix [queries, gallery]")
-    if distance.dtype.kind not in "fiub":
-        raise DataError(f"{path}: distance is {distance.dtype}, not real numbers")
-    if not distance.size:
-        raise DataError(f"{path}: distance {distance.shape} is empty: there is nothing to judge")
-    return distance
+    note = f"note: {result['junk']} gallery entries have identity {JUNK_IDENTITY}, which {', '.join(unaware)} counts as"
+    return f"{note} wrong answers; leave them out of the file, as MARS's readers do"
 
 
 def _checked_column(path: Path, name: str, arrays: dict[str, np.ndarray], axis: int) -> np.ndarray:
@@ -78,11 +70,11 @@ def _checked_column(path: Path, name: str, arrays: dict[str, np.ndarray], axis: 
             f"{path}: distance {distance.shape} and {name} {column.shape} do not fit each other: "
             f"{name} must be ({distance.shape[axis]},)"
         )
-    whole = column.dtype.kind in "iu" or (column.dtype.kind == "f" and np.array_equal(column, np.trunc(column)))
-    if not whole or (column.dtype.kind == "f" and not np.isfinite(column).all()):
-        hint = "; number the names, the same in both" if column.dtype.kind in "US" else ""
+    kind = column.dtype.kind
+    if not (kind in "iu" or (kind == "f" and np.isfinite(column).all() and np.array_equal(column, np.trunc(column)))):
+        hint = "; number the names, the same in both" if kind in "US" else ""
         raise DataError(f"{path}: {name} is {column.dtype}; whole numbers are needed{hint}")
-    largest = _LARGEST_FLOAT if column.dtype.kind == "f" else np.iinfo(np.int64).max
-    if column.dtype.kind in "fu" and (abs(column) > largest).any():
+    largest = _LARGEST_FLOAT if kind == "f" else np.iinfo(np.int64).max
+    if kind in "fu" and (abs(column) > largest).any():
         raise DataError(f"{path}: {name} holds {column[abs(column) > largest][0]}, which is too large")
     return column.astype(np.int64)

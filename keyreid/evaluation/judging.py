@@ -14,7 +14,7 @@ from keyreid.embedding.features import extract
 from keyreid.embedding.vectors import Vectors
 from keyreid.errors import DataError, KeyreidError
 from keyreid.evaluation.protocols import Side, judge, protocol_named
-from keyreid.evaluation.ranking import JudgedSet, query_and_gallery, rank_gallery, split_vectors
+from keyreid.evaluation.ranking import JudgedSet, Ranking, query_and_gallery, rank_gallery, split_vectors
 from keyreid.evaluation.scores import combine, write_scores
 from keyreid.model import KeyReID
 from keyreid.shards.shard_set import ShardSet
@@ -39,7 +39,6 @@ def evaluate(
     Writes what `judge_vectors` writes, and the vectors.
 
     Args:
-        ranks: default one process on the CPU.
         protocols: names; default `config.evaluation.protocol`. Pictures show the first.
         part: `holdout` judges the training identities that `data.holdout` kept out of training.
         vectors_path: default `out/vectors.parquet`.
@@ -47,9 +46,6 @@ def evaluate(
 
     Returns:
         `judge_vectors`' result and `vectors`, the path.
-
-    Raises:
-        DataError: the split has no queries, or no query has a match.
     """
     query, gallery = query_and_gallery(shards, config.data.split_number, part)
     vectors = extract(model, shards, sorted({*query, *gallery}), config, ranks, weights=weights)
@@ -77,13 +73,18 @@ def judge_vectors(
     Returns:
         `scores.combine`'s object with `split_number`, `part`, `distance` and `rerank`; beside it `pictures` and
         `files`, the paths of the pictures and of all that was written.
+
+    Raises:
+        DataError: the split has no queries, or no query has a match.
     """
     ranks = ranks or Ranks.alone()
-    protocols = tuple(protocols) or (config.evaluation.protocol,)
     result: Any = None
     if ranks.first:
         try:
-            result = _judge_and_draw(vectors, model, shards, config, out, ranks.device, protocols, part)
+            query, gallery = split_vectors(vectors, shards, config.data.split_number, part)
+            protocols = protocols or (config.evaluation.protocol,)
+            rankings = rank_gallery(query, gallery, config.evaluation, protocols, ranks.device)
+            result = _write_all(rankings, model, shards, config, out, ranks.device, part)
         except (KeyreidError, OSError) as error:  # the other ranks wait for an answer
             result = error
     result = ranks.from_first(result)
@@ -114,23 +115,22 @@ def check_judgeable(shards: ShardSet, config: Config, part: JudgedSet = "test") 
         raise DataError(f"{shards.location}: {error}") from None
 
 
-def _judge_and_draw(
-    vectors: Vectors,
+def _write_all(
+    rankings: Mapping[str, Ranking],
     model: KeyReID | None,
     shards: ShardSet,
     config: Config,
     out: Path,
     device: torch.device,
-    protocols: tuple[str, ...],
     part: JudgedSet,
 ) -> dict[str, Any]:
     split_number, settings = config.data.split_number, config.evaluation
-    query, gallery = split_vectors(vectors, shards, split_number, part)
-    rankings = rank_gallery(query, gallery, settings, protocols, device)
     junk = len(shards.select("junk", split_number)) if part == "test" else 0
+    split = f" split {split_number}" if shards.card["splits"] else ""
+    label = f"{shards.card['name']}{split}{' (held out of training)' if part == 'holdout' else ''}"
     scores = {name: {**ranking.scores.as_dict(), "junk": junk} for name, ranking in rankings.items()}
     about = {"split_number": split_number, "part": part, "distance": settings.distance, "rerank": settings.rerank}
-    result = combine(scores, _label(shards, split_number, part), **about)
+    result = combine(scores, label, **about)
     if (out / SCORES).exists():  # beside the new scores, the pictures of an earlier evaluation would be wrong
         for name in (PAGE, *PICTURES):
             (out / name).unlink(missing_ok=True)
@@ -142,10 +142,4 @@ def _judge_and_draw(
         pictures = draw(rankings, model, shards, config, out, device)
         write_result_page(out / PAGE, result, pictures)
     files = [out / SCORES, *pictures, *([out / PAGE] if pictures else [])]
-    return {**result, "pictures": [str(path) for path in pictures], "files": [str(path) for path in files]}
-
-
-def _label(shards: ShardSet, split_number: int, part: JudgedSet) -> str:
-    """The data set as it stands beside numbers: its name, its split where it has several."""
-    split = f" split {split_number}" if shards.card["splits"] else ""
-    return f"{shards.card['name']}{split}{' (held out of training)' if part == 'holdout' else ''}"
+    return {**result, "pictures": list(map(str, pictures)), "files": list(map(str, files))}

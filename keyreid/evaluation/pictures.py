@@ -23,7 +23,7 @@ from keyreid.visualization.guidance import guidance_picture
 from keyreid.visualization.ranked import RankedRow, Tile, draw_ranked
 
 TOP = 10
-SHOWN_IN_STRIPS = 4  # queries whose guidance and attention are shown
+SHOWN_IN_STRIPS = 2  # best and as many worst queries whose guidance and attention are shown
 CAPTIONS = {
     "ranked": "Ranked lists: the query on the left, its nearest tracklets beside it; green right, red wrong.",
     "cmc": "Cumulative matching: the share of queries whose first match stands at a rank or before it.",
@@ -47,7 +47,7 @@ def draw(
     """
     first = next(iter(rankings.values()))
     pictures = {"ranked": ranked_picture(first, shards, config.evaluation.pictures, config.seed)}
-    chosen = chosen_queries(first, SHOWN_IN_STRIPS // 2, config.seed)
+    chosen = chosen_queries(first, SHOWN_IN_STRIPS, config.seed)
     rows = np.unique(np.concatenate([chosen["Best queries"], chosen["Worst queries"]]))
     positions = [shards.position[str(key)] for key in first.query.keys[rows]]
     pictures["guidance"] = guidance_picture(shards, positions)
@@ -62,11 +62,7 @@ def draw(
 
 
 def write_result_page(path: Path, result: Mapping[str, Any], pictures: Sequence[Path]) -> None:
-    """An evaluation as one page: scores, what they mean, and every picture, which lie in its folder.
-
-    Args:
-        result: `scores.combine`'s object.
-    """
+    """`scores.combine`'s object as one page: scores, what they mean, and every picture, which lie in its folder."""
     facts = [f"distance {result['distance']}"] if "distance" in result else []
     if result.get("rerank"):
         facts.append("re-ranked by k-reciprocal neighbours")
@@ -82,11 +78,8 @@ def chosen_queries(ranking: Ranking, count: int, seed: int) -> dict[str, np.ndar
     ordered = valid[np.argsort(-ap[valid], kind="stable")]
     drawn = np.sort(np.random.default_rng(seed).permutation(valid)[:count])
     worst = ordered[::-1][: min(count, len(valid) // 2)]  # a few queries are not shown as best and worst both
-    return {
-        "Best queries": ordered[: min(count, len(valid) - len(worst))],
-        "Worst queries": worst,
-        "Random queries": drawn,
-    }
+    best = ordered[: min(count, len(valid) - len(worst))]
+    return {"Best queries": best, "Worst queries": worst, "Random queries": drawn}
 
 
 def ranked_picture(
@@ -110,20 +103,17 @@ def ranked_picture(
 def _row(ranking: Ranking, shards: ShardSet, row: int) -> RankedRow:
     entries, right = ranking.nearest(row, TOP)
     results = [
-        _tile(ranking.gallery, entry, shards, ranking.distance[row, entry], bool(match))
-        for entry, match in zip(entries.tolist(), right, strict=True)
+        _tile(ranking.gallery, entry, shards, f"{ranking.distance[row, entry]:.4g}", match)
+        for entry, match in zip(entries.tolist(), right.tolist(), strict=True)
     ]
     ap, first = ranking.scores.average_precision[row], ranking.scores.first_match[row]
     verdict = f"AP {ap:.1%} · first match at rank {first}" if first else "no match in the gallery"
-    return RankedRow(f"{ranking.query.keys[row]} · {verdict}", _tile(ranking.query, row, shards), results)
+    return RankedRow(f"{ranking.query.keys[row]} · {verdict}", _tile(ranking.query, row, shards, "query"), results)
 
 
-def _tile(
-    vectors: Vectors, row: int, shards: ShardSet, distance: float | None = None, right: bool | None = None
-) -> Tile:
+def _tile(vectors: Vectors, row: int, shards: ShardSet, head: str, right: bool | None = None) -> Tile:
     position = shards.position[str(vectors.keys[row])]
     picture = shards.picture(position, shards.tracklets[position].frames // 2)
     identity = int(vectors.identities[row])
     who = "distractor" if identity == DISTRACTOR_IDENTITY else f"identity {identity}"
-    first = "query" if distance is None else f"{distance:.4g}"
-    return Tile(picture, (first, who, f"camera {vectors.cameras[row]}"), right)
+    return Tile(picture, (head, who, f"camera {vectors.cameras[row]}"), right)

@@ -24,8 +24,8 @@ from keyreid.datasets.tracklet import DISTRACTOR_IDENTITY, JUNK_IDENTITY
 from keyreid.errors import ConfigError, DataError
 
 CMC_RANKS = (1, 5, 10, 20)
-RELEASED_CLIP_FRAMES = 4
-RELEASED_MAX_CLIPS = 41
+COUNTS = ("queries", "valid_queries", "gallery", "junk", "distractors")
+RELEASED_CLIP_FRAMES, RELEASED_MAX_CLIPS = 4, 41
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,11 @@ class Protocol:
     """What distinguishes a protocol from the others.
 
     Attributes:
-        queries_in_gallery: the queries are gallery entries too.
         junk_left_out: gallery entries of identity -1 are left out of every ranking.
         trapezoid: AP by trapezoids instead of rectangles.
         cameras_by_frame: the published evaluator's camera arrays, see `cameras_as_released`.
     """
 
-    name: str
     summary: str
     queries_in_gallery: bool = False
     junk_left_out: bool = False
@@ -47,24 +45,13 @@ class Protocol:
     cameras_by_frame: bool = False
 
 
+_OFFICIAL = "queries in the gallery, identity -1 left out, trapezoid AP"
+_FAULTY = "the published evaluator with its faulty camera filter: only to compare with numbers published that way"
 PROTOCOLS = {
-    protocol.name: protocol
-    for protocol in (
-        Protocol("torchreid", "gallery without the queries, rectangular AP"),
-        Protocol(
-            "official",
-            "queries in the gallery, identity -1 left out, trapezoid AP",
-            queries_in_gallery=True,
-            junk_left_out=True,
-            trapezoid=True,
-        ),
-        Protocol("inclusive", "queries in the gallery, rectangular AP", queries_in_gallery=True),
-        Protocol(
-            "released",
-            "the published evaluator with its faulty camera filter: only to compare with numbers published that way",
-            cameras_by_frame=True,
-        ),
-    )
+    "torchreid": Protocol("gallery without the queries, rectangular AP"),
+    "official": Protocol(_OFFICIAL, queries_in_gallery=True, junk_left_out=True, trapezoid=True),
+    "inclusive": Protocol("queries in the gallery, rectangular AP", queries_in_gallery=True),
+    "released": Protocol(_FAULTY, cameras_by_frame=True),
 }
 
 
@@ -84,8 +71,7 @@ class Side:
     """The queries, or the gallery, in the order of the distance matrix.
 
     Attributes:
-        identities: int64 [N].
-        cameras: int64 [N].
+        identities, cameras: int64 [N].
         frames: int64 [N], frames of each tracklet; only `released` needs it.
     """
 
@@ -145,11 +131,7 @@ class Scores:
             "mAP": self.mean_ap,
             "mINP": self.mean_inp,
             **{f"rank{rank}": float(cmc[rank - 1]) for rank in CMC_RANKS},
-            "queries": self.queries,
-            "valid_queries": self.valid_queries,
-            "gallery": self.gallery,
-            "junk": self.junk,
-            "distractors": self.distractors,
+            **{name: getattr(self, name) for name in COUNTS},
             "cmc": cmc.tolist(),
         }
 
@@ -168,9 +150,8 @@ def judge(distance: np.ndarray, query: Side, gallery: Side, protocol: str) -> Sc
     """
     rules = protocol_named(protocol)
     if distance.shape != (len(query), len(gallery)):
-        raise DataError(
-            f"distance {distance.shape} does not fit {len(query)} queries and {len(gallery)} gallery entries"
-        )
+        sides = f"{len(query)} queries and {len(gallery)} gallery entries"
+        raise DataError(f"distance {distance.shape} does not fit {sides}")
     if rules.cameras_by_frame:
         query, gallery = (cameras_as_released(side, name) for side, name in ((query, "query"), (gallery, "gallery")))
     junk = gallery.identities == JUNK_IDENTITY
@@ -193,21 +174,13 @@ def judge(distance: np.ndarray, query: Side, gallery: Side, protocol: str) -> Sc
     average_precision, inp, first_match = counts
     valid = first_match > 0
     if not valid.any():
-        raise DataError(
-            f"no query has a match under protocol {protocol}: none of {len(query)} queries has an entry of its "
-            f"identity from another camera among {len(gallery)} gallery entries"
-        )
+        what = f"none of {len(query)} queries has an entry of its identity from another camera"
+        raise DataError(f"no query has a match under protocol {protocol}: {what} among {len(gallery)} gallery entries")
     average_precision[~valid] = np.nan
-    return Scores(
-        protocol=protocol,
-        average_precision=average_precision,
-        first_match=first_match.astype(np.int64),
-        mean_ap=float(average_precision[valid].mean()),
-        mean_inp=float(inp[valid].mean()),
-        gallery=len(gallery),
-        junk=int(junk.sum()),
-        distractors=int((gallery.identities == DISTRACTOR_IDENTITY).sum()),
-    )
+    mean_ap, mean_inp = float(average_precision[valid].mean()), float(inp[valid].mean())
+    entries, distractors = len(gallery), int((gallery.identities == DISTRACTOR_IDENTITY).sum())
+    ranks = first_match.astype(np.int64)
+    return Scores(protocol, average_precision, ranks, mean_ap, mean_inp, entries, int(junk.sum()), distractors)
 
 
 def cameras_as_released(side: Side, name: str = "tracklets") -> Side:

@@ -49,17 +49,15 @@ def query_and_gallery(shards: ShardSet, split_number: int, part: JudgedSet = "te
 
 def split_vectors(
     vectors: Vectors, shards: ShardSet, split_number: int, part: JudgedSet = "test"
-) -> tuple[Vectors, Vectors]:
+) -> tuple[Vectors, ...]:
     """The vectors of a split's queries and gallery.
 
     Raises:
         DataError: one of them is not among the vectors.
     """
-    query, gallery = (
-        vectors[vectors.rows_of([shards.tracklets[position].key for position in positions])]
-        for positions in query_and_gallery(shards, split_number, part)
-    )
-    return query, gallery
+    sides = query_and_gallery(shards, split_number, part)
+    keys = ([shards.tracklets[position].key for position in positions] for positions in sides)
+    return tuple(vectors[vectors.rows_of(each)] for each in keys)
 
 
 def rank_gallery(
@@ -72,7 +70,7 @@ def rank_gallery(
     """Compare and judge, once for each protocol.
 
     Args:
-        query, gallery: the gallery without junk; protocols that want the queries in it get them, after the others.
+        gallery: without junk; protocols that want the queries in it get them, after the others.
         evaluation: distance and re-ranking.
 
     Raises:

@@ -24,11 +24,10 @@ from keyreid.tracking import RUN_ID, Tracker
 
 @dataclass(frozen=True)
 class SavedEvaluation:
-    """What `keyreid evaluate` was asked for. Every rank makes one and calls the same method.
+    """What `keyreid evaluate` was asked for, see also `open_trained`. Every rank makes one and calls the same method.
 
     Attributes:
-        weights: as `open_trained` takes them; may hold `{split}`. None with `vectors`.
-        overrides, config, shards, verify: see `open_trained`.
+        weights: may hold `{split}`; None with `vectors`.
         protocols: names; none: the configuration's.
         vectors: judged instead of embedding.
         out: folder to write to; default one beside the weights.
@@ -48,10 +47,12 @@ class SavedEvaluation:
         """`judge_vectors`' result on one split (None: the configuration's), with the `folder` it was written to."""
         trained, config = self._open(number or 0)
         number = config.data.split_number if number is None else number
-        shards = ShardSet.from_config(_on_split(config, number).data)
+        settings = _on_split(config, number)
+        shards = ShardSet.from_config(settings.data)
         folder = self._folder(trained, shards)
         vectors = self._embed(trained, shards, [number], folder)
-        result = self._judge(trained, shards, _on_split(config, number), folder, vectors)
+        model = trained and trained.network
+        result = judge_vectors(vectors, model, shards, settings, folder, self.ranks, self.protocols)
         return self._tracked(trained, config, result, folder, result["files"])
 
     def all_splits(self) -> dict[str, Any]:
@@ -76,7 +77,8 @@ class SavedEvaluation:
             if weights_by_split:
                 trained, config = self._open(number)
                 vectors = self._embed(trained, shards, [number], own)
-            results.append(self._judge(trained, shards, _on_split(config, number), own, vectors))
+            model, settings = trained and trained.network, _on_split(config, number)
+            results.append(judge_vectors(vectors, model, shards, settings, own, self.ranks, self.protocols))
         files = [file for split in results for file in split["files"]]
         return self._tracked(trained, config, mean_over_splits(results, shards.card["name"]), folder, files)
 
@@ -90,12 +92,10 @@ class SavedEvaluation:
 
     def _folder(self, trained: Trained | None, shards: ShardSet) -> Path:
         """Where results go; made before the long work, which would be lost if it could not be."""
-        name = shards.card["name"]
-        if self.out is not None:
-            folder = self.out
-        elif trained.run is None:
+        name, folder = shards.card["name"], self.out
+        if folder is None and trained.run is None:
             folder = trained.file.with_name(f"{trained.file.stem}-evaluation-{name}")
-        else:
+        elif folder is None:
             folder = trained.run.evaluation / f"{name}-{trained.file.parent.name}"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -105,39 +105,35 @@ class SavedEvaluation:
         """The vectors of these splits' test tracklets on the first rank, kept in `folder`."""
         known = trained is not None and trained.knows_cameras(shards)
         if self.vectors is not None:
-            about = self.vectors.about
-            if about.cameras_known is None:  # files of the last version do not say
-                about = replace(about, cameras_known=known)
-            return replace(self.vectors, about=about)
-        if self.ranks.first:
-            _print_notes(trained, shards, splits, known)
+            if self.vectors.about.cameras_known is not None:
+                return self.vectors
+            # Files of the last version do not say.
+            return replace(self.vectors, about=replace(self.vectors.about, cameras_known=known))
+        identity = None
+        if self.ranks.first:  # what a reader of the scores must know about weights and data
+            if not known and trained.network.backbone.camera is not None:
+                print("note: the weights were trained on other cameras; the mean of their camera embeddings is used")
+            for number in splits:
+                if seen := trained.trained_on(shards, query_and_gallery(shards, number)[0]):
+                    print(f"note: split {number}: the weights were trained on {len(seen)} of its test identities")
+            identity = weights_identity(trained)
         wanted = {position for number in splits for side in query_and_gallery(shards, number) for position in side}
-        identity = weights_identity(trained) if self.ranks.first else None
         vectors = extract(trained.network, shards, sorted(wanted), trained.config, self.ranks, known, identity)
         if vectors is not None:
             vectors.save(folder / VECTORS)
         return vectors
 
-    def _judge(
-        self, trained: Trained | None, shards: ShardSet, config: Config, folder: Path, vectors: Vectors | None
-    ) -> dict[str, Any]:
-        model = None if trained is None else trained.network
-        return judge_vectors(vectors, model, shards, config, folder, self.ranks, self.protocols)
-
     def _tracked(
         self, trained: Trained | None, config: Config, result: dict[str, Any], folder: Path, files: Sequence[str]
     ) -> dict[str, Any]:
-        """The result with its `folder`, after MLflow has it: as a run of its own, below the training's.
-
-        MLflow hears of it where a run or a configuration says which.
-        """
-        run = None if trained is None else trained.run
+        """The result with its `folder`, after MLflow, where a run or a configuration says which, has it as a run."""
+        run = trained and trained.run
         whole = {**result, "folder": str(folder)}
         if not self.ranks.first or (run is None and self.config is None and config.tracking.uri is None):
             return whole
         output = Path(config.output) if run is None else run.path.parent
-        known = None if run is None else run.tracking / RUN_ID
-        parent = {"mlflow.parentRunId": known.read_text().strip()} if known is not None and known.is_file() else {}
+        known = run and run.tracking / RUN_ID
+        parent = {"mlflow.parentRunId": known.read_text().strip()} if known and known.is_file() else {}  # the training
         settings = config.tracking.model_copy(update={"system_metrics": False})
         events = Path(tempfile.mkdtemp(prefix="mlflow-", dir=folder))
         with Tracker(settings, output, events, f"{config.name} on {result['dataset']}", parent) as tracker:
@@ -153,13 +149,3 @@ class SavedEvaluation:
 
 def _on_split(config: Config, number: int) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"split_number": number})})
-
-
-def _print_notes(trained: Trained, shards: ShardSet, splits: Iterable[int], cameras_known: bool) -> None:
-    """What a reader of the scores must know about weights and data."""
-    if not cameras_known and trained.network.backbone.camera is not None:
-        print("note: the weights were trained on other cameras; the mean of their camera embeddings is used")
-    for number in splits:
-        seen = trained.trained_on(shards, query_and_gallery(shards, number)[0])
-        if seen:
-            print(f"note: split {number}: the weights were trained on {len(seen)} of its test identities")

@@ -1,18 +1,16 @@
 """Scores as people and programs read them: a table and a JSON object, protocol and data set beside each number."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from keyreid.errors import DataError
-from keyreid.evaluation.protocols import CMC_RANKS, PROTOCOLS
+from keyreid.evaluation.protocols import CMC_RANKS, COUNTS, PROTOCOLS
 from keyreid.files import writing
 
 RATES = ("mAP", "mINP", *(f"rank{rank}" for rank in CMC_RANKS))
-COUNTS = ("queries", "valid_queries", "gallery", "junk", "distractors")
 
 
 def combine(scores: Mapping[str, Mapping[str, Any]], dataset: str, **about: Any) -> dict[str, Any]:
@@ -27,21 +25,16 @@ def combine(scores: Mapping[str, Mapping[str, Any]], dataset: str, **about: Any)
         numbers of each; `metrics`: all rates and counts flat as {"torchreid/mAP": ...}; `summary`: one line.
     """
     first = next(iter(scores.values()))
-    summary = f"{dataset}, protocol {first['protocol']}: " + ", ".join(
-        f"{name} {first[name]:.1%}" for name in ("mAP", "rank1", "rank5", "rank10")
-    )
+    rates = ", ".join(f"{name} {first[name]:.1%}" for name in ("mAP", "rank1", "rank5", "rank10"))
+    valid = f"({first['valid_queries']} valid queries of {first['queries']})"
+    flat = {f"{name}/{key}": value for name, values in scores.items() for key, value in values.items()}
     return {
         **first,
         "dataset": dataset,
         **about,
         "protocols": {name: dict(values) for name, values in scores.items()},
-        "metrics": {
-            f"{name}/{key}": value
-            for name, values in scores.items()
-            for key, value in values.items()
-            if key not in ("protocol", "cmc")
-        },
-        "summary": f"{summary} ({first['valid_queries']} valid queries of {first['queries']})",
+        "metrics": {name: value for name, value in flat.items() if not name.endswith(("/protocol", "/cmc"))},
+        "summary": f"{dataset}, protocol {first['protocol']}: {rates} {valid}",
     }
 
 
@@ -56,7 +49,7 @@ def mean_over_splits(results: Sequence[Mapping[str, Any]], dataset: str) -> dict
         rates = {rate: fmean(split[rate] for split in each) for rate in RATES}
         deviations = {f"{rate}_deviation": stdev(split[rate] for split in each) for rate in RATES}
         counts = {key: fmean(split[key] for split in each) for key in COUNTS}
-        counts = {key: int(value) if math.floor(value) == value else value for key, value in counts.items()}
+        counts = {key: int(value) if value.is_integer() else value for key, value in counts.items()}
         curve = [fmean(values) for values in zip(*(split["cmc"] for split in each), strict=True)]
         scores[name] = {"protocol": name, **rates, **deviations, **counts, "cmc": curve}
     about = {key: results[0][key] for key in ("part", "distance", "rerank")}
@@ -71,48 +64,29 @@ def table(result: Mapping[str, Any]) -> str:
     for name, scores in result["protocols"].items():
         rates = (_percent(scores[rate], scores.get(f"{rate}_deviation")) for rate in RATES)
         rows.append((str(result["dataset"]), name, *rates, *(str(scores[count]) for count in COUNTS)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    ways = "<<" + ">" * len(widths[2:])  # words to the left, numbers to the right
+    shape = "  ".join(f"{{:{way}{width}}}" for way, width in zip(ways, widths, strict=True))
     notes = [f"{name}: {PROTOCOLS[name].summary}" for name in result["protocols"]]
-    return "\n".join([*_aligned(rows), *notes])
+    return "\n".join([*(shape.format(*row).rstrip() for row in rows), *notes])
 
 
 def write_scores(result: Mapping[str, Any], path: Path) -> None:
-    """Write `combine`'s object.
-
-    Raises:
-        KeyreidError: the file cannot be written.
-    """
+    """Write `combine`'s object; KeyreidError where that fails."""
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-    """Read what `write_scores` wrote.
-
-    Raises:
-        DataError: it is missing or something else.
-    """
+    """Read what `write_scores` wrote; DataError where it is missing or something else."""
     try:
         result = json.loads(path.read_text())
-        if result["protocols"] and result["dataset"]:
-            return result
+        if not (result["protocols"] and result["dataset"]):
+            raise ValueError("they are empty")
+        return result
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: no scores of an evaluation ({error})") from None
-    raise DataError(f"{path}: no scores of an evaluation")
 
 
 def _percent(value: float, deviation: float | None) -> str:
     return f"{100 * value:.2f} %" if deviation is None else f"{100 * value:.2f} ± {100 * deviation:.2f} %"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns two spaces apart; words to the left, numbers to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = (
-            cell.ljust(width) if n < 2 else cell.rjust(width)
-            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join(cells).rstrip())
-    return lines

@@ -15,14 +15,12 @@ import pyarrow as pa
 from keyreid.embedding.distance import Metric
 from keyreid.embedding.vectors import VectorFiles, matrix
 from keyreid.errors import ConfigError, DataError, install_hint
-from keyreid.files import replacing
+from keyreid.files import replacing, writing
 from keyreid.progress import track
 
 FORMAT = "keyreid-gallery-index/1"
-TRAINING_ROWS_A_LIST = 64
-MAX_LISTS = 8192
-PROBED_SHARE = 16  # one list of so many is searched, at least MIN_PROBES
-MIN_PROBES = 16
+TRAINING_ROWS_A_LIST, MAX_LISTS = 64, 8192
+PROBED_SHARE, MIN_PROBES = 16, 16  # one list of so many is searched, and at least so many lists
 
 
 class GalleryIndex:
@@ -45,12 +43,9 @@ class GalleryIndex:
 
     @classmethod
     def build(cls, gallery: VectorFiles, path: Path, metric: Metric, seed: int = 0) -> "GalleryIndex":
-        """Build the index of a gallery and write it.
+        """Build the index of a gallery and write it; errors as of opening one.
 
         Memory: 2 N D bytes for the vectors, and 4 x 64 x sqrt(N) x D for the sample that the lists are learnt from.
-
-        Raises:
-            ConfigError: FAISS is not installed, or the metric cannot be indexed.
         """
         faiss = _faiss(metric)
         if not len(gallery):
@@ -62,9 +57,8 @@ class GalleryIndex:
         index.train(_sample(gallery, min(len(gallery), TRAINING_ROWS_A_LIST * lists), metric, seed))
         steps = -(-len(gallery) // gallery.about.rows_at_a_time)
         for _, table in track(gallery.blocks(["vector"]), steps, "indexing", "blocks"):
-            index.add(_vectors(table, gallery, metric))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, alone=True) as partial:
+            index.add(_for_metric(matrix(table["vector"], gallery.about.width), metric))
+        with writing(path), replacing(path, alone=True) as partial:
             faiss.write_index(index, str(partial))
             _card_path(path).unlink(missing_ok=True)  # it must not vouch for the new index
         _card_path(path).write_text(json.dumps(_card(gallery, metric), indent=1))
@@ -137,13 +131,9 @@ def _sample(gallery: VectorFiles, count: int, metric: Metric, seed: int) -> np.n
     for first, table in gallery.blocks(["vector"]):
         start, end = np.searchsorted(chosen, [first, first + len(table)])
         if end > start:
-            sample[start:end] = _vectors(table.take(chosen[start:end] - first), gallery, metric)
+            drawn = table["vector"].take(pa.array(chosen[start:end] - first))
+            sample[start:end] = _for_metric(matrix(drawn, gallery.about.width), metric)
     return sample
-
-
-def _vectors(table: pa.Table, gallery: VectorFiles, metric: Metric) -> np.ndarray:
-    """float32 [n, D]."""
-    return _for_metric(matrix(table["vector"], gallery.about.width), metric)
 
 
 def _for_metric(vectors: np.ndarray, metric: Metric) -> np.ndarray:

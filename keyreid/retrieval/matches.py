@@ -33,8 +33,7 @@ def summary(results: Sequence[Found]) -> str:
     """One line: how many queries, and how often the nearest is the same person, where persons are known."""
     line = f"{len(results)} queries"
     judged = [same_person(found.query, found.hits[0]) for found in results if found.hits]
-    known = [verdict for verdict in judged if verdict is not None]
-    if known:
+    if known := [verdict for verdict in judged if verdict is not None]:
         line += f"; of {len(known)} whose person is known, {sum(known)} have the same person first"
     return line
 
@@ -45,14 +44,9 @@ def write_matches(results: Sequence[Found], settings: SearchSettings, path: Path
     Raises:
         KeyreidError: the file cannot be written.
     """
-    values = {
-        "metric": settings.metric,
-        "other_cameras": settings.other_cameras,
-        "rerank": settings.rerank,
-        "results": [{"query": found.query, "hits": found.hits} for found in results],
-    }
+    how = {name: getattr(settings, name) for name in ("metric", "other_cameras", "rerank")}
+    values = {**how, "results": [{"query": found.query, "hits": found.hits} for found in results]}
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values, indent=1) + "\n")
 
 
@@ -69,12 +63,10 @@ def ranked_picture(
 
     lines = []
     for found, picture in zip(results, asked, strict=True):
-        tiles = [
-            tile(shown[hit["row"]], f"{hit['distance']:.4g}", hit, same_person(found.query, hit)) for hit in found.hits
-        ]
-        lines.append(RankedRow(found.query["key"], tile(picture, "query", found.query), tiles))
-    choices = {"re-ranked": settings.rerank, "other cameras only": settings.other_cameras}
-    how = ", ".join([settings.metric, *(words for words, chosen in choices.items() if chosen)])
+        query = found.query
+        hits = [tile(shown[hit["row"]], f"{hit['distance']:.4g}", hit, same_person(query, hit)) for hit in found.hits]
+        lines.append(RankedRow(query["key"], tile(picture, "query", query), hits))
+    how = settings.metric + ", re-ranked" * settings.rerank + ", other cameras only" * settings.other_cameras
     title = f"{gallery.about.dataset} · {len(gallery)} tracklets · {gallery.about.weights.get('name', '')}"
     note = f"{how} · blue: query, grey: not known, green: same person, red: another"
     return draw_ranked([("", lines)], title, note)

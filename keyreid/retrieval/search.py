@@ -29,8 +29,6 @@ class SearchSettings:
     """How the gallery is searched.
 
     Attributes:
-        top: hits of each query.
-        metric: as `embedding.distance` has them.
         other_cameras: leave out tracklets of the query's own camera.
         rerank: k-reciprocal re-ranking among each query's RERANK_CANDIDATES nearest.
     """
@@ -43,21 +41,10 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class Found:
-    """A query's description and its hits, nearest first; each a dict of the vector file's columns.
-
-    A hit also has `row` (in the gallery) and `distance`.
-    """
+    """A query and its hits, nearest first, by the vector file's columns; a hit has its gallery `row` and `distance`."""
 
     query: dict[str, Any]
     hits: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Cameras:
-    """int64 [Q] and [N]: the cameras of queries and gallery as numbers of our own; -1 where the gallery lacks it."""
-
-    asking: np.ndarray
-    of_gallery: np.ndarray
 
 
 def search(
@@ -89,30 +76,35 @@ def search(
     for start in range(0, len(rows), step):
         table = queries.take(rows[start : start + step], [*SHOWN, "vector", "visibility"])
         cameras = None
-        if codes is not None:
-            cameras = _Cameras(pd.Index(names).get_indexer(table["camera_name"].to_pylist()), codes)
-        if index is None:
-            distances, found = _exact(table, gallery, min(wanted, len(gallery)), settings.metric, cameras, device)
-        else:
-            distances, found = _indexed(table, gallery, min(wanted, len(gallery)), cameras, index)
+        if codes is not None:  # of queries and gallery; -1 where the gallery lacks it
+            cameras = pd.Index(names).get_indexer(table["camera_name"].to_pylist()), codes
+        distances, found = _nearest(table, gallery, min(wanted, len(gallery)), settings.metric, cameras, index, device)
         yield from _described(table, gallery, distances, found, settings, device)
 
 
-def _exact(
+def _nearest(
     table: pa.Table,
     gallery: VectorFiles,
     k: int,
     metric: Metric,
-    cameras: _Cameras | None,
+    cameras: tuple[np.ndarray, np.ndarray] | None,
+    index: GalleryIndex | None,
     device: torch.device | str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest rows of each query: distances [Q, k] and rows [Q, k]; infinity and -1 where there are fewer."""
     query = embeddings_of(table, gallery.about)
-    distances, found = _nothing(len(query), k)
+    if index is not None and cameras is None:
+        return index.search(query.vectors, k)
+    distances, found = np.full((len(query), k), np.inf, np.float32), np.full((len(query), k), -1, np.int64)
+    if index is not None:  # queries of one camera go together, since they leave out the same rows
+        for camera in np.unique(cameras[0]):
+            chosen = cameras[0] == camera
+            distances[chosen], found[chosen] = index.search(query.vectors[chosen], k, cameras[1] != camera)
+        return distances, found
     for first, block in gallery.blocks(["vector", "visibility"]):
         groups = {}
         if cameras:
-            groups = {"query_group": cameras.asking, "gallery_group": cameras.of_gallery[first : first + len(block)]}
+            groups = {"query_group": cameras[0], "gallery_group": cameras[1][first : first + len(block)]}
         there = embeddings_of(block, gallery.about)
         near, rows = nearest(query, there, min(k, len(block)), metric, device, **groups)
         near = np.concatenate([distances, near], axis=1)
@@ -120,24 +112,6 @@ def _exact(
         best = np.argsort(near, axis=1, kind="stable")[:, :k]
         distances, found = np.take_along_axis(near, best, 1), np.take_along_axis(rows, best, 1)
     return distances, found
-
-
-def _indexed(
-    table: pa.Table, gallery: VectorFiles, k: int, cameras: _Cameras | None, index: GalleryIndex
-) -> tuple[np.ndarray, np.ndarray]:
-    """As `_exact`, by the index; queries of one camera go together, since they leave out the same rows."""
-    vectors = embeddings_of(table, gallery.about).vectors
-    if cameras is None:
-        return index.search(vectors, k)
-    distances, found = _nothing(len(table), k)
-    for camera in np.unique(cameras.asking):
-        chosen = cameras.asking == camera
-        distances[chosen], found[chosen] = index.search(vectors[chosen], k, cameras.of_gallery != camera)
-    return distances, found
-
-
-def _nothing(queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.full((queries, k), np.inf, np.float32), np.full((queries, k), -1, np.int64)
 
 
 def _described(

@@ -19,8 +19,7 @@ from keyreid.config import Config
 from keyreid.distributed.preemption import StopRequest
 from keyreid.distributed.ranks import Ranks
 from keyreid.errors import CheckpointError, KeyreidError
-from keyreid.evaluation import evaluate
-from keyreid.evaluation.judging import JudgedSet, check_judgeable
+from keyreid.evaluation.judging import JudgedSet, check_judgeable, evaluate
 from keyreid.losses import Criterion
 from keyreid.model import KeyReID, build_model
 from keyreid.progress import track

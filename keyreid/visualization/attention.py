@@ -4,6 +4,7 @@ The network never builds these maps (docs/model.md: one query is folded through 
 from what goes into its attention modules during a forward pass.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,10 +48,7 @@ def can_draw_attention(model: KeyReID) -> bool:
 
 @torch.no_grad()
 def attention_maps(model: KeyReID, batch: ClipBatch, cameras_known: bool = True) -> AttentionMaps:
-    """Run the network on clips, as an evaluation does, and give its attention.
-
-    Args:
-        cameras_known: as for `extract`.
+    """Run the network on clips, as an evaluation does, and give its attention; `cameras_known` as for `extract`.
 
     Raises:
         ConfigError: the backbone's attention is of another kind than the single-query form.
@@ -59,17 +57,13 @@ def attention_maps(model: KeyReID, batch: ClipBatch, cameras_known: bool = True)
         raise ConfigError("attention pictures need a backbone with plain attention (no query/key norms or gates)")
     caught: dict[str, Any] = {}
     branches = {"frames": model.global_branch.block.attention, "parts": model.local_branch.block.attention}
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=name: caught.update({name: args}))
-        for name, module in branches.items()
-    ]
     was_training = model.training
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.callback(model.train, was_training)
+        for name, module in branches.items():
+            catch = module.register_forward_pre_hook(lambda _, args, name=name: caught.update({name: args}))
+            hooks.callback(catch.remove)
         model.eval().features(*network_inputs(model, batch, cameras_known))
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
     rows, columns = model.patch_grid
     x = caught["frames"][0]
     frames = _attention(branches["frames"], x)[:, 0, -rows * columns :]
@@ -93,11 +87,8 @@ def attention_picture(
 ) -> Image.Image:
     """A clip of evenly spaced frames of each tracklet, and over them the attention; arguments as for `extract`."""
     plans = [_spread_clip(shards, position, config.clip.frames) for position in positions]
-    reader = open_reader(shards, iter([plans]), config, device=device)
-    try:
+    with contextlib.closing(open_reader(shards, iter([plans]), config, device=device)) as reader:
         batch = next(iter(reader)).to(device)
-    finally:
-        reader.close()
     maps = attention_maps(model, batch, cameras_known)
     pictures = batch.images.permute(0, 1, 3, 4, 2).cpu().numpy()
     strips = []
@@ -108,11 +99,9 @@ def attention_picture(
                 over_frames = [maps.parts[clip, part]] * config.clip.frames
                 rows.append((name.replace("_", " "), _overlaid(pictures[clip], over_frames)))
         strips.append(Strip(describe(shards.tracklets[plan.tracklet]), [str(frame) for frame in plan.frames], rows))
-    return draw_strips(
-        strips,
-        f"{shards.card['name']} · attention of the last block",
-        "columns: frame numbers · mean over heads, each map from its least to its most · parts: one map for all frames",
-    )
+    note = "mean over heads, each map from its least to its most · parts: one map for all frames"
+    title = f"{shards.card['name']} · attention of the last block"
+    return draw_strips(strips, title, f"columns: frame numbers · {note}")
 
 
 def _spread_clip(shards: ShardSet, position: int, frames: int) -> ClipPlan:
@@ -124,7 +113,7 @@ def _spread_clip(shards: ShardSet, position: int, frames: int) -> ClipPlan:
 
 def _overlaid(pictures: Sequence[np.ndarray], maps: Sequence[np.ndarray]) -> list[np.ndarray]:
     spread = [(m - m.min()) / max(float(np.ptp(m)), 1e-12) for m in maps]
-    return [overlay(picture, values) for picture, values in zip(pictures, spread, strict=True)]
+    return list(map(overlay, pictures, spread))
 
 
 def _attention(module: SingleQueryAttention, x: torch.Tensor, log_weight: torch.Tensor | None = None) -> torch.Tensor:

@@ -11,6 +11,7 @@ from keyreid.files import writing
 
 RIGHT, WRONG, UNKNOWN, QUERY = (22, 163, 74), (220, 38, 38), (148, 163, 184), (37, 99, 235)
 INK, SOFT_INK, PAPER = (17, 24, 39), (100, 116, 139), (255, 255, 255)
+MARGIN, TITLE, LABEL = 24, 22, 13  # pixels, and font sizes
 
 
 @lru_cache
@@ -36,28 +37,23 @@ def fit_text(text: str, width: int, size: int, bold: bool = False) -> str:
     return ""
 
 
-def blank(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """A white picture and what draws on it."""
-    image = Image.new("RGB", (width, height), PAPER)
-    return image, ImageDraw.Draw(image)
+def titled(width: int, height: int, title: str, subtitle: str) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
+    """A white picture with a title and room below: the picture, what draws on it, and the y where the room starts."""
+    top = MARGIN + 34 + (24 if subtitle else 0) + 8
+    width = max(width, text_width(title, TITLE, bold=True), text_width(subtitle, LABEL))
+    image = Image.new("RGB", (width + 2 * MARGIN, top + height), PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((MARGIN, MARGIN), title, INK, font(TITLE, bold=True))
+    draw.text((MARGIN, MARGIN + 34), subtitle, SOFT_INK, font(LABEL))
+    return image, draw, top
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
-    """Write a PNG, whatever its name, and the folders above it.
-
-    Raises:
-        KeyreidError: it cannot be written.
-    """
+    """Write a PNG, whatever its name; KeyreidError where it cannot be written."""
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, "png")
 
 
 def scaled(picture: np.ndarray, width: int, height: int) -> Image.Image:
     """A uint8 RGB picture [H, W, 3] at another size; its proportions are kept, the rest is grey."""
     return ImageOps.pad(Image.fromarray(picture), (width, height), Image.Resampling.BICUBIC, (226, 232, 240))
-
-
-def heat(values: np.ndarray) -> np.ndarray:
-    """Values in [0, 1] of any shape as colours uint8 [..., 3], dark blue to yellow to red."""
-    return (matplotlib.colormaps["turbo"](np.clip(values, 0, 1))[..., :3] * 255).astype(np.uint8)

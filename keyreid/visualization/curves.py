@@ -31,5 +31,4 @@ def draw_cmc(scores: Mapping[str, Mapping[str, Any]], title: str, path: Path) ->
     figure.legend(loc="outside lower center")
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)  # inches
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png")

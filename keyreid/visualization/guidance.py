@@ -9,16 +9,9 @@ from keyreid.pose.parts import part_names
 from keyreid.shards.shard_set import ShardSet
 from keyreid.visualization.strips import Strip, draw_strips, overlay
 
-FRAMES = 6
 
-
-def guidance_picture(shards: ShardSet, positions: Sequence[int], frames: int = FRAMES) -> Image.Image:
-    """Evenly spaced frames of tracklets, and under them each part's heatmap as it is packed.
-
-    Args:
-        positions: of the tracklets in `shards.tracklets`.
-        frames: columns.
-    """
+def guidance_picture(shards: ShardSet, positions: Sequence[int], frames: int = 6) -> Image.Image:
+    """Evenly spaced frames of tracklets, and under them each part's heatmap as it is packed."""
     strips = []
     for position in positions:
         record = shards.tracklets[position]

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from keyreid.visualization.canvas import INK, QUERY, RIGHT, SOFT_INK, UNKNOWN, WRONG, blank, fit_text, font, scaled
+from keyreid.visualization import canvas
 from keyreid.visualization.canvas import text_width as width_of
 
 PICTURE = (96, 192)  # width and height in pixels
-FRAME, GAP, MARGIN = 5, 12, 24
-TITLE, HEADING, LABEL, CAPTION = 22, 17, 13, 12  # font sizes
+FRAME, GAP = 5, 12
+HEADING, CAPTION = 17, 12  # font sizes
 CAPTION_LINE, LABEL_LINE = 16, 20
 
 
@@ -42,32 +42,20 @@ def draw_ranked(groups: Sequence[tuple[str, Sequence[RankedRow]]], title: str, s
     lines = max((len(tile.caption) for tile in tiles), default=0)
     row_height = LABEL_LINE + PICTURE[1] + 2 * FRAME + 4 + lines * CAPTION_LINE + GAP
     columns = max((len(row.results) for row in rows), default=0)
-    width = max(
-        [
-            tile_width + 2 * GAP + columns * (tile_width + GAP),
-            width_of(title, TITLE, bold=True),
-            width_of(subtitle, LABEL),
-            *(width_of(row.label, LABEL) for row in rows),
-        ]
-    )
-    head = MARGIN + 34 + (24 if subtitle else 0) + 8
-    height = head + sum(34 + len(group) * row_height for _, group in groups if group) + MARGIN
-    image, draw = blank(width + 2 * MARGIN, height)
-
-    draw.text((MARGIN, MARGIN), title, INK, font(TITLE, bold=True))
-    draw.text((MARGIN, MARGIN + 34), subtitle, SOFT_INK, font(LABEL))
-    top = head
+    tiles_width = tile_width + 2 * GAP + columns * (tile_width + GAP)
+    width = max([tiles_width, *(width_of(row.label, canvas.LABEL) for row in rows)])
+    groups = [(heading, group) for heading, group in groups if group]
+    height = sum(34 + len(group) * row_height for _, group in groups) + canvas.MARGIN
+    image, draw, top = canvas.titled(width, height, title, subtitle)
     for heading, group in groups:
-        if not group:
-            continue
-        draw.text((MARGIN, top + 4), heading, INK, font(HEADING, bold=True))
+        draw.text((canvas.MARGIN, top + 4), heading, canvas.INK, canvas.font(HEADING, bold=True))
         top += 34
         for row in group:
-            draw.text((MARGIN, top), row.label, SOFT_INK, font(LABEL))
-            _draw_tile(image, draw, row.query, MARGIN, top + LABEL_LINE, tile_width, QUERY)
+            draw.text((canvas.MARGIN, top), row.label, canvas.SOFT_INK, canvas.font(canvas.LABEL))
+            _draw_tile(image, draw, row.query, canvas.MARGIN, top + LABEL_LINE, tile_width, canvas.QUERY)
             for place, tile in enumerate(row.results):
-                left = MARGIN + tile_width + 2 * GAP + place * (tile_width + GAP)
-                colour = UNKNOWN if tile.right is None else RIGHT if tile.right else WRONG
+                left = canvas.MARGIN + tile_width + 2 * GAP + place * (tile_width + GAP)
+                colour = canvas.UNKNOWN if tile.right is None else canvas.RIGHT if tile.right else canvas.WRONG
                 _draw_tile(image, draw, tile, left, top + LABEL_LINE, tile_width, colour)
             top += row_height
     return image
@@ -78,8 +66,8 @@ def _draw_tile(
 ) -> None:
     x = left + (width - PICTURE[0] - 2 * FRAME) // 2
     draw.rectangle((x, top, x + PICTURE[0] + 2 * FRAME - 1, top + PICTURE[1] + 2 * FRAME - 1), fill=colour)
-    image.paste(scaled(tile.picture, *PICTURE), (x + FRAME, top + FRAME))
+    image.paste(canvas.scaled(tile.picture, *PICTURE), (x + FRAME, top + FRAME))
     for number, line in enumerate(tile.caption):
         y = top + PICTURE[1] + 2 * FRAME + 4 + number * CAPTION_LINE
-        text = fit_text(line, width, CAPTION)
-        draw.text((left + (width - width_of(text, CAPTION)) // 2, y), text, INK, font(CAPTION))
+        text = canvas.fit_text(line, width, CAPTION)
+        draw.text((left + (width - width_of(text, CAPTION)) // 2, y), text, canvas.INK, canvas.font(CAPTION))

@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import matplotlib
 import numpy as np
 from PIL import Image
 
-from keyreid.visualization.canvas import INK, SOFT_INK, blank, font, heat, scaled, text_width
+from keyreid.visualization.canvas import INK, LABEL, MARGIN, SOFT_INK, font, scaled, text_width, titled
 
 PICTURE = (72, 144)  # width and height in pixels
-GAP, MARGIN, HEADING_LINE, COLUMN_LINE = 4, 24, 32, 20
-TITLE, HEADING, LABEL = 22, 15, 13  # font sizes
+GAP, HEADING_LINE, COLUMN_LINE = 4, 32, 20
+HEADING = 15  # font size
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,10 @@ def draw_strips(strips: Sequence[Strip], title: str, subtitle: str) -> Image.Ima
         for strip in strips
     ]
     heights = [HEADING_LINE + COLUMN_LINE + len(strip.rows) * (PICTURE[1] + GAP) + MARGIN for strip in strips]
-    side_by_side = 2 if len(strips) > 1 else 1
-    column_width, head = max(widths), MARGIN + 34 + 32
+    side_by_side, column_width = min(2, len(strips)), max(widths)
     pairs = [heights[n : n + side_by_side] for n in range(0, len(strips), side_by_side)]
-    content = side_by_side * column_width + (side_by_side - 1) * 2 * MARGIN
-    width = max(content, text_width(title, TITLE, bold=True), text_width(subtitle, LABEL)) + 2 * MARGIN
-    image, draw = blank(width, head + sum(max(pair) for pair in pairs))
-    draw.text((MARGIN, MARGIN), title, INK, font(TITLE, bold=True))
-    draw.text((MARGIN, MARGIN + 34), subtitle, SOFT_INK, font(LABEL))
+    width = side_by_side * column_width + (side_by_side - 1) * 2 * MARGIN
+    image, draw, head = titled(width, sum(max(pair) for pair in pairs), title, subtitle)
     for number, strip in enumerate(strips):
         line, place = divmod(number, side_by_side)
         left = MARGIN + place * (column_width + 2 * MARGIN)
@@ -59,5 +56,6 @@ def overlay(picture: np.ndarray, weights: np.ndarray) -> np.ndarray:
     height, width = picture.shape[:2]
     grown = Image.fromarray(weights.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
     opacity = np.clip(np.asarray(grown), 0, 1)[..., None]
+    colours = (matplotlib.colormaps["turbo"](opacity[..., 0])[..., :3] * 255).astype(np.uint8)  # blue, yellow, red
     faded = 0.6 * picture + 0.4 * 255 * 0.5  # so that colours of the clothes do not pass for weights
-    return (faded * (1 - 0.85 * opacity) + heat(opacity[..., 0]) * 0.85 * opacity).astype(np.uint8)
+    return (faded * (1 - 0.85 * opacity) + colours * 0.85 * opacity).astype(np.uint8)
