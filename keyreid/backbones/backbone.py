@@ -1,6 +1,7 @@
 """What a backbone is: it turns frames into tokens on a grid, and hands over its last stage for the branches to run."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,9 +9,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from keyreid.backbones.filling import fill
 from keyreid.config import ClipConfig, ModelConfig
 from keyreid.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
+NAMES_LISTED = 12
 
 
 @dataclass(frozen=True)
@@ -154,3 +157,39 @@ class Backbone(nn.Module):
         if self.checkpoint_activations and self.training:
             return checkpoint(block, x, use_reentrant=False)
         return block(x)
+
+
+def fill(module: nn.Module, state: Mapping[str, torch.Tensor], source: str, strict: bool = False) -> None:
+    """Copy what fits by name and shape, and list what does not.
+
+    Args:
+        source: names the weights in messages.
+        strict: whatever is missing or of another shape is an error.
+
+    Raises:
+        CheckpointError: nothing fits, or (strict) not everything does.
+    """
+    own = module.state_dict()
+    fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
+    if not fitting:
+        raise CheckpointError(
+            f"{source}: nothing of it fits. It has {_listed(list(state))}; the network has {_listed(list(own))}"
+        )
+    misfits = [name for name in state if name in own and name not in fitting]
+    lists = {
+        "of another shape": [f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in misfits],
+        "not in the file": [name for name in own if name not in state],
+        "without a place in the network": [name for name in state if name not in own],
+    }
+    faults = [f"{what}: {_listed(names)}" for what, names in lists.items() if names]
+    if strict and own.keys() - fitting:
+        raise CheckpointError(f"{source}: {'; '.join(faults)}")
+    module.load_state_dict(fitting, strict=False)
+    log.info("%s: loaded %d of %d entries", source, len(fitting), len(own))
+    for fault in faults:
+        log.info("%s: did not load, %s", source, fault)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:NAMES_LISTED])
+    return shown + (f" and {len(names) - NAMES_LISTED} more" if len(names) > NAMES_LISTED else "")

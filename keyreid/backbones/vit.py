@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from keyreid.backbones.backbone import Backbone, LastStage, PatchGrid
-from keyreid.backbones.filling import fill, log
+from keyreid.backbones.backbone import Backbone, LastStage, PatchGrid, fill, log
 from keyreid.config import ClipConfig, ModelConfig
 from keyreid.errors import CheckpointError, ConfigError
 

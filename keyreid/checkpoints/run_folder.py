@@ -73,7 +73,7 @@ def checkpoints_of(location: Path) -> Path:
     return root if root.is_dir() else location
 
 
-def find_weights(location: Path, best: bool = True, averaged: bool | None = None) -> Path:
+def find_weights(location: str | Path, best: bool = True, averaged: bool | None = None) -> Path:
     """The weights file of a run's folder, its folder of checkpoints, a checkpoint, or the file itself.
 
     Args:
@@ -83,15 +83,15 @@ def find_weights(location: Path, best: bool = True, averaged: bool | None = None
     Raises:
         CheckpointError: there is none of that kind.
     """
-    location = location.expanduser()
+    location = Path(location).expanduser()
     if location.is_file():
         return location
     root = checkpoints_of(location)
     folder = (named(root, "best") if best else None) or named(root, "latest")
     folder = folder or next(reversed(checkpoints(root)), location)
-    for name in {None: (EMA, WEIGHTS), True: (EMA,), False: (WEIGHTS,)}[averaged]:
-        if (folder / name).is_file():
-            return folder / name
+    wanted = [folder / name for name, kind in ((EMA, True), (WEIGHTS, False)) if averaged in (None, kind)]
+    if found := next(filter(Path.is_file, wanted), None):
+        return found
     if averaged and (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{folder}: no averaged weights; the run was trained without training.ema_decay")
     raise CheckpointError(f"{location}: no run, checkpoint or weights file")
