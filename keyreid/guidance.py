@@ -44,7 +44,7 @@ class Guidance:
         return heatmaps
 
     def prompts(self, parts: int, width: int) -> "nn.Module | None":
-        """What maps guidance [S, P, Hp, Wp] to addends [S, Hp * Wp, width] of the first block's patch tokens, if any."""
+        """What maps guidance [S, P, Hp, Wp] to addends [S, Hp * Wp, width] of the patch tokens, if anything does."""
         return None
 
     def part_features(self, branch: "nn.Module", tokens: "torch.Tensor", guidance: "torch.Tensor") -> "torch.Tensor":

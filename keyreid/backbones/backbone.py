@@ -71,19 +71,13 @@ class Backbone(nn.Module):
 
     Args:
         width: D, of a token.
-        grid: where its patches lie.
         prefix_tokens: R, tokens before the patches; the first one stands for the frame.
-
-    Attributes:
-        checkpoint_activations: `run` keeps only a block's input for the backward pass.
     """
 
     def __init__(self, width: int, grid: PatchGrid, prefix_tokens: int = 1) -> None:
         super().__init__()
-        self.width = width
-        self.grid = grid
-        self.prefix_tokens = prefix_tokens
-        self.checkpoint_activations = False
+        self.width, self.grid, self.prefix_tokens = width, grid, prefix_tokens
+        self.checkpoint_activations = False  # True: `run` keeps only a block's input for the backward pass
         self.camera: nn.Parameter | None = None
         self.camera_factor = 0.0
 
@@ -98,15 +92,12 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def forward(self, images: torch.Tensor, cameras: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
-        """The tokens of frames.
+        """The tokens of frames [S, R+N, D]: R prefix tokens, then N patches in raster order.
 
         Args:
             images: [S, 3, H, W], normalised.
             cameras: int [S]; -1 is unknown.
             prompts: [S, N, D], added to the patches' tokens before the first block.
-
-        Returns:
-            [S, R+N, D]: R prefix tokens, then N patches in raster order.
         """
         raise NotImplementedError
 
@@ -115,14 +106,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def load(self, state: Mapping[str, torch.Tensor], source: str) -> None:
-        """Fill from a state dict of the backbone alone, before `last_stage` is asked.
-
-        Args:
-            source: names the weights in messages.
-
-        Raises:
-            CheckpointError: nothing fits.
-        """
+        """Fill from a state dict of the backbone alone, before `last_stage` is asked; see `fill`."""
         fill(self, state, source)
 
     def resized(self, state: Mapping[str, torch.Tensor], source: str) -> Mapping[str, torch.Tensor]:
@@ -131,11 +115,7 @@ class Backbone(nn.Module):
 
     @classmethod
     def download(cls, name: str) -> Mapping[str, torch.Tensor]:
-        """What `model.weights=timm` gets.
-
-        Raises:
-            CheckpointError: there are no such weights, or the network does not give them.
-        """
+        """What `model.weights=timm` gets; a CheckpointError where there are none, or the network does not give them."""
         raise CheckpointError(f"model.weights=timm: timm has no weights for {name}; give the path of a file")
 
     def add_camera_table(self, num_cameras: int, factor: float) -> None:

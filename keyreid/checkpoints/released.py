@@ -54,14 +54,9 @@ def _layout(depth: int, parts: int) -> Iterator[tuple[list[str], list[str], _Con
         thirds = [f"{ours}attention.{which}_weight" for which in "qkv"]
         yield [theirs + _QKV], thirds, lambda t: t[0].tensor_split(3), lambda t: [torch.cat(t)]
     yield ["base.Cam"], ["backbone.camera"], lambda t: [t[0].squeeze(1)], lambda t: [t[0].unsqueeze(1)]
-    attention = "global_branch.attention."
-    yield ["attention_conv.bias"], [attention + "bias"], list, list
-    yield (
-        ["attention_conv.weight"],
-        [attention + "weight"],
-        lambda t: [t[0].flatten(1)],
-        lambda t: [t[0][..., None, None]],
-    )
+    yield ["attention_conv.bias"], ["global_branch.attention.bias"], list, list
+    attention = ["attention_conv.weight"], ["global_branch.attention.weight"]
+    yield *attention, lambda t: [t[0].flatten(1)], lambda t: [t[0][..., None, None]]
     yield ["classifier.weight"], ["global_classifier.weight"], lambda t: [t[0].unsqueeze(0)], lambda t: [t[0][0]]
     numbers = range(1, parts + 1)
     classifiers = [f"classifier_{part}.weight" for part in numbers]
