@@ -100,10 +100,8 @@ def test_the_card_says_what_it_is(run, tmp_path):
     # Exported again from the export alone, it still knows its scores and training.
     again = tmp_path / "again.safetensors"
     assert invoke("export", "weights", out, again).exit_code == 0
-    assert (
-        "| official | 50.00 %" in Path(f"{again}.card.md").read_text()
-        and "loss.alpha" in Path(f"{again}.card.md").read_text()
-    )
+    text = Path(f"{again}.card.md").read_text()
+    assert "| official | 50.00 %" in text and "loss.alpha" in text
     invoke("export", "weights", run, out, "--newest")
     assert "was not evaluated" in Path(f"{out}.card.md").read_text()
 

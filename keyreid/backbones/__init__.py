@@ -19,7 +19,7 @@ def family(name: str) -> type[Backbone]:
 
 
 def patch_grid(model: ModelConfig, clip: ClipConfig) -> PatchGrid:
-    """Where a configuration's patches lie, without building the network; ConfigError if they do not tile the picture."""
+    """Where a configuration's patches lie, without building a network; ConfigError if they do not tile the picture."""
     return family(model.backbone).grid_of(model, clip)
 
 

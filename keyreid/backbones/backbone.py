@@ -32,11 +32,7 @@ class PatchGrid:
 
     @classmethod
     def tiling(cls, model: ModelConfig, clip: ClipConfig, patch: int, stride: int) -> "PatchGrid":
-        """The grid of a configuration's frames.
-
-        Raises:
-            ConfigError: patches do not tile the picture; the next sizes that they do are named.
-        """
+        """The grid of a configuration's frames; a ConfigError names the next sizes where patches do not tile them."""
         for name, pixels in {"clip.height": clip.height, "clip.width": clip.width}.items():
             excess = (pixels - patch) % stride
             if pixels < patch or excess:
@@ -51,16 +47,13 @@ class PatchGrid:
 class LastStage(NamedTuple):
     """What comes after a backbone's tokens.
 
-    Attributes:
-        block: [S, R+N, D] -> [S, 1 or more, D], of which the first token is read. The global branch computes that
-            token alone where this is timm's plain transformer block, and else runs the block whole.
-        norm: for that token.
-        activation: of the local branch's own block.
+    Of the block's output, the first token is read. The global branch computes that token alone where this is timm's
+    plain transformer block, and else runs the block whole.
     """
 
-    block: nn.Module
-    norm: nn.Module
-    activation: type[nn.Module] = nn.GELU
+    block: nn.Module  # [S, R+N, D] -> [S, 1 or more, D]
+    norm: nn.Module  # for the first token
+    activation: type[nn.Module] = nn.GELU  # of the local branch's own block
 
 
 class Backbone(nn.Module):

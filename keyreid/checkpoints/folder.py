@@ -36,25 +36,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run stands. Sample order, augmentations and stochastic depth follow from `step` alone.
+    """Where a run stands. Sample order, augmentations and stochastic depth follow from `step` alone."""
 
-    Attributes:
-        step: optimizer steps taken, over all epochs.
-        best_score, best_step: best evaluation so far.
-        evaluated_step: of the newest evaluation; a run stopped just before one does it when it goes on.
-        bad_steps: steps that were not applied because the loss was not finite.
-        loss_scale: state of the fp16 loss scaler.
-        keep: kept for ever (`training.keep_every_epochs`).
-    """
-
-    step: int = 0
+    step: int = 0  # optimizer steps taken, over all epochs
     steps_per_epoch: int = 0
-    best_score: float | None = None
+    best_score: float | None = None  # best evaluation so far
     best_step: int | None = None
-    evaluated_step: int | None = None
-    bad_steps: int = 0
-    loss_scale: Mapping[str, float] = field(default_factory=dict)
-    keep: bool = False
+    evaluated_step: int | None = None  # of the newest evaluation; a run stopped just before one does it on resuming
+    bad_steps: int = 0  # that were not applied because the loss was not finite
+    loss_scale: Mapping[str, float] = field(default_factory=dict)  # state of the fp16 loss scaler
+    keep: bool = False  # for ever (`training.keep_every_epochs`)
 
 
 @dataclass(frozen=True)

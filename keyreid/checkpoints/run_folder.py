@@ -7,14 +7,10 @@ RUN/evaluation/DATASET-NAME/      of `keyreid evaluate`
 RUN/tracking/, RUN/logs/          the event log and MLflow's run id; what each rank said
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from keyreid.checkpoints.folder import EMA, MANIFEST, WEIGHTS, checkpoints, folder_name, named, verify
+from keyreid.checkpoints.folder import EMA, MANIFEST, WEIGHTS, checkpoints, named, verify
 from keyreid.checkpoints.weights_file import check_sha256
 from keyreid.errors import CheckpointError
 from keyreid.tracking import TRACKING
@@ -51,20 +47,6 @@ class RunFolder:
     def tracking(self) -> Path:
         """What MLflow gets: see keyreid.tracking."""
         return self.path / TRACKING
-
-    def config(self) -> dict[str, Any]:
-        """The configuration as the run wrote it, without today's defaults; empty where it cannot be read."""
-        try:
-            return yaml.safe_load(self.config_file.read_text()) or {}
-        except (OSError, ValueError, yaml.YAMLError):
-            return {}
-
-    def scores(self, step: int) -> dict[str, Any]:
-        """What the evaluation at a step wrote; empty where there is none."""
-        try:
-            return json.loads((self.evaluation / folder_name(step) / "scores.json").read_text())
-        except (OSError, ValueError):
-            return {}
 
 
 def checkpoints_of(location: Path) -> Path:

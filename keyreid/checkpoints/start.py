@@ -28,7 +28,15 @@ def start_network(model: ModelConfig, clip: ClipConfig, num_identities: int, num
         ConfigError: the backbone, picture size, heads or parts do not fit together.
         CheckpointError: the weights cannot be read or fit nothing.
     """
-    state = _initial_weights(model)
+    state = {}
+    if model.weights == "timm":
+        state = family(model.backbone).download(model.backbone)
+    elif model.weights is not None:
+        file = Path(model.weights).expanduser()
+        if file.is_file():
+            check_whole(file)
+        state = read_weights(file)
+        state = from_released(state) if is_released(state) else state
     whole = CLASSIFIERS[0] in state
     backbone = build_backbone(model, clip, num_cameras)
     if state and not whole:
@@ -40,19 +48,6 @@ def start_network(model: ModelConfig, clip: ClipConfig, num_identities: int, num
         started = network.local_branch.start_from(network.global_branch)
         log.info("the local block starts %s", "as the backbone's last block" if started else "at random")
     return network
-
-
-def _initial_weights(model: ModelConfig) -> Mapping[str, torch.Tensor]:
-    """The state dict that `model.weights` names, if any; a network's in our names, a backbone's as it is."""
-    if model.weights is None:
-        return {}
-    if model.weights == "timm":
-        return family(model.backbone).download(model.backbone)
-    file = Path(model.weights).expanduser()
-    if file.is_file():
-        check_whole(file)
-    state = read_weights(file)
-    return from_released(state) if is_released(state) else state
 
 
 def load_network(

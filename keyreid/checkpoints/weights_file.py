@@ -27,19 +27,13 @@ UNSIGNED = "0" * 64
 
 @dataclass(frozen=True)
 class WeightsHeader:
-    """What a network is: its configuration and what its outputs stand for.
-
-    Attributes:
-        identities: training identities in the order of the classifier's rows.
-        cameras: the dataset's cameras in the order of the camera embedding's rows.
-        about: whatever else is worth knowing (step, scores, data), for people.
-    """
+    """What a network is: its configuration and what its outputs stand for."""
 
     model: ModelConfig
     clip: ClipConfig
-    identities: Sequence[int]
-    cameras: Sequence[int]
-    about: Mapping[str, Any]
+    identities: Sequence[int]  # of training, in the order of the classifier's rows
+    cameras: Sequence[int]  # the dataset's, in the order of the camera embedding's rows
+    about: Mapping[str, Any]  # whatever else is worth knowing (step, scores, data), for people
 
 
 HEADER = TypeAdapter(WeightsHeader)

@@ -9,7 +9,6 @@ from keyreid.commands.options import Verify, Weights
 
 app = typer.Typer(help="Write a trained network for others to use.", no_args_is_help=True)
 
-
 Best = Annotated[bool, typer.Option("--best/--newest", help="Which checkpoint of a run.")]
 Averaged = Annotated[
     bool | None,

@@ -1,15 +1,18 @@
 """A network that is exported and what is known of it: as one safetensors file, and as the model card of any export."""
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 
 import keyreid
-from keyreid.checkpoints.folder import EMA
+from keyreid.checkpoints.folder import EMA, folder_name
 from keyreid.checkpoints.run_folder import RunFolder, find_weights
 from keyreid.checkpoints.trained import header_of, load_trained
 from keyreid.checkpoints.weights_file import WeightsHeader, write_weights
@@ -42,18 +45,17 @@ def open_source(
     about = dict(header.about)
     scores, training = about.pop("scores", {}), about.pop("training", {})
     if not training and (run := RunFolder.holding(file)):  # an exported file knows, wherever it lies now
-        training = run.config()
-        scores = run.scores(about["step"]) if "step" in about else {}
+        scores = {}
+        with suppress(OSError, ValueError, yaml.YAMLError):  # as the run wrote it, without today's defaults
+            training = yaml.safe_load(run.config_file.read_text()) or {}
+        with suppress(OSError, ValueError, KeyError):
+            scores = json.loads((run.evaluation / folder_name(about["step"]) / "scores.json").read_text())
     averaged = file.name == EMA or bool(about.get("averaged"))
     return ExportSource(file, network, replace(header, about=about), averaged, training, scores)
 
 
 def export_weights(source: ExportSource, out: Path) -> None:
-    """Write one safetensors file, which whatever takes WEIGHTS takes; it is there whole or not at all.
-
-    Raises:
-        ConfigError: the file's name does not end in .safetensors.
-    """
+    """Write one safetensors file, which whatever takes WEIGHTS takes; it is there whole or not at all."""
     if out.suffix != ".safetensors":
         raise ConfigError(f"{out}: the name of a weights file ends in .safetensors")
     about = {**source.header.about, "averaged": source.averaged}
