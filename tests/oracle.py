@@ -14,7 +14,7 @@ from torch import nn
 from keyreid.checkpoints.released import from_released, to_released
 from keyreid.model import KeyReID
 from keyreid.model.keyreid import Features
-from keyreid.model.tcss import row_order
+from keyreid.model.local_branch import row_order
 
 
 class Attention(nn.Module):

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import yaml
 from evaluation_toys import toy_config, toy_model, toy_shards
 from typer.testing import CliRunner
 
@@ -73,7 +74,7 @@ COMMANDS = {
 def test_every_command_refuses_and_names_the_file(altered, tmp_path, command):
     run, file = altered
     places = {"run": run.path, "out": tmp_path, "weights": file.with_name(WEIGHTS)}
-    places["shards"] = run.config()["data"]["shards"]
+    places["shards"] = yaml.safe_load(run.config_file.read_text())["data"]["shards"]
     result = CliRunner().invoke(app, [word.format(**places) for word in COMMANDS[command]])
     assert isinstance(result.exception, CheckpointError), (result.exception, result.output)
     assert str(file) in str(result.exception)

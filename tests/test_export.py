@@ -1,6 +1,7 @@
 """Exports: the right weights of a run, ONNX that gives torch's vectors, and what the model card says."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from keyreid.cli import app
 from keyreid.config import ClipConfig, ModelConfig, check_config, save_config
 from keyreid.errors import CheckpointError, KeyreidError
 from keyreid.export import onnx
-from keyreid.export.model_card import card_path
 from keyreid.export.source import open_source
 from keyreid.files import sha256
 from keyreid.model import build_model
@@ -84,7 +84,7 @@ def test_the_weights_that_were_asked_for(run, tmp_path, options, mark):
 def test_the_card_says_what_it_is(run, tmp_path):
     out = tmp_path / "demo.safetensors"
     invoke("export", "weights", run, out)
-    text = card_path(out).read_text()
+    text = Path(f"{out}.card.md").read_text()
     for fact in (
         sha256(out),
         "demo, step 10",
@@ -100,9 +100,10 @@ def test_the_card_says_what_it_is(run, tmp_path):
     # Exported again from the export alone, it still knows its scores and training.
     again = tmp_path / "again.safetensors"
     assert invoke("export", "weights", out, again).exit_code == 0
-    assert "| official | 50.00 %" in card_path(again).read_text() and "loss.alpha" in card_path(again).read_text()
+    text = Path(f"{again}.card.md").read_text()
+    assert "| official | 50.00 %" in text and "loss.alpha" in text
     invoke("export", "weights", run, out, "--newest")
-    assert "was not evaluated" in card_path(out).read_text()
+    assert "was not evaluated" in Path(f"{out}.card.md").read_text()
 
 
 def test_bad_sources_are_refused(run, tmp_path):

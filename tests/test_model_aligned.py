@@ -7,7 +7,7 @@ from keyreid.backbones import patch_grid
 from keyreid.config import ClipConfig, ModelConfig, TcssConfig
 from keyreid.errors import ConfigError
 from keyreid.model import build_model
-from keyreid.model.tcss import row_order
+from keyreid.model.local_branch import row_order
 
 CLIP = ClipConfig(frames=4, height=64, width=32)
 

@@ -10,9 +10,7 @@ from keyreid.config import ClipConfig, ModelConfig
 __all__ = ["FAMILIES", "Backbone", "LastStage", "PatchGrid", "build_backbone", "family", "patch_grid"]
 
 # How the names of a family begin; the longest beginning that fits decides.
-FAMILIES: dict[str, type[Backbone]] = {
-    "": ViT,  # whatever else timm calls a VisionTransformer
-}
+FAMILIES: dict[str, type[Backbone]] = {"": ViT}  # whatever else timm calls a VisionTransformer
 
 
 def family(name: str) -> type[Backbone]:
@@ -21,18 +19,10 @@ def family(name: str) -> type[Backbone]:
 
 
 def patch_grid(model: ModelConfig, clip: ClipConfig) -> PatchGrid:
-    """Where a configuration's patches lie, without building the network.
-
-    Raises:
-        ConfigError: they do not tile the picture.
-    """
+    """Where a configuration's patches lie, without building a network; ConfigError if they do not tile the picture."""
     return family(model.backbone).grid_of(model, clip)
 
 
 def build_backbone(model: ModelConfig, clip: ClipConfig, num_cameras: int) -> Backbone:
-    """The backbone of a configuration with random weights.
-
-    Raises:
-        ConfigError: there is none of this name, or it does not fit the clip.
-    """
+    """A configuration's backbone with random weights; ConfigError if there is none, or it does not fit the clip."""
     return family(model.backbone).build(model, clip, num_cameras)

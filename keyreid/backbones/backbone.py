@@ -1,6 +1,7 @@
 """What a backbone is: it turns frames into tokens on a grid, and hands over its last stage for the branches to run."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,9 +9,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from keyreid.backbones.filling import fill
 from keyreid.config import ClipConfig, ModelConfig
 from keyreid.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
+NAMES_LISTED = 12
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,7 @@ class PatchGrid:
 
     @classmethod
     def tiling(cls, model: ModelConfig, clip: ClipConfig, patch: int, stride: int) -> "PatchGrid":
-        """The grid of a configuration's frames.
-
-        Raises:
-            ConfigError: patches do not tile the picture; the next sizes that they do are named.
-        """
+        """The grid of a configuration's frames; a ConfigError names the next sizes where patches do not tile them."""
         for name, pixels in {"clip.height": clip.height, "clip.width": clip.width}.items():
             excess = (pixels - patch) % stride
             if pixels < patch or excess:
@@ -48,16 +47,13 @@ class PatchGrid:
 class LastStage(NamedTuple):
     """What comes after a backbone's tokens.
 
-    Attributes:
-        block: [S, R+N, D] -> [S, 1 or more, D], of which the first token is read. The global branch computes that
-            token alone where this is timm's plain transformer block, and else runs the block whole.
-        norm: for that token.
-        activation: of the local branch's own block.
+    Of the block's output, the first token is read. The global branch computes that token alone where this is timm's
+    plain transformer block, and else runs the block whole.
     """
 
-    block: nn.Module
-    norm: nn.Module
-    activation: type[nn.Module] = nn.GELU
+    block: nn.Module  # [S, R+N, D] -> [S, 1 or more, D]
+    norm: nn.Module  # for the first token
+    activation: type[nn.Module] = nn.GELU  # of the local branch's own block
 
 
 class Backbone(nn.Module):
@@ -68,19 +64,13 @@ class Backbone(nn.Module):
 
     Args:
         width: D, of a token.
-        grid: where its patches lie.
         prefix_tokens: R, tokens before the patches; the first one stands for the frame.
-
-    Attributes:
-        checkpoint_activations: `run` keeps only a block's input for the backward pass.
     """
 
     def __init__(self, width: int, grid: PatchGrid, prefix_tokens: int = 1) -> None:
         super().__init__()
-        self.width = width
-        self.grid = grid
-        self.prefix_tokens = prefix_tokens
-        self.checkpoint_activations = False
+        self.width, self.grid, self.prefix_tokens = width, grid, prefix_tokens
+        self.checkpoint_activations = False  # True: `run` keeps only a block's input for the backward pass
         self.camera: nn.Parameter | None = None
         self.camera_factor = 0.0
 
@@ -95,15 +85,12 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def forward(self, images: torch.Tensor, cameras: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
-        """The tokens of frames.
+        """The tokens of frames [S, R+N, D]: R prefix tokens, then N patches in raster order.
 
         Args:
             images: [S, 3, H, W], normalised.
             cameras: int [S]; -1 is unknown.
             prompts: [S, N, D], added to the patches' tokens before the first block.
-
-        Returns:
-            [S, R+N, D]: R prefix tokens, then N patches in raster order.
         """
         raise NotImplementedError
 
@@ -112,14 +99,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def load(self, state: Mapping[str, torch.Tensor], source: str) -> None:
-        """Fill from a state dict of the backbone alone, before `last_stage` is asked.
-
-        Args:
-            source: names the weights in messages.
-
-        Raises:
-            CheckpointError: nothing fits.
-        """
+        """Fill from a state dict of the backbone alone, before `last_stage` is asked; see `fill`."""
         fill(self, state, source)
 
     def resized(self, state: Mapping[str, torch.Tensor], source: str) -> Mapping[str, torch.Tensor]:
@@ -128,11 +108,7 @@ class Backbone(nn.Module):
 
     @classmethod
     def download(cls, name: str) -> Mapping[str, torch.Tensor]:
-        """What `model.weights=timm` gets.
-
-        Raises:
-            CheckpointError: there are no such weights, or the network does not give them.
-        """
+        """What `model.weights=timm` gets; a CheckpointError where there are none, or the network does not give them."""
         raise CheckpointError(f"model.weights=timm: timm has no weights for {name}; give the path of a file")
 
     def add_camera_table(self, num_cameras: int, factor: float) -> None:
@@ -154,3 +130,39 @@ class Backbone(nn.Module):
         if self.checkpoint_activations and self.training:
             return checkpoint(block, x, use_reentrant=False)
         return block(x)
+
+
+def fill(module: nn.Module, state: Mapping[str, torch.Tensor], source: str, strict: bool = False) -> None:
+    """Copy what fits by name and shape, and list what does not.
+
+    Args:
+        source: names the weights in messages.
+        strict: whatever is missing or of another shape is an error.
+
+    Raises:
+        CheckpointError: nothing fits, or (strict) not everything does.
+    """
+    own = module.state_dict()
+    fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
+    if not fitting:
+        raise CheckpointError(
+            f"{source}: nothing of it fits. It has {_listed(list(state))}; the network has {_listed(list(own))}"
+        )
+    misfits = [name for name in state if name in own and name not in fitting]
+    lists = {
+        "of another shape": [f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in misfits],
+        "not in the file": [name for name in own if name not in state],
+        "without a place in the network": [name for name in state if name not in own],
+    }
+    faults = [f"{what}: {_listed(names)}" for what, names in lists.items() if names]
+    if strict and own.keys() - fitting:
+        raise CheckpointError(f"{source}: {'; '.join(faults)}")
+    module.load_state_dict(fitting, strict=False)
+    log.info("%s: loaded %d of %d entries", source, len(fitting), len(own))
+    for fault in faults:
+        log.info("%s: did not load, %s", source, fault)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:NAMES_LISTED])
+    return shown + (f" and {len(names) - NAMES_LISTED} more" if len(names) > NAMES_LISTED else "")

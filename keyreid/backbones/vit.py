@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from keyreid.backbones.backbone import Backbone, LastStage, PatchGrid
-from keyreid.backbones.filling import fill, log
+from keyreid.backbones.backbone import Backbone, LastStage, PatchGrid, fill, log
 from keyreid.config import ClipConfig, ModelConfig
 from keyreid.errors import CheckpointError, ConfigError
 
@@ -33,19 +32,20 @@ class ViT(Backbone):
     """
 
     def __init__(self, vit: "VisionTransformer", num_cameras: int, camera_factor: float):
+        from timm.layers import Mlp
+
         patches = vit.patch_embed
         grid = PatchGrid(*patches.img_size, patches.patch_size[0], patches.proj.stride[0])
         super().__init__(vit.embed_dim, grid, vit.num_prefix_tokens)
         self._whole = (vit,)  # until the last stage is asked for; in a tuple, so that it is no child of this module
-        self.patch_embed = patches
-        self.cls_token = vit.cls_token
         extra = getattr(vit, "dist_token", None)  # DeiT's distillation token is one more register
-        self.reg_token = extra if extra is not None else vit.reg_token
-        self.pos_embed = vit.pos_embed
+        self.patch_embed, self.cls_token = patches, vit.cls_token
+        self.reg_token, self.pos_embed = vit.reg_token if extra is None else extra, vit.pos_embed
         self.embed_prefix = not vit.no_embed_class
-        self.norm_pre = vit.norm_pre
-        self.blocks = vit.blocks[:-1]
-        _overwrite_in_gelu(self.blocks)
+        self.norm_pre, self.blocks = vit.norm_pre, vit.blocks[:-1]
+        for mlp in (getattr(block, "mlp", None) for block in self.blocks):
+            if type(mlp) is Mlp and type(mlp.act) is nn.GELU:
+                mlp.act = InPlaceGELU(mlp.act.approximate)
         self.add_camera_table(num_cameras, camera_factor)
 
     @classmethod
@@ -60,8 +60,8 @@ class ViT(Backbone):
         from timm.layers import build_sincos2d_pos_embed
 
         grid = cls.grid_of(model, clip)
-        settings = {"drop_path_rate": model.drop_path, "img_size": (clip.height, clip.width)}
-        vit = create(model.backbone, depth=model.depth, **settings)
+        size = clip.height, clip.width
+        vit = create(model.backbone, depth=model.depth, drop_path_rate=model.drop_path, img_size=size)
         if model.patch_stride:
             vit.patch_embed.proj.stride = (model.patch_stride, model.patch_stride)
         vit.patch_embed.grid_size = grid.shape
@@ -80,12 +80,11 @@ class ViT(Backbone):
         if prompts is not None:
             x = x + prompts
         prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
-        if self.pos_embed is None:
-            x = torch.cat([*prefix, x], 1)
-        elif self.embed_prefix:
-            x = torch.cat([*prefix, x], 1) + self.pos_embed
-        else:
-            x = torch.cat([*prefix, x + self.pos_embed], 1)
+        if self.pos_embed is not None and not self.embed_prefix:
+            x = x + self.pos_embed
+        x = torch.cat([*prefix, x], 1)
+        if self.pos_embed is not None and self.embed_prefix:
+            x = x + self.pos_embed
         x = self.norm_pre(self.with_cameras(x, cameras))
         for block in self.blocks:
             x = self.run(block, x)
@@ -107,9 +106,8 @@ class ViT(Backbone):
         try:
             state = checkpoint_filter_fn(_from_hugging_face(state), vit, adapt_layer_scale=True)
         except (RuntimeError, AssertionError, KeyError, ValueError, IndexError) as error:
-            raise CheckpointError(
-                f"{source}: does not fit {type(vit).__name__} of width {vit.embed_dim}: {error}"
-            ) from None
+            kind = f"{type(vit).__name__} of width {vit.embed_dim}"
+            raise CheckpointError(f"{source}: does not fit {kind}: {error}") from None
         fill(vit, state, source)
 
     def resized(self, state: Mapping[str, torch.Tensor], source: str) -> Mapping[str, torch.Tensor]:
@@ -125,9 +123,8 @@ class ViT(Backbone):
             wide = math.isqrt(max(patches, 0) // high_per_wide)
             if high_per_wide * wide * wide == patches:
                 log.info("%s: position embeddings resampled to %d x %d patches", source, *self.grid.shape)
-                old = [high_per_wide * wide, wide]
-                resampled = resample_abs_pos_embed(positions, list(self.grid.shape), old, prefix)
-                return {**state, "pos_embed": resampled}
+                old, new = [high_per_wide * wide, wide], list(self.grid.shape)
+                return {**state, "pos_embed": resample_abs_pos_embed(positions, new, old, prefix)}
         return state
 
     @classmethod
@@ -157,8 +154,7 @@ def create(name: str, depth: int | None, **settings) -> "VisionTransformer":
         known = timm.list_models("*vit*") + timm.list_models("deit*")
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         raise ConfigError(f"model.backbone={name!r}: timm has no such model; near names: {', '.join(near) or 'none'}")
-    if depth is not None:
-        settings["depth"] = depth
+    settings |= {} if depth is None else {"depth": depth}
     try:
         vit = timm.create_model(name, pretrained=False, num_classes=0, **settings)
     except (TypeError, AssertionError, RuntimeError) as error:
@@ -173,8 +169,7 @@ def create(name: str, depth: int | None, **settings) -> "VisionTransformer":
 @lru_cache
 def _patch_size(name: str) -> int:
     """Pixels; from timm's name where it says so, else from the network without weights."""
-    said = re.search(r"_patch(\d+)(_|$)", name)
-    if said:
+    if said := re.search(r"_patch(\d+)(_|$)", name):
         return int(said[1])
     with torch.device("meta"):
         return create(name, depth=1).patch_embed.patch_size[0]
@@ -194,14 +189,6 @@ class InPlaceGELU(nn.GELU):
         return torch.ops.aten.gelu_(input, approximate=self.approximate)
 
 
-def _overwrite_in_gelu(blocks: nn.Module) -> None:
-    from timm.layers import Mlp
-
-    for mlp in (getattr(block, "mlp", None) for block in blocks):
-        if type(mlp) is Mlp and type(mlp.act) is nn.GELU:
-            mlp.act = InPlaceGELU(mlp.act.approximate)
-
-
 # Hugging Face's names -> timm's. DINOv2's differ from ViT's only in what its own checkpoints already call the same.
 _HUGGING_FACE = (
     ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
@@ -214,6 +201,7 @@ _HUGGING_FACE = (
     (".layernorm_after.", ".norm2."),
     (".attention.output.dense.", ".attn.proj."),
     (".intermediate.dense.", ".mlp.fc1."),
+    (".output.dense.", ".mlp.fc2."),
     (".layer_scale1.lambda1", ".ls1.gamma"),
     (".layer_scale2.lambda1", ".ls2.gamma"),
     ("layernorm.", "norm."),
@@ -229,7 +217,6 @@ def _from_hugging_face(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.
         name = re.sub(r"^(vit|dinov2|dinov2_with_registers)\.", "", name)
         for theirs, ours in _HUGGING_FACE:
             name = name.replace(theirs, ours)
-        name = re.sub(r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2.", name)
         renamed[name] = tensor
     for name in [name for name in renamed if ".attention.attention.query." in name]:
         projections = [renamed.pop(name.replace("query", which)) for which in ("query", "key", "value")]

@@ -36,42 +36,27 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run stands. Sample order, augmentations and stochastic depth follow from `step` alone.
+    """Where a run stands. Sample order, augmentations and stochastic depth follow from `step` alone."""
 
-    Attributes:
-        step: optimizer steps taken, over all epochs.
-        best_score, best_step: best evaluation so far.
-        evaluated_step: of the newest evaluation; a run stopped just before one does it when it goes on.
-        bad_steps: steps that were not applied because the loss was not finite.
-        loss_scale: state of the fp16 loss scaler.
-        keep: kept for ever (`training.keep_every_epochs`).
-    """
-
-    step: int = 0
+    step: int = 0  # optimizer steps taken, over all epochs
     steps_per_epoch: int = 0
-    best_score: float | None = None
+    best_score: float | None = None  # best evaluation so far
     best_step: int | None = None
-    evaluated_step: int | None = None
-    bad_steps: int = 0
-    loss_scale: Mapping[str, float] = field(default_factory=dict)
-    keep: bool = False
+    evaluated_step: int | None = None  # of the newest evaluation; a run stopped just before one does it on resuming
+    bad_steps: int = 0  # that were not applied because the loss was not finite
+    loss_scale: Mapping[str, float] = field(default_factory=dict)  # state of the fp16 loss scaler
+    keep: bool = False  # for ever (`training.keep_every_epochs`)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All of a run at one step, on the CPU of the first rank.
-
-    Attributes:
-        weights: the network's parameters and buffers.
-        ema: its averaged parameters, if the run keeps them.
-        training: optimizer states and centre tables.
-    """
+    """All of a run at one step, on the CPU of the first rank."""
 
     state: TrainingState
     header: WeightsHeader
-    weights: dict[str, torch.Tensor]
-    ema: dict[str, torch.Tensor]
-    training: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]  # parameters and buffers
+    ema: dict[str, torch.Tensor]  # averaged, if the run keeps them
+    training: dict[str, torch.Tensor]  # optimizer states and centre tables
 
 
 def folder_name(step: int) -> str:
@@ -80,11 +65,7 @@ def folder_name(step: int) -> str:
 
 
 def save(root: Path, snapshot: Snapshot) -> Path:
-    """Write one checkpoint; on any error what was there before stays as it was.
-
-    Raises:
-        CheckpointError: the disk is full or not writable.
-    """
+    """Write one checkpoint; what was there before stays as it was if a full disk or the like raises CheckpointError."""
     final = root / folder_name(snapshot.state.step)
     partial = final.with_name(final.name + PARTIAL)
     if final.exists() and not verify(final):  # a run resumed from it and was stopped at once
@@ -97,7 +78,11 @@ def save(root: Path, snapshot: Snapshot) -> Path:
             write_weights(partial / EMA, snapshot.ema, snapshot.header)
         save_file(snapshot.training, str(partial / TRAINING))
         (partial / STATE).write_text(json.dumps(asdict(snapshot.state), indent=1))
-        _write_manifest(partial)
+        files = {}
+        for path in sorted(partial.iterdir()):
+            sync(path)
+            files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+        replace_text(partial / MANIFEST, _manifest_text(files))
         shutil.rmtree(final, ignore_errors=True)  # only a damaged one: see above
         partial.rename(final)
         sync(root)
@@ -150,8 +135,8 @@ def verify(folder: Path) -> list[str]:
             faults.append(f"{path}: {path.stat().st_size} bytes, expected {size}")
         elif sha256(path) != digest:
             faults.append(f"{path}: SHA-256 does not fit, the file was changed or damaged")
-    strange = [path for path in folder.glob("*.safetensors") if path.name not in expected]
-    return faults + [f"{path}: not of this checkpoint, its manifest does not name it" for path in sorted(strange)]
+    strange = sorted(path for path in folder.glob("*.safetensors") if path.name not in expected)
+    return faults + [f"{path}: not of this checkpoint, its manifest does not name it" for path in strange]
 
 
 def newest_whole(root: Path, warn=print) -> Path | None:
@@ -160,15 +145,14 @@ def newest_whole(root: Path, warn=print) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints, but none is whole.
     """
-    folders = checkpoints(root)
     faults = []
-    for folder in reversed(folders):
+    for folder in reversed(checkpoints(root)):
         found = verify(folder)
         if not found:
             return folder
         faults += found
         warn(f"checkpoint {folder.name} is damaged ({'; '.join(found)}): trying the one before")
-    if folders:
+    if faults:
         raise CheckpointError(f"{root}: no checkpoint is whole: {'; '.join(faults)}")
     return None
 
@@ -217,8 +201,7 @@ class BackgroundWriter:
     """Writes checkpoints in a thread while training goes on, one at a time; after a failure nothing more is written."""
 
     def __init__(self, root: Path, keep: int) -> None:
-        self.root = root
-        self.keep = keep
+        self.root, self.keep = root, keep
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._last: Future[None] | None = None
 
@@ -233,11 +216,7 @@ class BackgroundWriter:
             self._last = self._thread.submit(self._write, snapshot, best)
 
     def wait(self) -> None:
-        """Until what was begun is on disk.
-
-        Raises:
-            CheckpointError: it could not be written.
-        """
+        """Until what was begun is on disk; a CheckpointError says why it could not be written."""
         if self._last is not None:
             self._last.result()
 
@@ -251,14 +230,6 @@ class BackgroundWriter:
             raise
         except Exception as error:  # of pruning, or unforeseen: training must hear of it
             raise CheckpointError(f"{self.root}: {type(error).__name__}: {error}") from error
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {}
-    for path in sorted(folder.iterdir()):
-        sync(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    replace_text(folder / MANIFEST, _manifest_text(files))
 
 
 def _manifest_text(files: object) -> str:

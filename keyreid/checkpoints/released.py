@@ -7,14 +7,13 @@ classifier `base.fc`.
 
 import math
 import re
-from collections.abc import Mapping
-from itertools import chain
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from keyreid.backbones.backbone import fill
 from keyreid.backbones.vit import ViT
-from keyreid.checkpoints.pretrained import load_network
 from keyreid.config import ModelConfig
 from keyreid.errors import CheckpointError
 from keyreid.model.keyreid import KeyReID
@@ -24,44 +23,52 @@ HEADS = 12
 PATCHES_HIGH_PER_WIDE = 2  # the published pictures are 256 x 128
 IMAGENET_CLASSES = 1000
 
-_BLOCK = {
-    "norm1.weight": "attention.norm_weight",
-    "norm1.bias": "attention.norm_bias",
-    "attn.qkv.bias": "attention.qkv_bias",
-    "attn.proj.weight": "attention.proj.weight",
-    "attn.proj.bias": "attention.proj.bias",
-    "norm2.weight": "norm2.weight",
-    "norm2.bias": "norm2.bias",
-    "mlp.fc1.weight": "mlp.fc1.weight",
-    "mlp.fc1.bias": "mlp.fc1.bias",
-    "mlp.fc2.weight": "mlp.fc2.weight",
-    "mlp.fc2.bias": "mlp.fc2.bias",
-}
+_SINGLE_QUERY = {"b1.0.": "global_branch.block.", "block1.": "local_branch.block."}
+_PAIR, _NECK = ("weight", "bias"), ("weight", "bias", "running_mean", "running_var")
 _QKV = "attn.qkv.weight"
-_SINGLE_QUERY = {"b1.0": "global_branch.block", "block1": "local_branch.block"}
-_THIRDS = {
-    f"{block}.{_QKV}": [f"{own}.attention.{which}_weight" for which in "qkv"] for block, own in _SINGLE_QUERY.items()
+_BLOCK = (
+    *(f"{layer}.{kind}" for layer in ("norm1", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2") for kind in _PAIR),
+    "attn.qkv.bias",
+)
+_NAMES_DIFFER = {
+    "base.patch_embed.proj": "backbone.patch_embed.proj",
+    "b1.1": "global_branch.norm",
+    "b2.1": "local_branch.norm",
+    "attention_tconv": "global_branch.temporal",
+    "bottleneck": "global_neck",
 }
-_SAME_TENSOR = {
-    "base.cls_token": "backbone.cls_token",
-    "base.pos_embed": "backbone.pos_embed",
-    "base.patch_embed.proj.weight": "backbone.patch_embed.proj.weight",
-    "base.patch_embed.proj.bias": "backbone.patch_embed.proj.bias",
-    "b1.1.weight": "global_branch.norm.weight",
-    "b1.1.bias": "global_branch.norm.bias",
-    "b2.1.weight": "local_branch.norm.weight",
-    "b2.1.bias": "local_branch.norm.bias",
-    **{f"{block}.{name}": f"{own}.{_BLOCK[name]}" for block, own in _SINGLE_QUERY.items() for name in _BLOCK},
-    "attention_conv.bias": "global_branch.attention.bias",
-    "attention_tconv.weight": "global_branch.temporal.weight",
-    "attention_tconv.bias": "global_branch.temporal.bias",
-    **{f"bottleneck.{n}": f"global_neck.{n}" for n in ("weight", "bias", "running_mean", "running_var")},
-    "bottleneck.num_batches_tracked": "global_neck.num_batches_tracked",
-}
-_PART_NECK = ("weight", "bias", "running_mean", "running_var")
+_Convert = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
 
-def is_released(state: dict[str, torch.Tensor]) -> bool:
+def _layout(depth: int, parts: int) -> Iterator[tuple[list[str], list[str], _Convert, _Convert]]:
+    """Published entries, ours of the same numbers, and how to make the second of the first and back."""
+    for name in ("cls_token", "pos_embed", *(f"blocks.{i}.{n}" for i in range(depth - 1) for n in (*_BLOCK, _QKV))):
+        yield [f"base.{name}"], [f"backbone.{name}"], list, list
+    for theirs, ours in _NAMES_DIFFER.items():
+        for name in _PAIR if ours != "global_neck" else (*_NECK, "num_batches_tracked"):
+            yield [f"{theirs}.{name}"], [f"{ours}.{name}"], list, list
+    for theirs, ours in _SINGLE_QUERY.items():
+        for name in _BLOCK:
+            own = name.replace("norm1.", "attention.norm_").replace("qkv.", "qkv_").replace("attn.", "attention.")
+            yield [theirs + name], [ours + own], list, list
+        thirds = [f"{ours}attention.{which}_weight" for which in "qkv"]
+        yield [theirs + _QKV], thirds, lambda t: t[0].tensor_split(3), lambda t: [torch.cat(t)]
+    yield ["base.Cam"], ["backbone.camera"], lambda t: [t[0].squeeze(1)], lambda t: [t[0].unsqueeze(1)]
+    yield ["attention_conv.bias"], ["global_branch.attention.bias"], list, list
+    attention = ["attention_conv.weight"], ["global_branch.attention.weight"]
+    yield *attention, lambda t: [t[0].flatten(1)], lambda t: [t[0][..., None, None]]
+    yield ["classifier.weight"], ["global_classifier.weight"], lambda t: [t[0].unsqueeze(0)], lambda t: [t[0][0]]
+    numbers = range(1, parts + 1)
+    classifiers = [f"classifier_{part}.weight" for part in numbers]
+    yield classifiers, ["part_classifiers.weight"], lambda t: [torch.stack(t)], lambda t: t[0].unbind()
+    for name in _NECK:
+        necks = [f"bottleneck_{part}.{name}" for part in numbers]
+        yield necks, [f"part_necks.{name}"], lambda t: [torch.cat(t)], lambda t: t[0].chunk(parts)
+    counts = [f"bottleneck_{part}.num_batches_tracked" for part in numbers]
+    yield counts, ["part_necks.num_batches_tracked"], lambda t: t[:1], lambda t: t * parts
+
+
+def is_released(state: Mapping[str, torch.Tensor]) -> bool:
     """Whether a state dict has the published layout."""
     return "base.cls_token" in state and "block1.norm1.weight" in state
 
@@ -100,11 +107,11 @@ def released_model(state_dict: Mapping[str, torch.Tensor]) -> KeyReID:
     model = ModelConfig(guidance="released", parts=parts, local_heads=HEADS, drop_path=0.0)
     backbone = ViT(vit, cameras, model.camera_embedding)
     network = KeyReID(backbone, model, part_width // width, classes, cameras)
-    load_network(network, state, "published checkpoint", keep_classifiers=True, strict=True)
+    fill(network, state, "published checkpoint", strict=True)
     return network
 
 
-def from_released(released: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def from_released(released: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The published layout -> ours.
 
     Raises:
@@ -115,37 +122,22 @@ def from_released(released: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     parts = sum(bool(re.fullmatch(r"bottleneck_\d+\.weight", name)) for name in released)
     if depth == 0 or parts == 0:
         raise CheckpointError("not the published layout: no base.blocks.* or no bottleneck_* entries")
-    names = _backbone_blocks(depth) | _SAME_TENSOR
-    needed = [*names, *_THIRDS, "base.Cam", "attention_conv.weight", "classifier.weight"]
-    for part in range(1, parts + 1):
-        needed += [f"bottleneck_{part}.{name}" for name in (*_PART_NECK, "num_batches_tracked")]
-        needed.append(f"classifier_{part}.weight")
-    missing = [name for name in needed if name not in released]
+    layout = list(_layout(depth, parts))
+    missing = [name for theirs, *_ in layout for name in theirs if name not in released]
     if missing:
         raise CheckpointError(
             f"the published layout lacks {len(missing)} entries: {', '.join(missing[:6])}{' ...' * (len(missing) > 6)}"
         )
+    state = {}
     try:
-        return _renamed(released, names, parts)
+        for theirs, ours, to_ours, _ in layout:
+            state |= zip(ours, to_ours([released[name] for name in theirs]), strict=True)
     except (IndexError, RuntimeError) as error:  # a side that is not there, tensors that do not stack
         raise CheckpointError(f"the published layout's entries do not fit each other: {error}") from None
-
-
-def _renamed(released: dict[str, torch.Tensor], names: dict[str, str], parts: int) -> dict[str, torch.Tensor]:
-    state = {ours: released[theirs] for theirs, ours in names.items()}
-    for theirs, thirds in _THIRDS.items():
-        state |= zip(thirds, released[theirs].tensor_split(3), strict=True)
-    state["backbone.camera"] = released["base.Cam"].squeeze(1)
-    state["global_branch.attention.weight"] = released["attention_conv.weight"].flatten(1)
-    state["global_classifier.weight"] = released["classifier.weight"].unsqueeze(0)
-    state["part_classifiers.weight"] = torch.stack([released[f"classifier_{p}.weight"] for p in range(1, parts + 1)])
-    for name in _PART_NECK:
-        state[f"part_necks.{name}"] = torch.cat([released[f"bottleneck_{p}.{name}"] for p in range(1, parts + 1)])
-    state["part_necks.num_batches_tracked"] = released["bottleneck_1.num_batches_tracked"]
     return state
 
 
-def to_released(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def to_released(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Our layout -> the published one, entry for entry.
 
     What the published code holds without reading is filled as it was when its training began (copies of the global
@@ -155,29 +147,19 @@ def to_released(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         CheckpointError: the network is not one that the published code can build.
     """
     depth = 1 + len({name.split(".")[2] for name in state if name.startswith("backbone.blocks.")})
-    names = _backbone_blocks(depth) | _SAME_TENSOR
-    needed = [*names.values(), *chain.from_iterable(_THIRDS.values()), "backbone.camera"]
-    missing = [ours for ours in needed if ours not in state]
-    beyond = {name for name in state if re.search(r"reg_token|norm_pre|\.gamma$|k_norm", name)}
+    layout = list(_layout(depth, parts=len(state.get("part_classifiers.weight", ()))))
+    ours = [name for entries in layout for name in entries[1]]
+    missing, beyond = [name for name in ours if name not in state], sorted(state.keys() - ours)
     if missing or beyond:
         raise CheckpointError(
             "the published code has no place for this network: "
-            f"missing {', '.join(missing[:4]) or 'nothing'}; beyond it {', '.join(sorted(beyond)[:4]) or 'nothing'}"
+            f"missing {', '.join(missing[:4]) or 'nothing'}; beyond it {', '.join(beyond[:4]) or 'nothing'}"
         )
-    released = {theirs: state[ours] for theirs, ours in names.items()}
-    released |= {theirs: torch.cat([state[third] for third in thirds]) for theirs, thirds in _THIRDS.items()}
-    released["base.Cam"] = state["backbone.camera"].unsqueeze(1)
-    released["attention_conv.weight"] = state["global_branch.attention.weight"][..., None, None]
-    released["classifier.weight"] = state["global_classifier.weight"][0]
-    classifiers = state["part_classifiers.weight"]
-    parts = len(classifiers)
-    for part in range(1, parts + 1):
-        released[f"classifier_{part}.weight"] = classifiers[part - 1]
-        for name in _PART_NECK:
-            released[f"bottleneck_{part}.{name}"] = state[f"part_necks.{name}"].chunk(parts)[part - 1]
-        released[f"bottleneck_{part}.num_batches_tracked"] = state["part_necks.num_batches_tracked"]
-    # Tensors of their own (slices would drag the whole along into the file), then those that share one.
-    released = {name: tensor.detach().cpu().clone() for name, tensor in released.items()}
+    released = {}
+    for theirs, ours, _, to_theirs in layout:
+        # Tensors of their own: slices would drag the whole along into the file.
+        tensors = (tensor.detach().cpu().clone() for tensor in to_theirs([state[name] for name in ours]))
+        released |= zip(theirs, tensors, strict=True)
     for name in (*_BLOCK, _QKV):
         released[f"b2.0.{name}"] = released[f"block1.{name}"]
         released[f"base.blocks.{depth - 1}.{name}"] = released[f"b1.0.{name}"]
@@ -185,8 +167,3 @@ def to_released(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     released["base.fc.weight"] = torch.zeros(IMAGENET_CLASSES, len(released["b1.1.weight"]))
     released["base.fc.bias"] = torch.zeros(IMAGENET_CLASSES)
     return released
-
-
-def _backbone_blocks(depth: int) -> dict[str, str]:
-    names = (f"blocks.{index}.{name}" for index in range(depth - 1) for name in (*_BLOCK, _QKV))
-    return {f"base.{name}": f"backbone.{name}" for name in names}

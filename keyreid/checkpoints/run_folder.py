@@ -7,14 +7,10 @@ RUN/evaluation/DATASET-NAME/      of `keyreid evaluate`
 RUN/tracking/, RUN/logs/          the event log and MLflow's run id; what each rank said
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from keyreid.checkpoints.folder import EMA, MANIFEST, WEIGHTS, checkpoints, folder_name, named, verify
+from keyreid.checkpoints.folder import EMA, MANIFEST, WEIGHTS, checkpoints, named, verify
 from keyreid.checkpoints.weights_file import check_sha256
 from keyreid.errors import CheckpointError
 from keyreid.tracking import TRACKING
@@ -52,20 +48,6 @@ class RunFolder:
         """What MLflow gets: see keyreid.tracking."""
         return self.path / TRACKING
 
-    def config(self) -> dict[str, Any]:
-        """The configuration as the run wrote it, without today's defaults; empty where it cannot be read."""
-        try:
-            return yaml.safe_load(self.config_file.read_text()) or {}
-        except (OSError, ValueError, yaml.YAMLError):
-            return {}
-
-    def scores(self, step: int) -> dict[str, Any]:
-        """What the evaluation at a step wrote; empty where there is none."""
-        try:
-            return json.loads((self.evaluation / folder_name(step) / "scores.json").read_text())
-        except (OSError, ValueError):
-            return {}
-
 
 def checkpoints_of(location: Path) -> Path:
     """The folder of checkpoints, of a run's folder or of itself."""
@@ -73,7 +55,7 @@ def checkpoints_of(location: Path) -> Path:
     return root if root.is_dir() else location
 
 
-def find_weights(location: Path, best: bool = True, averaged: bool | None = None) -> Path:
+def find_weights(location: str | Path, best: bool = True, averaged: bool | None = None) -> Path:
     """The weights file of a run's folder, its folder of checkpoints, a checkpoint, or the file itself.
 
     Args:
@@ -83,15 +65,15 @@ def find_weights(location: Path, best: bool = True, averaged: bool | None = None
     Raises:
         CheckpointError: there is none of that kind.
     """
-    location = location.expanduser()
+    location = Path(location).expanduser()
     if location.is_file():
         return location
     root = checkpoints_of(location)
     folder = (named(root, "best") if best else None) or named(root, "latest")
     folder = folder or next(reversed(checkpoints(root)), location)
-    for name in {None: (EMA, WEIGHTS), True: (EMA,), False: (WEIGHTS,)}[averaged]:
-        if (folder / name).is_file():
-            return folder / name
+    wanted = [folder / name for name, kind in ((EMA, True), (WEIGHTS, False)) if averaged in (None, kind)]
+    if found := next(filter(Path.is_file, wanted), None):
+        return found
     if averaged and (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{folder}: no averaged weights; the run was trained without training.ema_decay")
     raise CheckpointError(f"{location}: no run, checkpoint or weights file")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from keyreid.checkpoints.pretrained import CLASSIFIERS, load_network, read_state
 from keyreid.checkpoints.released import from_released, is_released, released_model
 from keyreid.checkpoints.run_folder import RunFolder, check_whole, find_weights
-from keyreid.checkpoints.weights_file import WeightsHeader, read_header
+from keyreid.checkpoints.start import CLASSIFIERS, load_network
+from keyreid.checkpoints.weights_file import WeightsHeader, read_header, read_weights
 from keyreid.config import ClipConfig, Config, ModelConfig, check_config, load_config, merge_overrides
 from keyreid.errors import CheckpointError, ConfigError
 from keyreid.model import KeyReID, build_model
@@ -19,20 +19,13 @@ from keyreid.shards.shard_set import ShardSet
 
 @dataclass(frozen=True)
 class Trained:
-    """A network and what is known of it.
-
-    Attributes:
-        config: of the run, the file or the defaults; its model and clip are the network's own.
-        header: what the weights file says; None for a published checkpoint.
-        file: the weights file itself.
-        run: the run that they belong to, if any.
-    """
+    """A network and what is known of it."""
 
     network: KeyReID
-    config: Config
-    header: WeightsHeader | None
-    file: Path
-    run: RunFolder | None
+    config: Config  # of the run, the file or the defaults; its model and clip are the network's own
+    header: WeightsHeader | None  # what the weights file says; None for a published checkpoint
+    file: Path  # the weights file itself
+    run: RunFolder | None  # that they belong to, if any
 
     def knows_cameras(self, shards: ShardSet) -> bool:
         """Whether the camera embeddings belong to the cameras of these shards."""
@@ -58,20 +51,18 @@ def open_trained(
     """Load weights and find their configuration.
 
     Args:
-        location: a run's folder (its best checkpoint), a checkpoint, a .safetensors of keyreid, a published .pth.
+        location, verify: as for `load_trained`.
         config: a configuration file; default the run's own, else the defaults.
         overrides: `section.key=value`; not of `model` and `clip`, which come with the weights.
         shards: instead of the configuration's `data.shards`.
-        verify: refuse weights of which a byte was altered.
 
     Raises:
         CheckpointError: the weights cannot be used.
         ConfigError: the configuration cannot, or none names shards.
     """
-    fixed = [text for text in overrides if text.split(".")[0] in ("model", "clip")]
-    if fixed:
+    if fixed := [text for text in overrides if text.split(".")[0] in ("model", "clip")]:
         raise ConfigError(f"override {fixed[0]!r}: model and clip come with the weights")
-    file = find_weights(Path(location))
+    file = find_weights(location)
     network, header = load_trained(file, verify)
     run = RunFolder.holding(file)
     settings = open_config(config or (run and run.config_file), overrides, shards)
@@ -89,11 +80,12 @@ def open_config(path: Path | None, overrides: Sequence[str], shards: str | None)
     return check_config(merge_overrides({}, overrides), "command line")
 
 
-def load_trained(location: Path, verify: bool = True) -> tuple[KeyReID, WeightsHeader | None]:
-    """The network of a run's folder (its best checkpoint), a checkpoint, a keyreid .safetensors, or a published .pth.
+def load_trained(location: str | Path, verify: bool = True) -> tuple[KeyReID, WeightsHeader | None]:
+    """A network in evaluation mode and what its file says of it: nothing, if it is a published checkpoint.
 
-    Returns:
-        The network in evaluation mode, and what its file says of it; a published checkpoint says nothing.
+    Args:
+        location: a run's folder (its best checkpoint), a checkpoint, a .safetensors of keyreid, a published .pth.
+        verify: refuse weights of which a byte was altered.
 
     Raises:
         CheckpointError: there are no weights, or they are damaged or of an unknown kind.
@@ -121,7 +113,7 @@ def header_of(network: KeyReID, file: Path) -> WeightsHeader:
     )
 
 
-def load_state(location: Path, verify: bool = True) -> tuple[dict[str, torch.Tensor], WeightsHeader | None]:
+def load_state(location: str | Path, verify: bool = True) -> tuple[dict[str, torch.Tensor], WeightsHeader | None]:
     """The tensors alone, in our names; also of a bare state dict."""
     file, tensors, header = _load(location, verify)
     if header is None and is_released(tensors):
@@ -131,10 +123,10 @@ def load_state(location: Path, verify: bool = True) -> tuple[dict[str, torch.Ten
     return tensors, header
 
 
-def _load(location: Path, verify: bool) -> tuple[Path, dict[str, torch.Tensor], WeightsHeader | None]:
+def _load(location: str | Path, verify: bool) -> tuple[Path, dict[str, torch.Tensor], WeightsHeader | None]:
     """The one way in for weights: the file, its tensors as they are named there, and its header if it is ours."""
     file = find_weights(location)
     if verify:
         check_whole(file)
     header = read_header(file) if file.suffix == ".safetensors" else None
-    return file, read_state(file), header
+    return file, read_weights(file), header

@@ -7,6 +7,7 @@ place, so that a change of any byte shows.
 
 import hashlib
 import json
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from keyreid.config import ClipConfig, ModelConfig
 from keyreid.errors import CheckpointError
@@ -26,19 +27,13 @@ UNSIGNED = "0" * 64
 
 @dataclass(frozen=True)
 class WeightsHeader:
-    """What a network is: its configuration and what its outputs stand for.
-
-    Attributes:
-        identities: training identities in the order of the classifier's rows.
-        cameras: the dataset's cameras in the order of the camera embedding's rows.
-        about: whatever else is worth knowing (step, scores, data), for people.
-    """
+    """What a network is: its configuration and what its outputs stand for."""
 
     model: ModelConfig
     clip: ClipConfig
-    identities: Sequence[int]
-    cameras: Sequence[int]
-    about: Mapping[str, Any]
+    identities: Sequence[int]  # of training, in the order of the classifier's rows
+    cameras: Sequence[int]  # the dataset's, in the order of the camera embedding's rows
+    about: Mapping[str, Any]  # whatever else is worth knowing (step, scores, data), for people
 
 
 HEADER = TypeAdapter(WeightsHeader)
@@ -49,8 +44,7 @@ def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], header: Weigh
     text = json.dumps({"sha256": UNSIGNED, **HEADER.dump_python(header, mode="json")})
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {FORMAT: text})
     with path.open("r+b") as file:
-        place = file.read(4096).index(UNSIGNED.encode())
-        file.seek(place)
+        file.seek(file.read(4096).index(UNSIGNED.encode()))
         file.write(_unsigned_sha256(path, UNSIGNED).encode())
 
 
@@ -70,9 +64,32 @@ def read_header(path: Path) -> WeightsHeader:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors, on the CPU."""
-    with _open(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    """The tensors of a .safetensors or a torch file, on the CPU; nothing in the file is executed.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds more than tensors.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such weights file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's own words advise to load it all the same
+        raise CheckpointError(
+            f"{path}: holds more than tensors, which would run its code on loading; save its state_dict alone"
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        why = str(error).partition("weights_only")[0].partition("\n")[0]
+        raise CheckpointError(f"{path}: not a whole weights file: {why}") from None
+    for wrapper in ("state_dict", "model", "teacher"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    named = content.items() if isinstance(content, dict) else ()
+    state = {str(name).removeprefix("module."): value for name, value in named if isinstance(value, torch.Tensor)}
+    if not state:
+        raise CheckpointError(f"{path}: holds no named tensors")
+    return state
 
 
 def check_sha256(path: Path) -> None:
@@ -81,22 +98,24 @@ def check_sha256(path: Path) -> None:
     Raises:
         CheckpointError: a byte of it was altered.
     """
-    fields = _fields(path)
-    if fields is None or (written := fields.get("sha256")) is None:
-        return
-    if _unsigned_sha256(path, written) != written:
+    written = (_fields(path) or {}).get("sha256")
+    if written is not None and _unsigned_sha256(path, written) != written:
         raise CheckpointError(f"{path}: SHA-256 does not fit, the file was changed or damaged")
 
 
 def _fields(path: Path) -> dict[str, Any] | None:
     """What the metadata says; None where the file is not one of ours."""
-    with _open(path) as file:
-        metadata = file.metadata() or {}
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
     try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
         if FORMAT in metadata:
             return {"sha256": "", **json.loads(metadata[FORMAT])}
         if metadata.get("format") == "keyreid-weights-1":  # a key for each field, no SHA-256
             return {name: json.loads(text) for name, text in metadata.items() if name != "format"}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged header: {error}") from None
     return None
@@ -109,12 +128,3 @@ def _unsigned_sha256(path: Path, written: str) -> str:
         header = file.read(int.from_bytes(size, "little"))
         content = hashlib.sha256(size + header.replace(written.encode(), UNSIGNED.encode(), 1))
         return hashlib.file_digest(file, lambda: content).hexdigest()
-
-
-def _open(path: Path):
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    try:
-        return safe_open(str(path), framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None

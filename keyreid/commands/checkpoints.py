@@ -29,8 +29,7 @@ def checkpoints(
     if not folders:
         raise CheckpointError(f"{root}: no checkpoints here")
     table = Table("checkpoint", "step", "best so far", "size", "", "whole" if verify else "")
-    faults: list[str] = []
-    marks = {}
+    faults, marks = [], {}
     for name in ("latest", "best"):
         try:
             marks[name] = store.named(root, name)
@@ -44,10 +43,9 @@ def checkpoints(
             step, score = str(state.step), "" if state.best_score is None else f"{state.best_score:.4f}"
         except CheckpointError:
             step, score = "?", "?"
-        size = sum(path.stat().st_size for path in folder.iterdir())
+        size = f"{sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB"
         names = " ".join(name for name, path in marks.items() if path == folder)
-        whole = ("no" if found else "yes") if verify else ""
-        table.add_row(folder.name, step, score, f"{size / 1e6:.1f} MB", names, whole)
+        table.add_row(folder.name, step, score, size, names, ("no" if found else "yes") if verify else "")
     Console().print(table)
     if faults:
         raise CheckpointError("; ".join(faults))

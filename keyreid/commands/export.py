@@ -5,68 +5,61 @@ from typing import Annotated
 
 import typer
 
+from keyreid.commands.options import Verify, Weights
+
 app = typer.Typer(help="Write a trained network for others to use.", no_args_is_help=True)
 
-
-Source = Annotated[Path, typer.Argument(help="A run's folder, a checkpoint, a weights file, or a published .pth.")]
 Best = Annotated[bool, typer.Option("--best/--newest", help="Which checkpoint of a run.")]
 Averaged = Annotated[
     bool | None,
     typer.Option("--ema/--no-ema", help="Averaged weights or the raw ones; default averaged where there are any."),
 ]
-Verify = Annotated[
-    bool, typer.Option("--verify/--no-verify", help="Refuse weights of which a byte was altered; costs seconds.")
-]
 
 
 @app.command("weights")
 def weights(
-    source: Source,
+    source: Weights,
     out: Annotated[Path, typer.Argument(help="File to write, .safetensors.")],
     best: Best = True,
     averaged: Averaged = None,
     verify: Verify = True,
 ) -> None:
     """Write a network as one safetensors file, with a model card: `keyreid evaluate`, `embed` and `export` take it."""
-    from keyreid.export.model_card import card_path, write_card
-    from keyreid.export.source import export_weights, open_source
+    from keyreid.export.source import export_weights, open_source, write_card
 
     exported = open_source(source, best, averaged, verify)
     export_weights(exported, out)
     usage = f"keyreid embed {out.name} SHARDS --out vectors.parquet\nkeyreid search vectors.parquet --query KEY"
-    write_card(card_path(out), exported, [out], usage)
+    card = write_card(exported, [out], usage)
     kind = "averaged" if exported.averaged else "raw"
     print(f"{out}: {kind} weights of {exported.file}, {out.stat().st_size / 1e6:.0f} MB")
-    print(f"{card_path(out)}: model card; read what it says of limits and intended use before you pass it on")
+    print(f"{card}: model card; read what it says of limits and intended use before you pass it on")
 
 
 @app.command("onnx")
 def onnx(
-    source: Source,
+    source: Weights,
     out: Annotated[Path, typer.Argument(help="File to write, .onnx.")],
     best: Best = True,
     averaged: Averaged = None,
     verify: Verify = True,
 ) -> None:
     """Write the clip embedding as ONNX, any number of clips at a time, compared with torch; with a model card."""
-    from keyreid.export.model_card import card_path, write_card
     from keyreid.export.onnx import TOLERANCE, export_onnx
-    from keyreid.export.source import open_source
+    from keyreid.export.source import open_source, write_card
 
     exported = open_source(source, best, averaged, verify)
     difference = export_onnx(exported, out)
     files = [path for path in (out, out.with_name(f"{out.name}.data")) if path.is_file()]
-    write_card(card_path(out), exported, files)
+    card = write_card(exported, files)
     size = sum(path.stat().st_size for path in files)
     print(f"{out}: {size / 1e6:.0f} MB; onnxruntime's vectors differ from torch's")
-    print(f"by {difference:.1e} at most, allowed are {TOLERANCE:.0e}; {card_path(out)}: model card")
+    print(f"by {difference:.1e} at most, allowed are {TOLERANCE:.0e}; {card}: model card")
 
 
 @app.command("released")
 def released(
-    source: Source,
-    out: Annotated[Path, typer.Argument(help="File to write, .pth.")],
-    verify: Verify = True,
+    source: Weights, out: Annotated[Path, typer.Argument(help="File to write, .pth.")], verify: Verify = True
 ) -> None:
     """Write a checkpoint with the keys of the published KeyRe-ID code, of training with model.guidance=released."""
     import torch

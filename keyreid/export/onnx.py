@@ -58,8 +58,6 @@ def export_onnx(source: ExportSource, out: Path) -> float:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         path = Path(folder) / out.name
-        # A batch that is equal to no other size, so that nothing is taken for constant by accident.
-        example = example_inputs(source.network, 3, seed=0)
         batch = torch.export.Dim("batch", min=1)
         for name in ("onnxscript", "onnx_ir"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -67,7 +65,8 @@ def export_onnx(source: ExportSource, out: Path) -> float:
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module,
-                example,
+                # a batch that is equal to no other size, so that nothing is taken for constant by accident
+                example_inputs(source.network, 3, seed=0),
                 dynamo=True,
                 dynamic_shapes={name: {0: batch} for name in INPUTS},
                 input_names=list(INPUTS),
@@ -79,10 +78,8 @@ def export_onnx(source: ExportSource, out: Path) -> float:
         program.save(str(path))  # protobuf ends at 2 GiB; from 1.5 GiB on the weights lie beside the graph
         difference = compare(module, path)
         if difference > TOLERANCE:
-            raise KeyreidError(
-                f"{out}: not written: onnxruntime's vectors differ from torch's by {difference:.2g}, "
-                f"more than {TOLERANCE}"
-            )
+            why = f"onnxruntime's vectors differ from torch's by {difference:.2g}, more than {TOLERANCE}"
+            raise KeyreidError(f"{out}: not written: {why}")
         for file in sorted(Path(folder).iterdir(), reverse=True):  # the graph last, when its data is there
             file.replace(out.with_name(file.name))
     return difference
@@ -117,11 +114,11 @@ def example_inputs(network: KeyReID, clips: int, seed: int) -> tuple[torch.Tenso
 def _metadata(source: ExportSource) -> dict[str, str]:
     network = source.network
     height, width = network.image_size
+    grid = ", ".join(map(str, (network.frames, network.parts, *network.patch_grid)))
     return {
         "format": "keyreid-onnx/1",
         "images": f"uint8 [batch, {network.frames}, 3, {height}, {width}], RGB",
-        "guidance": f"float32 [batch, {network.frames}, {network.parts}, {network.patch_grid[0]}, "
-        f"{network.patch_grid[1]}] in [0, 1]: part heatmaps averaged over patches",
+        "guidance": f"float32 [batch, {grid}] in [0, 1]: part heatmaps averaged over patches",
         "parts": json.dumps(part_names(network.parts)),
         "cameras": f"int64 [batch], 0 to {network.num_cameras - 1}, or -1 for an unknown one",
         "vectors": f"the first {network.width} numbers are the global feature; compare by Euclidean distance",

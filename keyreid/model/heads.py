@@ -25,16 +25,8 @@ class Neck(nn.BatchNorm1d):
             flat = full(features).transpose(0, 1).flatten(1)
             if self.training:
                 self.num_batches_tracked.add_(1)
-            flat = F.batch_norm(
-                flat,
-                self.running_mean,
-                self.running_var,
-                full(self.weight),
-                full(self.bias),
-                training=self.training,
-                momentum=self.momentum,
-                eps=self.eps,
-            )
+            running, learnt = (self.running_mean, self.running_var), (full(self.weight), full(self.bias))
+            flat = F.batch_norm(flat, *running, *learnt, self.training, self.momentum, self.eps)
         return flat.unflatten(1, (branches, width)).transpose(0, 1)
 
     def _apply(self, fn, recurse=True):

@@ -9,11 +9,7 @@ ERASED_COLOUR = (0.485, 0.456, 0.406)  # after normalising, as published
 
 
 def prepare(batch: ClipBatch, mode: Guidance) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalise pictures, fill erased rectangles, and bring the guidance into the mode's range.
-
-    Args:
-        batch: uint8 pictures and guidance in [0, 1].
-        mode: knows its guidance's range.
+    """Normalise uint8 pictures, fill erased rectangles, and bring guidance in [0, 1] into the mode's range.
 
     Returns:
         images float32 [B, T, 3, H, W] in [-1, 1] and guidance float32 [B, T, P, Hp, Wp] as the mode takes it.
@@ -21,8 +17,7 @@ def prepare(batch: ClipBatch, mode: Guidance) -> tuple[torch.Tensor, torch.Tenso
     images = batch.images.float().mul_(2 / 255).sub_(1)
     height, width = images.shape[-2:]
     top, left, rows, columns = batch.erase.unbind(-1)
-    down = torch.arange(height, device=images.device)
-    across = torch.arange(width, device=images.device)
+    down, across = (torch.arange(side, device=images.device) for side in (height, width))
     inside = _within(down, top, rows).unsqueeze(-1) & _within(across, left, columns).unsqueeze(-2)  # [B, T, H, W]
     for channel, value in enumerate(ERASED_COLOUR):
         images[:, :, channel].masked_fill_(inside, value)

@@ -15,27 +15,16 @@ from keyreid.model.local_branch import LocalBranch
 
 
 class Features(NamedTuple):
-    """What the network says of B clips, each on its own (no batch statistics).
+    """What the network says of B clips, each on its own (no batch statistics), in float32."""
 
-    Attributes:
-        global_feature: float32 [B, D].
-        part_features: float32 [P, B, T*D].
-        temporal_scores: float32 [B, T], the temporal attention before its softmax; not negative.
-    """
-
-    global_feature: torch.Tensor
-    part_features: torch.Tensor
-    temporal_scores: torch.Tensor
+    global_feature: torch.Tensor  # [B, D]
+    part_features: torch.Tensor  # [P, B, T*D]
+    temporal_scores: torch.Tensor  # [B, T], the temporal attention before its softmax; not negative
 
     @staticmethod
     def concatenate(batches: "list[Features]") -> "Features":
         """The features of several micro-batches as those of one batch."""
-        return Features(
-            *(torch.cat(values, dim) for values, dim in zip(zip(*batches, strict=True), BATCH_DIMS, strict=True))
-        )
-
-
-BATCH_DIMS = (0, 1, 0)  # where Features' tensors count clips
+        return Features(*map(torch.cat, zip(*batches, strict=True), (0, 1, 0)))  # where the tensors count clips
 
 
 class KeyReID(nn.Module):
@@ -43,10 +32,8 @@ class KeyReID(nn.Module):
 
     Args:
         backbone: at the clip's size; its last stage becomes the global branch's.
-        model: parts, guidance and the local branch.
         frames: T.
         num_identities: classes of the classifiers.
-        num_cameras: cameras that the backbone knows.
     """
 
     def __init__(self, backbone: Backbone, model: ModelConfig, frames: int, num_identities: int, num_cameras: int):
@@ -82,9 +69,8 @@ class KeyReID(nn.Module):
 
         Evaluation runs as before: it meets many batch sizes, and pictures of attention hook into the branches.
         """
-        self._compiled = tuple(
-            torch.compile(module, **options) for module in (self.backbone, self.global_branch, self.local_branch)
-        )
+        modules = self.backbone, self.global_branch, self.local_branch
+        self._compiled = tuple(torch.compile(module, **options) for module in modules)
 
     def features(self, images: torch.Tensor, guidance: torch.Tensor, cameras: torch.Tensor) -> Features:
         """Features of clips, each clip's from that clip alone.
@@ -94,8 +80,8 @@ class KeyReID(nn.Module):
             guidance: [B, T, P, Hp, Wp], in the range of `Guidance.scaled`.
             cameras: int [B]; -1 is unknown.
         """
-        modules = self.backbone, self.global_branch, self.local_branch
-        backbone, global_branch, local_branch = self._compiled if self._compiled and self.training else modules
+        modules = self._compiled if self.training else ()
+        backbone, global_branch, local_branch = modules or (self.backbone, self.global_branch, self.local_branch)
         prompts = self.prompts(guidance.flatten(0, 1)) if self.prompts is not None else None
         tokens = backbone(images.flatten(0, 1), cameras.repeat_interleave(self.frames), prompts)
         global_feature, temporal_scores = global_branch(tokens, self.frames)

@@ -7,13 +7,12 @@ from timm.layers import LayerScale, Mlp
 from torch import nn
 
 from keyreid.backbones import Backbone
-from keyreid.config import ModelConfig
+from keyreid.config import ModelConfig, TcssConfig
 from keyreid.errors import ConfigError
 from keyreid.guidance import named
 from keyreid.model.global_branch import GlobalBranch
 from keyreid.model.precision import full
 from keyreid.model.single_query import FewRowsLinear, SingleQueryAttention, SingleQueryBlock
-from keyreid.model.tcss import row_order
 
 
 class LocalBranch(nn.Module):
@@ -24,7 +23,6 @@ class LocalBranch(nn.Module):
     Args:
         model: guidance, heads (they divide T x D), TCSS and stochastic depth.
         frames: T.
-        backbone: whose tokens come.
         activation: of the block's MLP.
     """
 
@@ -32,9 +30,7 @@ class LocalBranch(nn.Module):
         super().__init__()
         local_width, heads = frames * backbone.width, model.local_heads
         _check_heads(frames, backbone.width, heads)
-        self.frames = frames
-        self.mode = named(model.guidance)
-        self.epsilon = model.guidance_epsilon
+        self.frames, self.mode, self.epsilon = frames, named(model.guidance), model.guidance_epsilon
         if not self.mode.rows_are_patches and backbone.prefix_tokens != 1:
             raise ConfigError(
                 f"model.guidance={model.guidance} needs a backbone whose only extra token is the class token"
@@ -55,20 +51,11 @@ class LocalBranch(nn.Module):
         # Positions from the first patch on; the token stays in front.
         order = row_order(math.prod(backbone.grid.shape), model.tcss)
         self.register_buffer("order", order, persistent=False)
-        self.register_buffer(
-            "gather", torch.cat([torch.zeros(1).long(), order + backbone.prefix_tokens]), persistent=False
-        )
+        gather = torch.cat([torch.zeros(1).long(), order + backbone.prefix_tokens])
+        self.register_buffer("gather", gather, persistent=False)
 
     def forward(self, tokens: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
-        """Part features.
-
-        Args:
-            tokens: [B*T, R+N, D].
-            guidance: [B, T, P, Hp, Wp], in the range of `Guidance.scaled`.
-
-        Returns:
-            [P, B, T*D].
-        """
+        """Part features [P, B, T*D] of tokens [B*T, R+N, D] and scaled guidance [B, T, P, Hp, Wp]."""
         parts = self.mode.part_features(self, tokens, full(guidance).mean(1).flatten(2))
         return full(self.norm(parts)).transpose(0, 1)
 
@@ -87,9 +74,8 @@ class LocalBranch(nn.Module):
         if not isinstance(source, SingleQueryBlock) or type(source.mlp) is not Mlp:
             return False
         own, theirs, frames = self.block, source.attention, self.frames
-        if len(theirs.q_weight) * frames != len(own.attention.q_weight):
-            return False
-        if source.mlp.fc1.out_features * frames != own.mlp.fc1.out_features:
+        sizes = [(len(block.attention.q_weight), block.mlp.fc1.out_features) for block in (source, own)]
+        if [size * frames for size in sizes[0]] != list(sizes[1]):
             return False
 
         def to_heads(rows: torch.Tensor) -> torch.Tensor:
@@ -127,12 +113,28 @@ def _layer_scale(module: nn.Module) -> torch.Tensor | float:
 
 def _check_heads(frames: int, width: int, heads: int) -> None:
     local_width = frames * width
-    if local_width % heads == 0:
-        return
-    fitting_heads = [h for h in range(1, 4 * heads + 1) if local_width % h == 0]
-    fitting_frames = [t for t in range(1, 4 * frames + 1) if (t * width) % heads == 0]
-    raise ConfigError(
-        f"model.local_heads={heads} does not divide the local branch's width of {frames} frames x {width} = "
-        f"{local_width}. Heads that do: {', '.join(map(str, fitting_heads))}. Frames a clip (clip.frames) that "
-        f"{heads} heads would divide: {', '.join(map(str, fitting_frames)) or 'none'}"
-    )
+    if local_width % heads:
+        fitting_heads = [str(h) for h in range(1, 4 * heads + 1) if local_width % h == 0]
+        fitting_frames = [str(t) for t in range(1, 4 * frames + 1) if (t * width) % heads == 0]
+        raise ConfigError(
+            f"model.local_heads={heads} does not divide the local branch's width of {frames} frames x {width} = "
+            f"{local_width}. Heads that do: {', '.join(fitting_heads)}. Frames a clip (clip.frames) that "
+            f"{heads} heads would divide: {', '.join(fitting_frames) or 'none'}"
+        )
+
+
+def row_order(rows: int, tcss: TcssConfig) -> torch.Tensor:
+    """Positions of N rows after temporal clip shift and shuffle (TCSS), int64 [N'].
+
+    The first `shift` rows move to the end, the sequence is cut into `groups` equal parts, and the parts are
+    interleaved: 128 rows with shift 4 and 2 groups give 4, 68, 5, 69, ... Where the groups do not divide the rows, the
+    last row but one of the shifted sequence is repeated until they do (once for 2 groups, as in the published code).
+    Where TCSS is off, the rows stay as they are.
+    """
+    order = torch.arange(rows)
+    if not tcss.enabled:
+        return order
+    order = order.roll(-tcss.shift)
+    missing = -rows % tcss.groups
+    order = torch.cat([order, order[-2:-1].expand(missing) if rows > 1 else order.expand(missing)])
+    return order.view(tcss.groups, -1).T.flatten()

@@ -38,14 +38,12 @@ class SingleQueryAttention(nn.Module):
     def __init__(self, width: int, heads: int, attention_width: int | None = None, eps: float = 1e-6):
         super().__init__()
         attention_width = attention_width or width
-        self.heads = heads
-        self.eps = eps
+        self.heads, self.eps = heads, eps
         self.norm_weight = nn.Parameter(torch.ones(width))
         self.norm_bias = nn.Parameter(torch.zeros(width))
         # Three parameters, because the gradients of one that is cut in three would have to be joined again.
-        self.q_weight = nn.Parameter(torch.empty(attention_width, width))
-        self.k_weight = nn.Parameter(torch.empty(attention_width, width))
-        self.v_weight = nn.Parameter(torch.empty(attention_width, width))
+        weights = (nn.Parameter(torch.empty(attention_width, width)) for _ in range(3))
+        self.q_weight, self.k_weight, self.v_weight = weights
         self.qkv_bias = nn.Parameter(torch.zeros(3 * attention_width))
         self.proj = FewRowsLinear(attention_width, width)
         for weight in (self.q_weight, self.k_weight, self.v_weight, self.proj.weight):
@@ -55,15 +53,12 @@ class SingleQueryAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, scale: torch.Tensor | None = None, log_weight: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Attend from the first token, once for each part.
+        """Attend from the first token, once for each part: [S, P, D]; P = 1 without guidance.
 
         Args:
             x: [S, 1+N, D], the token first; not normalised yet.
             scale: [S, P, N], factor on each row before the LayerNorm.
             log_weight: [S, P, N], addend to each row's attention logits.
-
-        Returns:
-            [S, P, D]; P = 1 without guidance.
         """
         x_hat = F.layer_norm(full(x), x.shape[-1:], eps=self.eps)
         q_bias, _, v_bias = self.qkv_bias.chunk(3)  # a key's bias shifts all logits alike: softmax drops it
@@ -121,19 +116,14 @@ class SingleQueryBlock(nn.Module):
     @classmethod
     def from_block(cls, block: Block) -> "SingleQueryBlock":
         """The same block with the same weights; see `is_rewritable`."""
-        timm_attention = block.attn
-        attention = SingleQueryAttention(
-            width=block.norm1.normalized_shape[0],
-            heads=timm_attention.num_heads,
-            attention_width=timm_attention.attn_dim,
-            eps=block.norm1.eps,
-        )
-        attention.norm_weight, attention.norm_bias = block.norm1.weight, block.norm1.bias
-        thirds = timm_attention.qkv.weight.detach().chunk(3)
+        norm, theirs = block.norm1, block.attn
+        attention = SingleQueryAttention(norm.normalized_shape[0], theirs.num_heads, theirs.attn_dim, norm.eps)
+        attention.norm_weight, attention.norm_bias = norm.weight, norm.bias
+        thirds = theirs.qkv.weight.detach().chunk(3)
         attention.q_weight, attention.k_weight, attention.v_weight = (nn.Parameter(w.clone()) for w in thirds)
-        if timm_attention.qkv.bias is not None:
-            attention.qkv_bias = timm_attention.qkv.bias
-        attention.proj = timm_attention.proj
+        if theirs.qkv.bias is not None:
+            attention.qkv_bias = theirs.qkv.bias
+        attention.proj = theirs.proj
         own = cls(attention, block.mlp, block.norm2)
         own.ls1, own.ls2 = block.ls1, block.ls2
         own.drop_path1, own.drop_path2 = block.drop_path1, block.drop_path2
