@@ -14,10 +14,9 @@ pytest.importorskip("ray.tune")
 
 from keyreid.config import load_config, save_config
 from keyreid.errors import ConfigError
-from keyreid.tuning.outcome import best_configuration
 from keyreid.tuning.search import Search, load_search, trial_config, with_point
 from keyreid.tuning.space import Parameter, grid_points, mutated, random_points
-from keyreid.tuning.study import TrialRecord, best_trial
+from keyreid.tuning.study import TrialRecord, best_configuration, best_trial
 
 SPACE = {
     "model.tcss.shift": Parameter(choice=[0, 2, 4], when={"model.tcss.enabled": True}),

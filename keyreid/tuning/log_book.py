@@ -7,13 +7,12 @@ from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import MedianStoppingRule, TrialScheduler
+from ray.tune.schedulers import TrialScheduler
 from rich.table import Table
 
 from keyreid.distributed.preemption import StopRequest
 from keyreid.errors import KeyreidError
 from keyreid.tracking import Tracker
-from keyreid.tuning.algorithms import Population
 from keyreid.tuning.rank import EPOCH
 from keyreid.tuning.search import Search
 from keyreid.tuning.study import TrialRecord, best_trial, describe, trial_table
@@ -46,13 +45,13 @@ class LogBook(tune.Callback):
         resumes: bool = False,
         stop: StopRequest | None = None,
     ) -> None:
+        self._search, self._epochs, self._scheduler, self._tracker = search, epochs, scheduler, tracker
+        self._awaits_state = self._reminds = resumes
+        self._stop = stop or StopRequest()
+        self._start = time.monotonic()  # as if the search had run without a break
+        self._ends_by: float | None = None
         self.trials: dict[str, TrialRecord] = {}
         self.out_of_time = False
-        self._search, self._epochs = search, epochs
-        self._scheduler, self._tracker, self._stop = scheduler, tracker, stop or StopRequest()
-        self._start = time.monotonic()  # as if the search had run without a break
-        self._awaits_state = self._reminds = resumes
-        self._ends_by: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -79,34 +78,37 @@ class LogBook(tune.Callback):
         """Give the scheduler its memory back, and meet new trials."""
         if self._awaits_state:  # Ray Tune would begin from the first trial again
             raise KeyreidError(f"the state of search {self._search.name} cannot be read; give a new one another name")
-        if self._reminds:
-            self._reminds = False
-            self._remind_scheduler(trials)
+        if self._reminds and self._search.algorithm != "pbt":  # which looks at the next reports only
+            # The median rule would take a trial that it stops now for one that it had stopped.
+            how = "on_trial_complete" if self._search.scheduler == "median" else "on_trial_result"
+            for trial in (each for each in trials if each.trial_id in self.trials):
+                for epoch, report in sorted(self.trials[trial.trial_id].reports.items()):
+                    getattr(self._scheduler, how)(None, trial, {EPOCH: epoch, SCORE: report[SCORE]})
+        self._reminds = False
         for trial in trials:
             if trial.trial_id not in self.trials:
                 self.trials[trial.trial_id] = TrialRecord(str(trial), trial.config["point"])
 
     def on_trial_start(self, trial: Trial, **_: Any) -> None:
         """Say what starts."""
-        record = self.trials[trial.trial_id]
+        record, donor = self.trials[trial.trial_id], trial.config.get("donor")
         record.point, record.status = trial.config["point"], "running"
-        donor, record.donor = record.donor, trial.config.get("donor")
         if record.donor != donor:
-            how = f"takes over {Path(record.donor).parent.name}'s weights: {describe(record.point)}"
+            how = f"takes over {Path(donor).parent.name}'s weights: {describe(record.point)}"
         else:
             how = "resumes from its checkpoint" if trial.checkpoint else f"starts: {describe(record.point)}"
+        record.donor = donor
         print(f"{record.name} {how}", flush=True)
 
     def on_trial_result(self, trial: Trial, result: dict[str, Any], **_: Any) -> None:
         """Keep a report."""
-        record = self.trials[trial.trial_id]
+        record, metric = self.trials[trial.trial_id], self._search.metric
         if "fault" in result:
             record.fault = result["fault"]
             return
         kept = {key: result[key] for key in (SCORE, "numbers", "point", "donor")}
         record.reports[result[EPOCH]] = kept | {"seconds": round(self.seconds, 1)}
         donor = f", from {result['donor']}'s weights" if result["donor"] else ""
-        metric = self._search.metric
         print(f"{record.name} epoch {result[EPOCH]}/{self._epochs}: {metric} {result[SCORE]:.4f}{donor}", flush=True)
         if best := best_trial(self.trials.values(), self._search.mode):
             reports = sum(len(each.reports) for each in self.trials.values())
@@ -128,6 +130,11 @@ class LogBook(tune.Callback):
         """Say that a trial is given up."""
         self._died(trial, "failed", "given up")
 
+    def _died(self, trial: Trial, status: str, what_now: str) -> None:
+        record = self.trials[trial.trial_id]
+        record.failures, record.status = record.failures + 1, status
+        print(f"{record.name} died: {what_now}; {Path(trial.path, 'error.txt')}", flush=True)
+
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
         """End the search when it is told to, or its time is used up."""
         for trial in trials:
@@ -145,28 +152,10 @@ class LogBook(tune.Callback):
 
     def table(self) -> Table:
         """The trials as a table for a terminal; the best one is marked."""
-        trials = list(self.trials.values())
-        best = best_trial(trials, self._search.mode)
-        head, *rows = trial_table(self._search, trials)
-        table = Table(
-            *head, title=f"{self._search.name}: {self._search.metric} of held-out identities, {self.seconds:.0f} s"
-        )
+        trials, search = list(self.trials.values()), self._search
+        best = best_trial(trials, search.mode)
+        head, *rows = trial_table(search, trials)
+        table = Table(*head, title=f"{search.name}: {search.metric} of held-out identities, {self.seconds:.0f} s")
         for trial, row in zip(trials, rows, strict=True):
             table.add_row(*row, style="bold green" if trial is best else None)
         return table
-
-    def _died(self, trial: Trial, status: str, what_now: str) -> None:
-        record = self.trials[trial.trial_id]
-        record.failures, record.status = record.failures + 1, status
-        print(f"{record.name} died: {what_now}; {Path(trial.path, 'error.txt')}", flush=True)
-
-    def _remind_scheduler(self, trials: list[Trial]) -> None:
-        scheduler = self._scheduler
-        if isinstance(scheduler, Population):  # looks at the next reports only
-            return
-        # The median rule would take a trial that it stops now for one that it had stopped.
-        tell = scheduler.on_trial_complete if isinstance(scheduler, MedianStoppingRule) else scheduler.on_trial_result
-        for trial in trials:
-            record = self.trials.get(trial.trial_id)
-            for epoch in sorted(record.reports) if record else ():
-                tell(None, trial, {EPOCH: epoch, SCORE: record.reports[epoch][SCORE]})
