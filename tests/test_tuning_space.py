@@ -193,7 +193,7 @@ def test_a_search_that_goes_on_remembers_what_ray_tune_forgets():
     from types import SimpleNamespace
 
     from keyreid.tuning import algorithms
-    from keyreid.tuning.log_book import LogBook
+    from keyreid.tuning.driver import LogBook
 
     search = Search(base="b", space=SPACE, scheduler="asha", trials=9, asha={"grace_epochs": 1, "reduction": 3})
     before = LogBook(search, 9, None, None)

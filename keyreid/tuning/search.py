@@ -130,8 +130,7 @@ def load_search(path: Path, overrides: Sequence[str] = ()) -> tuple[Search, Conf
     base = with_point(base, shared, f"{path}: settings")
     for key, parameter in search.space.items():  # an unknown key or a value out of bounds shows now, not in a trial
         least, most = parameter.bounds or (0, 0)
-        # Of a range the ends, and a number between that is no whole one.
-        for value in parameter.values or (least, least + (most - least) / math.pi, most):
+        for value in parameter.values or (least, least + (most - least) / math.pi, most):  # no whole one between
             with_point(base, {key: value}, f"{path}: space")
     if base.schedule.epochs < search.report_epochs:
         raise ConfigError(f"{path}: report_epochs={search.report_epochs}: a trial has {base.schedule.epochs} epochs")
@@ -148,14 +147,9 @@ def with_point(base: Config, point: Point, source: str) -> Config:
 
 def trial_config(base: Config, point: Point, name: str, folder: Path, tracking_uri: str) -> Config:
     """The configuration of a trial: its run is `folder`/`name`."""
-    own = {
-        "name": name,
-        "output": str(folder),
-        "tracking.uri": tracking_uri,
-        "training.keep_checkpoints": 1,  # the newest, to resume from: those that the search needs are in its own store
-        "training.keep_every_epochs": None,
-        "evaluation.pictures": 0,
-    }
+    own = {"name": name, "output": str(folder), "tracking.uri": tracking_uri, "evaluation.pictures": 0}
+    # The newest checkpoint, to resume from: those that the search needs are in its own store.
+    own |= {"training.keep_checkpoints": 1, "training.keep_every_epochs": None}
     return with_point(base, point | own, name)
 
 

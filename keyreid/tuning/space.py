@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
@@ -69,13 +69,8 @@ class Parameter(Section):
         """A value that Optuna suggests."""
         if self.bounds:
             return self._tidy(trial.suggest_float(name, *self.bounds, log=self.loguniform is not None))
-        labels = self.distribution().choices
+        labels = [label(value) for value in self.values]
         return self.values[labels.index(trial.suggest_categorical(name, labels))]
-
-    def applies(self, point: Mapping[str, Any]) -> bool:
-        """Whether the parameter exists beside those that were drawn before it."""
-        wanted = {key: value if isinstance(value, list) else [value] for key, value in self.when.items()}
-        return all(key in point and point[key] in values for key, values in wanted.items())
 
     def mutate(self, value: Any, rng: random.Random) -> Any:
         """A value near `value`: a factor more or less, or a neighbour in the list; never outside."""
@@ -116,7 +111,8 @@ def walk(space: Space, draw: Callable[[str, Parameter], Any]) -> Point:
     """A point whose values come from `draw`, asked for each parameter that exists, conditions first."""
     drawn: Point = {}
     for key in in_order(space):
-        if space[key].applies(drawn):
+        wanted = {name: value if isinstance(value, list) else [value] for name, value in space[key].when.items()}
+        if all(name in drawn and drawn[name] in values for name, values in wanted.items()):
             drawn[key] = draw(key, space[key])
     return {key: drawn[key] for key in space if key in drawn}
 

@@ -8,15 +8,16 @@ import base64
 import csv
 import json
 import math
-import textwrap
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 import yaml
+from jinja2 import Environment, StrictUndefined
 
 from keyreid.config import Config
 from keyreid.files import replace_text
@@ -94,25 +95,21 @@ def trial_table(search: Search, trials: Sequence[TrialRecord]) -> list[list[str]
 
 
 def write(
-    search: Search, base: Config, trials: Sequence[TrialRecord], folder: Path, tracker: Tracker
+    search: Search, base: Config, trials: list[TrialRecord], folder: Path, tracker: Tracker
 ) -> TrialRecord | None:
     """Write the files and log them to the search's MLflow run; gives the best trial, None where none has a score."""
     _write_table(search, trials, folder / TABLE)
     replace_text(folder / RECORDS, json.dumps([asdict(trial) for trial in trials], indent=1))
     save_study(search, trials, folder / STUDY)
-    best = best_trial(trials, search.mode)
-    if best is None:
+    if not (best := best_trial(trials, search.mode)):
         return None
     replace_text(folder / BEST, best_configuration(search, base, best, folder))
     pictures = _draw_study(search, trials, folder / PLOTS)
-    stopped = "" if search.scheduler == "none" else f", stopped by {search.scheduler}"
-    summary = [
-        f"{search.metric} ({search.mode}) of training identities that were held out of training; {len(trials)} trials "
-        f"by {search.algorithm}{stopped}.",
-        f"Best: {best.name} with {best.score:.4f} after epoch {best.epoch}.",
-    ]
+    how = search.algorithm if search.scheduler == "none" else f"{search.algorithm}, stopped by {search.scheduler}"
+    judged = f"{search.metric} ({search.mode}) of training identities that were held out of training"
+    score = f"Best: {best.name} with {best.score:.4f} after epoch {best.epoch}."
     sections = [
-        Section(text=summary),
+        Section(text=[f"{judged}; {len(trials)} trials by {how}.", score]),
         Section("Trials", table=trial_table(search, trials), highlight=trials.index(best) + 1),
         Section("Pictures", pictures=pictures),
         Section(BEST, preformatted=(folder / BEST).read_text()),
@@ -148,10 +145,10 @@ def save_study(search: Search, trials: Sequence[TrialRecord], path: Path) -> Non
 
 
 def _optuna_trial(search: Search, trial: TrialRecord, state: str) -> optuna.trial.FrozenTrial:
-    ended = state in ("COMPLETE", "PRUNED")
+    state = "FAIL" if state in ("COMPLETE", "PRUNED") and math.isnan(trial.score) else state
     return optuna.trial.create_trial(
-        state=optuna.trial.TrialState["FAIL" if ended and math.isnan(trial.score) else state],
-        value=trial.score if ended and not math.isnan(trial.score) else None,
+        state=optuna.trial.TrialState[state],
+        value=trial.score if state in ("COMPLETE", "PRUNED") else None,
         params={key: label(value) for key, value in trial.point.items()},
         distributions={key: search.space[key].distribution() for key in trial.point},
         user_attrs={name: getattr(trial, name) for name in ("name", "status", "failures", "fault")},
@@ -160,10 +157,7 @@ def _optuna_trial(search: Search, trial: TrialRecord, state: str) -> optuna.tria
 
 
 def _draw_study(search: Search, trials: Sequence[TrialRecord], folder: Path) -> list[tuple[str, str]]:
-    """Write Optuna's pictures of the trials that have a score, each with its last one.
-
-    Gives them as URLs that hold a PNG, so that the page is whole in MLflow too, with their titles.
-    """
+    """Write Optuna's pictures of the trials with a score; gives them as URLs that hold a PNG, with their titles."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -192,6 +186,7 @@ def _draw_study(search: Search, trials: Sequence[TrialRecord], folder: Path) -> 
                 pyplot.gcf().set_size_inches(4 + 2 * len(search.space), 5)  # or labels cover each other
             pyplot.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
             pyplot.close("all")
+            # In the page itself, so that it is whole in MLflow too.
             png = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
             inline.append((f"data:image/png;base64,{png}", title))
     return inline
@@ -199,21 +194,8 @@ def _draw_study(search: Search, trials: Sequence[TrialRecord], folder: Path) -> 
 
 def best_configuration(search: Search, base: Config, best: TrialRecord, folder: Path) -> str:
     """The best trial's configuration as YAML that `keyreid train` takes, with what it does and how it was found."""
-    config = with_point(base, {**best.point, "name": f"{search.name}-best"}, best.name)
-    ranks = f" --ranks {search.resources.ranks}" if search.resources.ranks > 1 else ""
-    if search.algorithm == "pbt":
-        again = (
-            "Population based training changed the values while it trained: these are the last ones. The network with\n"
-            f"this score is in {folder / 'trials' / best.name}; its history is in {TABLE}."
-        )
-    elif best.epoch < config.schedule.epochs:
-        again = f"The search ended before this trial did: a whole training has {config.schedule.epochs} epochs."
-    else:
-        again = f"Trained again it has the same score: keyreid train {BEST}{ranks}"
-    head = (
-        f"The best of search {search.name}: {best.name}, {search.metric} {best.score:.6f} after epoch {best.epoch}\n"
-        f"of the {config.data.holdout:.0%} of the training identities that were held out.\n{again}\n"
-        "To train on all training identities and judge by the test set:\n"
-        f"keyreid train {BEST} -- data.holdout=0 name=NAME\n"
-    )
-    return textwrap.indent(head, "# ") + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    config = with_point(base, best.point | {"name": f"{search.name}-best"}, best.name)
+    template = resources.files("keyreid").joinpath("assets/best.yaml.jinja").read_text(encoding="utf-8")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    head = environment.from_string(template).render(search=search, config=config, best=best, folder=folder)
+    return head + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

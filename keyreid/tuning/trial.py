@@ -103,17 +103,6 @@ class KeyreidTrial(tune.Trainable):
     def _whole(self) -> bool:
         return self._epoch >= self._config.schedule.epochs
 
-    def _start(self) -> None:
-        shared, resources = self.setting, self.setting.search.resources
-        tags = {"keyreid.search": shared.search.name, "keyreid.trial": self.trial_name}
-        tags |= {"mlflow.parentRunId": shared.parent} if shared.parent else {}
-        group = ray.util.get_current_placement_group()
-        process = {"threads": resources.cpus, "calls": 3, "directory": str(shared.directory)}
-        self._actors, meeting_point = start_processes(
-            Rank, resources.ranks, group, resources.cpus, shared.gpus, **process
-        )
-        self._runs = [actor.train.remote(self._config, tags, meeting_point) for actor in self._actors]
-
     def _next_report(self) -> dict[str, Any] | None:
         """Let the ranks train to their next evaluation; None if they ended without one.
 
@@ -122,7 +111,13 @@ class KeyreidTrial(tune.Trainable):
             ray.exceptions.RayError: a rank's process died, or its training failed otherwise.
         """
         if not self._actors:
-            self._start()
+            shared, resources = self.setting, self.setting.search.resources
+            tags = {"keyreid.search": shared.search.name, "keyreid.trial": self.trial_name}
+            tags |= {"mlflow.parentRunId": shared.parent} if shared.parent else {}
+            held = ray.util.get_current_placement_group(), resources.cpus, shared.gpus
+            process = {"threads": resources.cpus, "calls": 3, "directory": str(shared.directory)}
+            self._actors, meeting_point = start_processes(Rank, resources.ranks, *held, **process)
+            self._runs = [actor.train.remote(self._config, tags, meeting_point) for actor in self._actors]
         if self._waiting:
             self._actors[0].answer.remote(True)
         self._waiting = False
