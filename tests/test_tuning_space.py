@@ -14,10 +14,9 @@ pytest.importorskip("ray.tune")
 
 from keyreid.config import load_config, save_config
 from keyreid.errors import ConfigError
-from keyreid.tuning.outcome import best_configuration
 from keyreid.tuning.search import Search, load_search, trial_config, with_point
 from keyreid.tuning.space import Parameter, grid_points, mutated, random_points
-from keyreid.tuning.study import TrialRecord, best_trial
+from keyreid.tuning.study import TrialRecord, best_configuration, best_trial
 
 SPACE = {
     "model.tcss.shift": Parameter(choice=[0, 2, 4], when={"model.tcss.enabled": True}),
@@ -194,7 +193,7 @@ def test_a_search_that_goes_on_remembers_what_ray_tune_forgets():
     from types import SimpleNamespace
 
     from keyreid.tuning import algorithms
-    from keyreid.tuning.log_book import LogBook
+    from keyreid.tuning.driver import LogBook
 
     search = Search(base="b", space=SPACE, scheduler="asha", trials=9, asha={"grace_epochs": 1, "reduction": 3})
     before = LogBook(search, 9, None, None)

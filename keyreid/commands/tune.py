@@ -4,66 +4,53 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
+
+from keyreid.commands.options import Overrides
 
 
 def tune(
-    search: Annotated[
-        Path, typer.Argument(help="The search, for example configs/tune/alpha.yaml.", show_default=False)
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Changes to it: trials=8 budget.epochs=6 settings.data.shards=DIR ...", show_default=False),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Resume the search that its folder holds; start it if there is none.")
-    ] = False,
-    address: Annotated[
-        str | None,
-        typer.Option(help="HOST:PORT of a Ray cluster to run on. Default: Ray on this machine, for the search."),
-    ] = None,
+    search: Annotated[Path, typer.Argument(help="The search, as configs/tune/alpha.yaml.", show_default=False)],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the search in its folder, if there is one.")] = False,
+    address: Annotated[str | None, typer.Option(help="HOST:PORT of a Ray cluster. Default: on this machine.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Check the search, print its points, train nothing.")] = False,
 ) -> None:
     """Search hyperparameters: many trainings, judged by training identities that were held out, never by the test set.
 
-    Writes best.yaml, which `keyreid train` takes, a table and pictures to OUTPUT/NAME, and everything to MLflow.
+    Overrides change the search: trials=8 budget.epochs=6 settings.data.shards=DIR. Writes best.yaml, which
+    `keyreid train` takes, a table and pictures to OUTPUT/NAME, and everything to MLflow.
     """
     from keyreid.tuning.search import load_search
 
-    wanted, base = load_search(search, list(overrides or []))
+    wanted, base = load_search(search, overrides or [])
     if dry_run:
-        _print_points(wanted, base)
+        from keyreid.tuning.algorithms import points
+        from keyreid.tuning.study import describe
+
+        print(yaml.safe_dump(wanted.model_dump(mode="json", exclude_none=True), sort_keys=False))
+        drawn = points(wanted, base)
+        if drawn is None:
+            print(f"{wanted.trials} trials whose points depend on the scores before them")
+        for number, point in enumerate(drawn or []):
+            print(f"{number:3} {describe(point)}")
+        holdout, epochs = base.data.holdout, base.schedule.epochs
+        print(f"{epochs} epochs a trial; {holdout:.0%} of the training identities of {base.data.shards} judge")
         return
     from keyreid.tuning.driver import run_search
-    from keyreid.tuning.outcome import BEST, PAGE
+    from keyreid.tuning.study import BEST, PAGE
 
-    result = run_search(wanted, base, resume, address)
-    if best := result.best:
+    folder, best, interrupted, out_of_time = run_search(wanted, base, resume, address)
+    if best:
         print(f"\nbest: {best.name}, {wanted.metric} {best.score:.4f} after epoch {best.epoch}")
-        print(f"configuration: {result.folder / BEST} (keyreid train takes it as it is)")
-        print(f"report: {result.folder / PAGE}")
+        print(f"configuration: {folder / BEST} (keyreid train takes it as it is)\nreport: {folder / PAGE}")
     else:
-        print(f"\nno trial has a score; see {result.folder}")
-    if result.interrupted:
+        print(f"\nno trial has a score; see {folder}")
+    if interrupted:
         more = " ".join(["", "--", *overrides] if overrides else [])
         print(f"interrupted; all reports are saved, resume with: keyreid tune {search} --resume{more}")
         raise typer.Exit(130)
-    if result.out_of_time:
+    if out_of_time:
         print("out of time: continue with `--resume` and a larger budget.seconds")
     if best is None:
         raise typer.Exit(1)
-
-
-def _print_points(search, base) -> None:
-    import yaml
-
-    from keyreid.tuning import algorithms
-    from keyreid.tuning.study import describe
-
-    print(yaml.safe_dump(search.model_dump(mode="json", exclude_none=True), sort_keys=False))
-    points = algorithms.points(search, base)
-    if points is None:
-        print(f"{search.trials} trials whose points depend on the scores before them")
-    for number, point in enumerate(points or []):
-        print(f"{number:3} {describe(point)}")
-    holdout, epochs = base.data.holdout, base.schedule.epochs
-    print(f"{epochs} epochs a trial; {holdout:.0%} of the training identities of {base.data.shards} judge")

@@ -7,19 +7,13 @@ from typing import Any
 
 import optuna
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import (
-    AsyncHyperBandScheduler,
-    FIFOScheduler,
-    MedianStoppingRule,
-    TrialScheduler,
-)
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from keyreid.config import Config
-from keyreid.tuning import space
 from keyreid.tuning.rank import EPOCH
 from keyreid.tuning.search import Search, with_point
-from keyreid.tuning.space import Point, Space
+from keyreid.tuning.space import Point, Space, grid_points, mutated, random_points, walk
 from keyreid.tuning.trial import SCORE
 
 
@@ -32,7 +26,7 @@ def points(search: Search, base: Config) -> list[Point] | None:
     if search.algorithm == "tpe":
         return None
     grid = search.algorithm == "grid"
-    drawn = space.grid_points(search.space) if grid else space.random_points(search.space, search.trials, search.seed)
+    drawn = grid_points(search.space) if grid else random_points(search.space, search.trials, search.seed)
     for point in drawn:
         with_point(base, point, f"{search.name}: {point}")
     return drawn
@@ -48,30 +42,22 @@ def searcher(search: Search) -> OptunaSearch | None:
 
 def _suggested(parameters: Space, trial: optuna.Trial) -> Point:
     """A point in Optuna's define-by-run style, so that conditions hold; Ray Tune makes {"point": {...}} of it."""
-    point = space.walk(parameters, lambda key, parameter: parameter.suggest(trial, f"point/{key}"))
+    point = walk(parameters, lambda key, parameter: parameter.suggest(trial, f"point/{key}"))
     return {f"point/{key}": value for key, value in point.items()}
 
 
 def scheduler(search: Search, epochs: int) -> TrialScheduler:
-    """Who stops trials early, or replaces them.
-
-    Args:
-        epochs: of a whole trial.
-    """
+    """Who stops trials, of so many epochs, early, or replaces them."""
     if search.algorithm == "pbt":
         return Population(search)
     common = {"time_attr": EPOCH, "metric": SCORE, "mode": search.mode}
     if search.scheduler == "asha":
-        grace = min(search.asha.grace_epochs, epochs)
-        reduction = search.asha.reduction
+        grace, reduction = min(search.asha.grace_epochs, epochs), search.asha.reduction
         return AsyncHyperBandScheduler(**common, max_t=epochs, grace_period=grace, reduction_factor=reduction)
     if search.scheduler == "median":
-        return MedianStoppingRule(
-            **common,
-            grace_period=search.median.grace_epochs,
-            min_samples_required=search.median.samples,
-            min_time_slice=math.inf,  # its default pauses every trial in turn, and each start costs a minute
-        )
+        common["min_time_slice"] = math.inf  # its default pauses every trial in turn, and each start costs a minute
+        grace, others = search.median.grace_epochs, search.median.samples
+        return MedianStoppingRule(**common, grace_period=grace, min_samples_required=others)
     return FIFOScheduler()
 
 
@@ -85,8 +71,7 @@ class Population(FIFOScheduler):
 
     def __init__(self, search: Search) -> None:
         super().__init__()
-        self._search = search
-        self._sign = 1 if search.mode == "max" else -1
+        self._search, self._sign = search, 1 if search.mode == "max" else -1
         self._donors, self._changes = random.Random(search.seed), random.Random(search.seed)
         self._compared: dict[Trial, tuple[int, float]] = {}  # epoch and score
 
@@ -96,18 +81,16 @@ class Population(FIFOScheduler):
         if result[EPOCH] - last < pbt.interval_epochs or math.isnan(result[SCORE]):
             return self.CONTINUE
         self._compared[trial] = result[EPOCH], self._sign * result[SCORE]
-        ranked = sorted(
-            (each for each in self._compared if not each.is_finished()), key=lambda each: self._compared[each][1]
-        )
+        alive = [each for each in self._compared if not each.is_finished()]
+        ranked = sorted(alive, key=lambda each: self._compared[each][1])
         count = min(math.ceil(len(ranked) * pbt.quantile), len(ranked) // 2)
         donor = self._donors.choice(ranked[-count:]) if trial in ranked[:count] else None
         if donor and donor.checkpoint:
-            point = space.mutated(self._search.space, donor.config["point"], pbt.resample, self._changes)
+            point = mutated(self._search.space, donor.config["point"], pbt.resample, self._changes)
             trial.set_config({"point": point, "donor": donor.checkpoint.path})
             self._compared[trial] = self._compared[donor][0], self._compared[trial][1]
             return self.PAUSE
-        waiting = any(each.status in (Trial.PENDING, Trial.PAUSED) for each in tune_controller.get_trials())
-        return self.PAUSE if waiting else self.CONTINUE
+        return self.PAUSE if self.choose_trial_to_run(tune_controller) else self.CONTINUE
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """The trial that is furthest behind, so that all take turns."""

@@ -14,17 +14,12 @@ EPOCH = "epoch"
 class Rank(RayProcess):
     """One process of a trial. An actor with threads: `train` runs in one while another takes reports and answers."""
 
-    def __init__(self, rank: int, world_size: int, threads: int, directory: str) -> None:
-        super().__init__(rank, world_size, threads, directory)
-        self._reports: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    def __init__(self, *process: Any) -> None:
+        super().__init__(*process)
+        self._reports, self._answers = queue.SimpleQueue(), queue.SimpleQueue()
 
     def train(self, config: Config, tags: Mapping[str, str], meeting_point: tuple[str, int]) -> None:
-        """Run the trial's training until its end, or until an answer ends it.
-
-        Raises:
-            KeyreidError: see keyreid.training.run.train.
-        """
+        """Run the trial's training until its end, or until an answer ends it (errors: keyreid.training.run.train)."""
         self._meet_at(meeting_point)
         from keyreid.distributed.preemption import StopRequest
         from keyreid.training.run import train

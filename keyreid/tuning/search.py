@@ -1,6 +1,7 @@
 """What a search is: its YAML, and the configuration of each of its trials."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,7 +85,8 @@ class Search(Section):
         space.in_order(self.space)
         grids = [key for key, parameter in self.space.items() if parameter.grid]
         drawn = [key for key in self.space if key not in grids]
-        immutable = [key for key in self.space if not _below(key, MUTABLE)]
+        immutable = ", ".join(key for key in self.space if not _below(key, MUTABLE))
+        stays = f"which {immutable} cannot: only {', '.join(MUTABLE)} can"
         grid, pbt = self.algorithm == "grid", self.algorithm == "pbt"
         for wrong, why in (
             (grid and drawn, f"tries every value: give {', '.join(drawn)} as grid too"),
@@ -94,17 +96,17 @@ class Search(Section):
             (pbt and self.scheduler != "none", "replaces bad trials itself: leave scheduler out"),
             (pbt and self.trials == 1, "compares trials: it needs two at least"),
             (pbt and self.concurrency, "takes turns with all its trials: leave concurrency out, resources limit it"),
-            (
-                pbt and immutable,
-                f"changes parameters while a network trains, which {', '.join(immutable)} cannot: "
-                f"only {', '.join(MUTABLE)} can",
-            ),
+            (pbt and immutable, f"changes parameters while a network trains, {stays}"),
         ):
             if wrong:
                 raise ValueError(f"algorithm {self.algorithm} {why}")
-        for key in (key for name, parameter in self.space.items() for key in _keys(name, parameter)):
-            if _below(key, KEPT + JUDGED):
-                raise ValueError(f"{key} cannot be searched: trials could not be compared")
+        for key, parameter in self.space.items():
+            below = [f"{key}.{name}" for value in parameter.values if isinstance(value, dict) for name in value]
+            if fixed := [name for name in below or [key] if _below(name, KEPT + JUDGED)]:
+                raise ValueError(f"{fixed[0]} cannot be searched: trials could not be compared")
+        if self.metric not in RATES and not self.metric.startswith("train/"):
+            rates = ", ".join(RATES)
+            raise ValueError(f"metric {self.metric!r}: one of {rates}, or train/NAME (train/clips_per_second)")
         return self
 
 
@@ -118,8 +120,7 @@ def load_search(path: Path, overrides: Sequence[str] = ()) -> tuple[Search, Conf
     base_path = path.expanduser().parent / search.base
     if not base_path.is_file():
         raise ConfigError(f"{path}: base: {base_path} is no file (a path relative to the search's)")
-    base = load_config(base_path)
-    base = with_point(base, search.settings, f"{path}: settings")
+    base = with_point(load_config(base_path), search.settings, f"{path}: settings")
     shared = {
         "data.holdout": search.holdout or base.data.holdout or DEFAULT_HOLDOUT,
         "schedule.epochs": search.budget.epochs or base.schedule.epochs,
@@ -128,12 +129,11 @@ def load_search(path: Path, overrides: Sequence[str] = ()) -> tuple[Search, Conf
     }
     base = with_point(base, shared, f"{path}: settings")
     for key, parameter in search.space.items():  # an unknown key or a value out of bounds shows now, not in a trial
-        for value in parameter.examples:
+        least, most = parameter.bounds or (0, 0)
+        for value in parameter.values or (least, least + (most - least) / math.pi, most):  # no whole one between
             with_point(base, {key: value}, f"{path}: space")
-    metric_key(search, base)
-    epochs = base.schedule.epochs
-    if epochs < search.report_epochs:
-        raise ConfigError(f"{path}: report_epochs={search.report_epochs}, but a trial has {epochs} epochs")
+    if base.schedule.epochs < search.report_epochs:
+        raise ConfigError(f"{path}: report_epochs={search.report_epochs}: a trial has {base.schedule.epochs} epochs")
     return search, base
 
 
@@ -147,34 +147,10 @@ def with_point(base: Config, point: Point, source: str) -> Config:
 
 def trial_config(base: Config, point: Point, name: str, folder: Path, tracking_uri: str) -> Config:
     """The configuration of a trial: its run is `folder`/`name`."""
-    own = {
-        "name": name,
-        "output": str(folder),
-        "tracking.uri": tracking_uri,
-        "training.keep_checkpoints": 1,  # the newest, to resume from: those that the search needs are in its own store
-        "training.keep_every_epochs": None,
-        "evaluation.pictures": 0,
-    }
+    own = {"name": name, "output": str(folder), "tracking.uri": tracking_uri, "evaluation.pictures": 0}
+    # The newest checkpoint, to resume from: those that the search needs are in its own store.
+    own |= {"training.keep_checkpoints": 1, "training.keep_every_epochs": None}
     return with_point(base, point | own, name)
-
-
-def metric_key(search: Search, base: Config) -> str:
-    """The metric's name among a trial's numbers.
-
-    Raises:
-        ConfigError: there is no such metric.
-    """
-    if search.metric in RATES:
-        return f"{base.evaluation.protocol}/{search.metric}"
-    if search.metric.startswith("train/"):
-        return search.metric
-    raise ConfigError(f"metric {search.metric!r}: one of {', '.join(RATES)}, or train/NAME (train/clips_per_second)")
-
-
-def _keys(key: str, parameter: Parameter) -> list[str]:
-    """The keys that a parameter sets: its own, or those of the mappings among its values."""
-    below = [f"{key}.{name}" for value in parameter.values if isinstance(value, Mapping) for name in value]
-    return below or [key]
 
 
 def _below(key: str, sections: Sequence[str]) -> bool:

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
@@ -34,10 +34,10 @@ class Parameter(Section):
     @classmethod
     def _known(cls, values: Any) -> Any:
         names = ", ".join(cls.model_fields)
-        if isinstance(values, dict) and (unknown := [name for name in values if name not in cls.model_fields]):
-            raise ValueError(f"unknown key {unknown[0]!r}: a parameter has {names}")
         if not isinstance(values, (dict, cls)):
             raise ValueError(f"is a mapping with one of {names}, such as {{uniform: [0.3, 0.9]}}")
+        if unknown := [name for name in dict(values) if name not in cls.model_fields]:
+            raise ValueError(f"unknown key {unknown[0]!r}: a parameter has {names}")
         return values
 
     @model_validator(mode="after")
@@ -45,10 +45,8 @@ class Parameter(Section):
         kinds = [kind for kind in ("uniform", "loguniform", "choice", "grid") if getattr(self, kind) is not None]
         if len(kinds) != 1:
             raise ValueError(f"needs one of uniform, loguniform, choice and grid; has {' and '.join(kinds) or 'none'}")
-        if self.bounds and not self.bounds[0] < self.bounds[1]:
-            raise ValueError(f"{kinds[0]} needs the least value first, then a larger one")
-        if self.loguniform and self.loguniform[0] <= 0:
-            raise ValueError("loguniform needs values above 0")
+        if self.bounds and not (0 if self.loguniform else -math.inf) < self.bounds[0] < self.bounds[1]:
+            raise ValueError(f"{kinds[0]} needs the least value first, then a larger one (loguniform: both above 0)")
         return self
 
     @property
@@ -61,14 +59,6 @@ class Parameter(Section):
         """Of a choice or a grid."""
         return self.choice or self.grid or []
 
-    @property
-    def examples(self) -> list[Any]:
-        """All values of a choice or a grid; of a range its ends and a number between, which a whole number is not."""
-        if not self.bounds:
-            return self.values
-        least, most = self.bounds
-        return [least, least + (most - least) / math.pi, most]
-
     def distribution(self) -> FloatDistribution | CategoricalDistribution:
         """The parameter in Optuna's terms."""
         if self.bounds:
@@ -79,26 +69,19 @@ class Parameter(Section):
         """A value that Optuna suggests."""
         if self.bounds:
             return self._tidy(trial.suggest_float(name, *self.bounds, log=self.loguniform is not None))
-        labels = self.distribution().choices
+        labels = [label(value) for value in self.values]
         return self.values[labels.index(trial.suggest_categorical(name, labels))]
-
-    def applies(self, point: Mapping[str, Any]) -> bool:
-        """Whether the parameter exists beside those that were drawn before it."""
-        return all(
-            key in point and point[key] in (wanted if isinstance(wanted, list) else [wanted])
-            for key, wanted in self.when.items()
-        )
 
     def mutate(self, value: Any, rng: random.Random) -> Any:
         """A value near `value`: a factor more or less, or a neighbour in the list; never outside."""
         if self.bounds:
             return self._tidy(value * rng.choice(MUTATION_FACTORS))
         position = self.values.index(value) + rng.choice((-1, 1))
-        return self.values[min(max(position, 0), len(self.values) - 1)]
+        return self.values[sorted((0, position, len(self.values) - 1))[1]]
 
     def _tidy(self, value: float) -> float:
-        least, most = self.bounds
-        return min(max(float(f"{value:.{DIGITS}g}"), least), most)
+        """To few digits, and within the bounds: the middle one of the three."""
+        return sorted([*self.bounds, float(f"{value:.{DIGITS}g}")])[1]
 
 
 Space = dict[str, Parameter]
@@ -128,7 +111,8 @@ def walk(space: Space, draw: Callable[[str, Parameter], Any]) -> Point:
     """A point whose values come from `draw`, asked for each parameter that exists, conditions first."""
     drawn: Point = {}
     for key in in_order(space):
-        if space[key].applies(drawn):
+        wanted = {name: value if isinstance(value, list) else [value] for name, value in space[key].when.items()}
+        if all(name in drawn and drawn[name] in values for name, values in wanted.items()):
             drawn[key] = draw(key, space[key])
     return {key: drawn[key] for key in space if key in drawn}
 

@@ -1,23 +1,33 @@
-"""What is known of each trial: plain data, kept with Ray Tune's state; and the same as an Optuna study, with pictures.
+"""What is known of each trial, kept with Ray Tune's state, and what comes out of a search, in its folder and in MLflow.
 
 A study's finished trials cannot change any more, which a search that resumes from an earlier state must be able to do.
-So the study is written from the records.
+So the Optuna study, for optuna-dashboard and the pictures, is written from the records.
 """
 
-import contextlib
+import base64
+import csv
+import json
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
+import yaml
+from jinja2 import Environment, StrictUndefined
 
-from keyreid.tuning.search import Search
+from keyreid.config import Config
+from keyreid.files import replace_text
+from keyreid.pages import Section, write_page
+from keyreid.tracking import Tracker
+from keyreid.tuning.search import Search, with_point
 from keyreid.tuning.space import Point, label
 
-STUDY = "study.db"
+BEST, TABLE, RECORDS = "best.yaml", "trials.csv", "trials.json"
+STUDY, PAGE, PLOTS = "study.db", "report.html", "plots"
 IMPORTANCE_TRIALS = 4  # with fewer, all parameters matter equally
 OPTUNA_STATES = {"finished": "COMPLETE", "stopped": "PRUNED", "failed": "FAIL"}
 
@@ -64,11 +74,10 @@ def best_trial(trials: Iterable[TrialRecord], mode: Literal["max", "min"]) -> Tr
 
 def describe(point: Mapping[str, Any]) -> str:
     """`loss.alpha=0.6 optimizer.lr=0.001`."""
-    return " ".join(f"{key}={short(value)}" for key, value in point.items())
+    return " ".join(f"{key}={_short(value)}" for key, value in point.items())
 
 
-def short(value: Any) -> str:
-    """A value, with four digits of a number."""
+def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{{{describe(value)}}}" if isinstance(value, Mapping) else str(value)
@@ -79,18 +88,59 @@ def trial_table(search: Search, trials: Sequence[TrialRecord]) -> list[list[str]
     rows = [["trial", "status", "epoch", search.metric, *search.space, "died", "fault"]]
     for trial in trials:
         score = "" if math.isnan(trial.score) else f"{trial.score:.4f}"
-        values = [short(trial.point.get(key, "")) for key in search.space]
-        failures, fault = str(trial.failures or ""), trial.fault or ""
-        rows.append([trial.name, trial.status, str(trial.epoch), score, *values, failures, fault])
+        values = [_short(trial.point.get(key, "")) for key in search.space]
+        died, fault = str(trial.failures or ""), trial.fault or ""
+        rows.append([trial.name, trial.status, str(trial.epoch), score, *values, died, fault])
     return rows
+
+
+def write(
+    search: Search, base: Config, trials: list[TrialRecord], folder: Path, tracker: Tracker
+) -> TrialRecord | None:
+    """Write the files and log them to the search's MLflow run; gives the best trial, None where none has a score."""
+    _write_table(search, trials, folder / TABLE)
+    replace_text(folder / RECORDS, json.dumps([asdict(trial) for trial in trials], indent=1))
+    save_study(search, trials, folder / STUDY)
+    if not (best := best_trial(trials, search.mode)):
+        return None
+    replace_text(folder / BEST, best_configuration(search, base, best, folder))
+    pictures = _draw_study(search, trials, folder / PLOTS)
+    how = search.algorithm if search.scheduler == "none" else f"{search.algorithm}, stopped by {search.scheduler}"
+    judged = f"{search.metric} ({search.mode}) of training identities that were held out of training"
+    score = f"Best: {best.name} with {best.score:.4f} after epoch {best.epoch}."
+    sections = [
+        Section(text=[f"{judged}; {len(trials)} trials by {how}.", score]),
+        Section("Trials", table=trial_table(search, trials), highlight=trials.index(best) + 1),
+        Section("Pictures", pictures=pictures),
+        Section(BEST, preformatted=(folder / BEST).read_text()),
+    ]
+    write_page(folder / PAGE, f"Search {search.name}", sections)
+    for name in (BEST, TABLE, RECORDS, STUDY, PAGE):
+        tracker.artifact(folder / name)
+    tracker.artifact(folder / PLOTS, PLOTS)
+    tracker.tag("keyreid.best", best.name)
+    return best
+
+
+def _write_table(search: Search, trials: Sequence[TrialRecord], path: Path) -> None:
+    """A row for each report, with the values then; and one for each fault, and each trial without a report."""
+    columns = ["trial", "status", "failures", "epoch", search.metric, *search.space, "from", "seconds", "fault"]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for trial in trials:
+            about = {"trial": trial.name, "status": trial.status, "failures": trial.failures}
+            for epoch, report in sorted(trial.reports.items()):
+                numbers = {search.metric: report["score"], "from": report["donor"], "seconds": report["seconds"]}
+                writer.writerow(about | {"epoch": epoch} | report["point"] | numbers)
+            if not trial.reports or trial.fault:
+                writer.writerow(about | trial.point | {"fault": trial.fault})
 
 
 def save_study(search: Search, trials: Sequence[TrialRecord], path: Path) -> None:
     """Write all trials as an Optuna study in SQLite, which optuna-dashboard opens; an earlier one is replaced."""
-    storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
-    with contextlib.suppress(KeyError):
-        optuna.delete_study(study_name=search.name, storage=storage)
-    study = optuna.create_study(study_name=search.name, storage=storage, direction=f"{search.mode}imize")
+    path.unlink(missing_ok=True)
+    study = optuna.create_study(study_name=search.name, storage=f"sqlite:///{path}", direction=f"{search.mode}imize")
     study.add_trials([_optuna_trial(search, trial, OPTUNA_STATES.get(trial.status, "RUNNING")) for trial in trials])
 
 
@@ -106,8 +156,8 @@ def _optuna_trial(search: Search, trial: TrialRecord, state: str) -> optuna.tria
     )
 
 
-def draw_study(search: Search, trials: Sequence[TrialRecord], folder: Path) -> dict[str, Path]:
-    """Write Optuna's pictures of the trials that have a score, each with its last one; gives them by title."""
+def _draw_study(search: Search, trials: Sequence[TrialRecord], folder: Path) -> list[tuple[str, str]]:
+    """Write Optuna's pictures of the trials with a score; gives them as URLs that hold a PNG, with their titles."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -117,22 +167,35 @@ def draw_study(search: Search, trials: Sequence[TrialRecord], folder: Path) -> d
     study = optuna.create_study(direction=f"{search.mode}imize")
     study.add_trials([_optuna_trial(search, trial, "COMPLETE") for trial in trials])
     target = {"target_name": search.metric}
-    pictures = {
-        f"Best {search.metric} so far": ("history", drawn.plot_optimization_history, target),
-        f"{search.metric} against each parameter, one dot per trial": ("parameters", drawn.plot_slice, target),
-        "All parameters of each trial": ("parallel", drawn.plot_parallel_coordinate, target),
-        "Learning curves": ("curves", drawn.plot_intermediate_values, {}),
-    }
+    pictures = [
+        ("history", f"Best {search.metric} so far", drawn.plot_optimization_history, target),
+        ("parameters", f"{search.metric} against each parameter, one dot per trial", drawn.plot_slice, target),
+        ("parallel", "All parameters of each trial", drawn.plot_parallel_coordinate, target),
+        ("curves", "Learning curves", drawn.plot_intermediate_values, {}),
+    ]
     if sum(trial.value is not None for trial in study.trials) >= IMPORTANCE_TRIALS:
         title = f"How much each parameter matters for {search.metric}"
-        pictures[title] = ("importances", drawn.plot_param_importances, target)
+        pictures.append(("importances", title, drawn.plot_param_importances, target))
     folder.mkdir(parents=True, exist_ok=True)
+    inline = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # these functions count as experimental
-        for name, draw, options in pictures.values():
+        for name, title, draw, options in pictures:
             draw(study, **options)
             if name == "parallel":
                 pyplot.gcf().set_size_inches(4 + 2 * len(search.space), 5)  # or labels cover each other
             pyplot.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
             pyplot.close("all")
-    return {title: folder / f"{name}.png" for title, (name, _, _) in pictures.items()}
+            # In the page itself, so that it is whole in MLflow too.
+            png = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+            inline.append((f"data:image/png;base64,{png}", title))
+    return inline
+
+
+def best_configuration(search: Search, base: Config, best: TrialRecord, folder: Path) -> str:
+    """The best trial's configuration as YAML that `keyreid train` takes, with what it does and how it was found."""
+    config = with_point(base, best.point | {"name": f"{search.name}-best"}, best.name)
+    template = resources.files("keyreid").joinpath("assets/best.yaml.jinja").read_text(encoding="utf-8")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    head = environment.from_string(template).render(search=search, config=config, best=best, folder=folder)
+    return head + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

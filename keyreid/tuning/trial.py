@@ -7,9 +7,8 @@ own. Every start has new ranks, because DeepSpeed keeps its process groups in mo
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray import tune
@@ -18,33 +17,23 @@ from keyreid.config import Config
 from keyreid.distributed.ray_cluster import start_processes
 from keyreid.errors import KeyreidError
 from keyreid.tuning.rank import EPOCH, Rank
-from keyreid.tuning.search import Search, metric_key, trial_config
+from keyreid.tuning.search import Search, trial_config
 
 SCORE = "score"
 ORIGIN = "trial.json"
 END_SECONDS = 60.0  # for a run that was told to end: writing its log, sending what MLflow lacks
 
 
-@dataclass(frozen=True)
-class TrialSetting:
-    """What all trials of a search share.
-
-    Attributes:
-        base: the configuration that a point changes.
-        gpus: of each rank.
-        folder: holds the trials' run folders; every node sees it.
-        directory: where relative paths of the configuration begin.
-        tracking_uri: MLflow's store.
-        parent: MLflow's run of the search; None while its server could not be reached.
-    """
+class TrialSetting(NamedTuple):
+    """What all trials of a search share."""
 
     search: Search
-    base: Config
-    gpus: float
-    folder: Path
-    directory: Path
-    tracking_uri: str
-    parent: str | None
+    base: Config  # which a point changes
+    gpus: float  # of each rank
+    folder: Path  # of the trials' run folders; every node sees it
+    directory: Path  # where relative paths of the configuration begin
+    tracking_uri: str  # MLflow's store
+    parent: str | None  # MLflow's run of the search; None while its server could not be reached
 
 
 class KeyreidTrial(tune.Trainable):
@@ -63,36 +52,33 @@ class KeyreidTrial(tune.Trainable):
         self._config = trial_config(shared.base, self._point, self.trial_name, shared.folder, shared.tracking_uri)
         self._actors, self._runs = [], []
         self._waiting = False  # whether the ranks wait for an answer to their last report
-        self._checkpoint: Path | None = None
-        self._epoch = 0
-        self._donor: str | None = None
+        self._epoch, self._checkpoint, self._donor = 0, None, None
         shutil.rmtree(self._config.run_dir / "checkpoints", ignore_errors=True)  # of a start that is not resumed
 
     def step(self) -> dict[str, Any]:
-        """Train up to the next evaluation."""
+        """Train up to the next evaluation; the report of a failure that would come again is the last one."""
+        fault, metric = None, self.setting.search.metric
         try:
             report = self._next_report()
+            if report is None:  # the checkpoint was the last one
+                return {tune.result.RESULT_DUPLICATE: True}
+            self._checkpoint, self._epoch, numbers = Path(report["checkpoint"]), report[EPOCH], report["numbers"]
+            key = metric if metric.startswith("train/") else f"{self._config.evaluation.protocol}/{metric}"
+            if key not in numbers:
+                fault = f"no {key} among the trial's numbers: {', '.join(sorted(numbers))}"
         except KeyreidError as error:
-            return self._failed(str(getattr(error, "cause", error)))  # without Ray's traceback
-        if report is None:  # the checkpoint was the last one
-            return {tune.result.RESULT_DUPLICATE: True}
-        self._checkpoint, self._epoch, numbers = Path(report["checkpoint"]), report[EPOCH], report["numbers"]
-        metric = metric_key(self.setting.search, self.setting.base)
-        if metric not in numbers:
-            return self._failed(f"no {metric} among the trial's numbers: {', '.join(sorted(numbers))}")
+            fault = str(getattr(error, "cause", error))  # without Ray's traceback
+        if fault:  # not retried; schedulers and samplers leave such scores out
+            return {EPOCH: self._epoch, SCORE: float("nan"), "fault": fault, "done": True}
         about = {"numbers": numbers, "point": self._point, "donor": self._donor}
-        return about | {EPOCH: self._epoch, SCORE: numbers[metric], "done": self._whole}
+        return about | {EPOCH: self._epoch, SCORE: numbers[key], "done": self._whole}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Put the files of the newest checkpoint there; Ray Tune copies what the links name."""
-        if self._checkpoint is None:
-            return
-        folder = Path(checkpoint_dir, self._checkpoint.name)
-        folder.mkdir()
-        for file in self._checkpoint.iterdir():
-            (folder / file.name).symlink_to(file)
-        origin = {"trial": self.trial_name, EPOCH: self._epoch, "took": self._takes}
-        Path(checkpoint_dir, ORIGIN).write_text(json.dumps(origin))
+        """Link the newest checkpoint there, which Ray Tune copies."""
+        if self._checkpoint:
+            shutil.copytree(self._checkpoint, Path(checkpoint_dir, self._checkpoint.name), copy_function=os.symlink)
+            origin = {"trial": self.trial_name, EPOCH: self._epoch, "took": self._takes}
+            Path(checkpoint_dir, ORIGIN).write_text(json.dumps(origin))
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
         """Make a trial's checkpoint, its own or a better one's, the only one of this run, which resumes from it."""
@@ -117,18 +103,6 @@ class KeyreidTrial(tune.Trainable):
     def _whole(self) -> bool:
         return self._epoch >= self._config.schedule.epochs
 
-    def _start(self) -> None:
-        shared, resources = self.setting, self.setting.search.resources
-        tags = {"keyreid.search": shared.search.name, "keyreid.trial": self.trial_name}
-        tags |= {"mlflow.parentRunId": shared.parent} if shared.parent else {}
-        self._actors, meeting_point = start_processes(
-            *(Rank, resources.ranks, ray.util.get_current_placement_group(), resources.cpus, shared.gpus),
-            threads=resources.cpus,
-            calls=3,
-            directory=str(shared.directory),
-        )
-        self._runs = [actor.train.remote(self._config, tags, meeting_point) for actor in self._actors]
-
     def _next_report(self) -> dict[str, Any] | None:
         """Let the ranks train to their next evaluation; None if they ended without one.
 
@@ -137,26 +111,25 @@ class KeyreidTrial(tune.Trainable):
             ray.exceptions.RayError: a rank's process died, or its training failed otherwise.
         """
         if not self._actors:
-            self._start()
+            shared, resources = self.setting, self.setting.search.resources
+            tags = {"keyreid.search": shared.search.name, "keyreid.trial": self.trial_name}
+            tags |= {"mlflow.parentRunId": shared.parent} if shared.parent else {}
+            held = ray.util.get_current_placement_group(), resources.cpus, shared.gpus
+            process = {"threads": resources.cpus, "calls": 3, "directory": str(shared.directory)}
+            self._actors, meeting_point = start_processes(Rank, resources.ranks, *held, **process)
+            self._runs = [actor.train.remote(self._config, tags, meeting_point) for actor in self._actors]
         if self._waiting:
             self._actors[0].answer.remote(True)
         self._waiting = False
         pending, report = list(self._runs), self._actors[0].next_report.remote()
-        while True:
-            done, _ = ray.wait([*pending, report])  # a failure comes before the report that never will
-            for run in set(done) - {report}:
-                ray.get(run)
-                pending.remove(run)
-            if report in done:
-                found = ray.get(report)
-                if found is None:
-                    ray.get(self._runs)
-                self._waiting = found is not None
-                return found
-
-    def _failed(self, fault: str) -> dict[str, Any]:
-        """A last report for what would fail again and is not retried; schedulers and samplers leave such scores out."""
-        return {EPOCH: self._epoch, SCORE: float("nan"), "fault": fault, "done": True}
+        while (done := ray.wait([*pending, report])[0][0]) != report:  # a failure comes before what never will
+            ray.get(done)
+            pending.remove(done)
+        found = ray.get(report)
+        if found is None:
+            ray.get(self._runs)
+        self._waiting = found is not None
+        return found
 
 
 def _link(source: str, target: str) -> None:
