@@ -22,11 +22,12 @@ class Rank(RayProcess):
         """Run the trial's training until its end, or until an answer ends it (errors: keyreid.training.run.train)."""
         self._meet_at(meeting_point)
         from keyreid.distributed.preemption import StopRequest
+        from keyreid.evaluation.judging import VECTORS
         from keyreid.training.run import train
 
         def report(epoch: int, numbers: Mapping[str, float], checkpoint: Path) -> bool:
-            for vectors in (config.run_dir / "evaluation").glob("*/vectors.npz"):
-                vectors.unlink(missing_ok=True)  # hundreds of megabytes that no search looks at
+            # Hundreds of megabytes that no search looks at
+            (config.run_dir / "evaluation" / VECTORS).unlink(missing_ok=True)
             self._reports.put({EPOCH: epoch, "numbers": dict(numbers), "checkpoint": str(checkpoint.absolute())})
             return self._answers.get()
 
