@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from keyreid.ingest.store import Imported
+    from keyreid.ingest.folder import Imported
 
 app = typer.Typer(
     help="Bring your own videos and pictures into a folder that pose and shard read.", no_args_is_help=True

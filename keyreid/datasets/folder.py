@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from keyreid.datasets.listing import RESERVED, Keys, folders, numbered, pictures
+from keyreid.datasets.listing import RESERVED, folders, new_key, numbered, pictures
 from keyreid.datasets.tracklet import JUNK_IDENTITY, Dataset, Frame, Tracklet
 from keyreid.errors import DataError
 from keyreid.files import replace_text
@@ -85,11 +85,9 @@ Record = tuple[dict[str, str], list[Path]]  # names of LEVELS -> frames of one t
 def _walk(place: Path, levels: Sequence[str], names: dict[str, str], root: Path) -> list[Record]:
     if levels:
         inner = folders(place)
-        stray = pictures(place)
-        if stray:
-            raise DataError(
-                f"{stray[0]}: a picture where the layout expects folders of the level {levels[0]!r}; set layout=..."
-            )
+        if stray := pictures(place):
+            expected = f"folders of the level {levels[0]!r}"
+            raise DataError(f"{stray[0]}: a picture where the layout expects {expected}; set layout=...")
         if not inner and place != root:
             log.warning("%s: nothing in it; left out", place)
         return [
@@ -107,24 +105,21 @@ def _walk(place: Path, levels: Sequence[str], names: dict[str, str], root: Path)
 
 def _read_table(path: Path) -> list[Record]:
     try:
-        if path.suffix.lower() == ".parquet":
-            table = pd.read_parquet(path)
-        else:
-            table = pd.read_csv(path, dtype=str, skipinitialspace=True)
+        parquet = path.suffix.lower() == ".parquet"
+        table = pd.read_parquet(path) if parquet else pd.read_csv(path, dtype=str, skipinitialspace=True)
     except Exception as error:  # pandas and pyarrow raise many kinds
         raise DataError(f"{path}: not a CSV or Parquet table: {error}") from None
     unknown = [name for name in table.columns if name not in (*LEVELS, "path", "frame")]
-    if "path" not in table.columns:
-        raise DataError(f"{path}: no column path; the columns are path, {', '.join(LEVELS)}, frame")
-    if unknown:
-        raise DataError(f"{path}: unknown column {unknown[0]}; the columns are path, {', '.join(LEVELS)}, frame")
-    if table["path"].isna().any():
-        raise DataError(f"{path}: row {int(np.flatnonzero(table['path'].isna())[0]) + 1} has no path")
+    if unknown or "path" not in table.columns:
+        wrong = f"unknown column {unknown[0]}" if "path" in table.columns else "no column path"
+        raise DataError(f"{path}: {wrong}; the columns are path, {', '.join(LEVELS)}, frame")
     if "frame" in table.columns:
-        order = pd.to_numeric(table["frame"], errors="coerce")
-        if order.isna().any():
-            raise DataError(f"{path}: row {int(np.flatnonzero(order.isna())[0]) + 1} has no frame number")
-        table = table.assign(frame=order).sort_values("frame", kind="stable")
+        table = table.assign(frame=pd.to_numeric(table["frame"], errors="coerce"))
+    for column, what in (("path", "path"), ("frame", "frame number")):
+        if column in table.columns and table[column].isna().any():
+            raise DataError(f"{path}: row {table[column].isna().to_numpy().argmax() + 1} has no {what}")
+    if "frame" in table.columns:
+        table = table.sort_values("frame", kind="stable")
     levels = [level for level in LEVELS if level in table.columns]
     names = table[levels].map(lambda value: "" if pd.isna(value) else str(value).strip())
     if "tracklet" not in levels and ("identity" not in levels or (names["identity"] == "").any()):
@@ -140,8 +135,8 @@ def _read_table(path: Path) -> list[Record]:
 
 def _dataset(records: list[Record], origin: str, test_share: float, seed: int, card: ImportCard) -> Dataset:
     named = (names["identity"] for names, _ in records if "identity" in names)
-    identities = numbered(named, RESERVED, card.names["identity"])
-    cameras = numbered((names.get("camera", "1") for names, _ in records), known=card.names["camera"])
+    identities = numbered(named, card.names["identity"] | RESERVED)
+    cameras = numbered((names.get("camera", "1") for names, _ in records), card.names["camera"])
     wanted = {names["split"] for names, _ in records if "split" in names}
     if wanted - set(SPLITS):
         raise DataError(f"{origin}: split {sorted(wanted - set(SPLITS))[0]!r}; splits are {', '.join(SPLITS)}")
@@ -153,21 +148,15 @@ def _dataset(records: list[Record], origin: str, test_share: float, seed: int, c
     undecided = ["all" if not test_share else "test" if person in testers else "train" for person in people]
     splits = [names.get("split") or split for (names, _), split in zip(records, undecided, strict=True)]
     asking = _queries([at for at, split in enumerate(splits) if split == "test"], people, places)
-    keys, tracklets = Keys(), []
+    keys, tracklets = set(), []
     for at, (names, frames) in enumerate(records):
         split = splits[at] if splits[at] != "test" else "query" if at in asking else "gallery"
-        parts = (names.get("identity", "unknown"), names.get("camera", "1"), names.get("tracklet", "0"))
-        key = (
-            keys.give(parts[-1]) if card.sources else keys.give(*parts)
-        )  # an import's tracklets have names of their own
         split = "junk" if people[at] == JUNK_IDENTITY else split
-        tracklets.append(Tracklet(key, people[at], places[at], split, tuple(Frame(path) for path in frames)))
-    return Dataset(
-        "folder",
-        tuple(tracklets),
-        names={"identity": identities, "camera": cameras},
-        frames_per_second=card.frames_per_second,
-    )
+        parts = names.get("identity", "unknown"), names.get("camera", "1"), names.get("tracklet", "0")
+        key = new_key(keys, *(parts[-1:] if card.sources else parts))  # an import's tracklets have their own names
+        tracklets.append(Tracklet(key, people[at], places[at], split, tuple(map(Frame, frames))))
+    numbers = {"identity": identities, "camera": cameras}
+    return Dataset("folder", tuple(tracklets), names=numbers, frames_per_second=card.frames_per_second)
 
 
 def _queries(tests: list[int], people: list[int | None], cameras: list[int]) -> set[int]:
