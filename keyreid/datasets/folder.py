@@ -13,7 +13,7 @@ What `keyreid import` writes is such a table with a card, by which names keep th
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ import pandas as pd
 from keyreid.datasets.listing import RESERVED, folders, new_key, numbered, pictures
 from keyreid.datasets.tracklet import JUNK_IDENTITY, Dataset, Frame, Tracklet
 from keyreid.errors import DataError
-from keyreid.files import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -182,11 +181,7 @@ def is_imported(root: Path) -> bool:
 
 
 def read_import_card(root: Path) -> ImportCard:
-    """The card of an imported folder; an empty one where there is none.
-
-    Raises:
-        DataError: it is damaged or of another version.
-    """
+    """The card of an imported folder, an empty one where there is none; DataError if damaged or of another version."""
     path = root / CARD
     try:
         values = json.loads(path.read_text())
@@ -197,8 +192,3 @@ def read_import_card(root: Path) -> ImportCard:
         return ImportCard()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not the card of an imported folder ({error}); import into another folder") from None
-
-
-def write_import_card(root: Path, card: ImportCard) -> None:
-    """Write the card; it is the old one or the new one whenever the process is stopped."""
-    replace_text(root / CARD, json.dumps({"format": CARD_FORMAT, **asdict(card)}, indent=1, ensure_ascii=False) + "\n")

@@ -80,10 +80,8 @@ def _read_rows(path: Path, variable: str, names: list[str], names_file: Path) ->
     wrong = np.flatnonzero((rows[:, 0] < 1) | (rows[:, 1] < rows[:, 0]) | (rows[:, 1] > len(names)))
     if len(wrong):
         start, end = rows[wrong[0], :2]
-        raise DataError(
-            f"{path}: row {wrong[0] + 1} is lines {start} to {end} of {names_file}, which has {len(names)}; "
-            "one of the two files is cut short or from another release"
-        )
+        lines = f"lines {start} to {end} of {names_file}, which has {len(names)}"
+        raise DataError(f"{path}: row {wrong[0] + 1} is {lines}; one of them is cut short or from another release")
     return rows
 
 
@@ -98,10 +96,8 @@ def _tracklets(folder: Path, names: list[str], rows: np.ndarray, queries: set[in
         key = match["key"]
         strays = [name for name in own if not name.startswith(key)]
         if strays or int(match["camera"]) != camera or int(match["folder"].replace("00-1", "-1")) != identity:
-            raise DataError(
-                f"{folder}: row {row + 1} of the index says identity {identity}, camera {camera}, "
-                f"but its pictures are {own[0]} .. {(strays or own)[-1]}"
-            )
+            said, shown = f"identity {identity}, camera {camera}", f"{own[0]} .. {(strays or own)[-1]}"
+            raise DataError(f"{folder}: row {row + 1} of the index says {said}, but its pictures are {shown}")
         tested = "junk" if identity == JUNK_IDENTITY else "query" if row in (queries or ()) else "gallery"
         frames = tuple(Frame(folder / match["folder"] / name) for name in own)
         tracklets.append(Tracklet(key, identity, camera, "train" if queries is None else tested, frames))

@@ -101,11 +101,7 @@ def sequences_root(root: Path) -> Path:
 
 
 def read_seqinfo(folder: Path) -> configparser.ConfigParser:
-    """What `seqinfo.ini` says of a sequence; nothing where there is none.
-
-    Raises:
-        DataError: it is damaged.
-    """
+    """What `seqinfo.ini` says of a sequence; nothing where there is none, DataError where it is damaged."""
     info = configparser.ConfigParser(interpolation=None)
     try:
         info.read(folder / "seqinfo.ini")
@@ -125,9 +121,8 @@ def _find_sequences(root: Path, tracks: str | None, camera: str | None) -> list[
         return [_read_sequence(root, tracks, camera)]
     inner = [folder for folder in folders(root) if _is_sequence(folder)]
     if not inner:
-        raise DataError(
-            f"{root}: neither pictures, nor a MOTChallenge sequence (img1/, gt/gt.txt), nor a folder of sequences"
-        )
+        known = "a MOTChallenge sequence (img1/, gt/gt.txt)"
+        raise DataError(f"{root}: neither pictures, nor {known}, nor a folder of sequences")
     if camera is not None and len(inner) > 1:
         raise DataError(f"{root}: camera={camera}, but each of its {len(inner)} sequences is a camera of its own name")
     return [_read_sequence(folder, tracks, camera) for folder in inner]

@@ -1,8 +1,10 @@
 """Bring folders and tables of pictures into an imported folder; and what each source adds to its manifest and card."""
 
+import json
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,19 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from keyreid.datasets.folder import (
-    CARD,
-    MANIFEST,
-    ImportCard,
-    is_imported,
-    open_folder,
-    read_import_card,
-    write_import_card,
-)
+from keyreid.datasets.folder import CARD, CARD_FORMAT, MANIFEST, ImportCard, is_imported, open_folder, read_import_card
 from keyreid.datasets.frames import picture_size
 from keyreid.datasets.listing import RESERVED, numbered, safe_key
 from keyreid.errors import DataError
-from keyreid.files import replacing
+from keyreid.files import replace_text, replacing
 from keyreid.progress import track
 
 SOURCE_LENGTH, NAME_LENGTH = 32, 44  # keys have at most 80 characters
@@ -146,7 +140,8 @@ def add_source(
     with replacing(root / MANIFEST) as partial:
         table.to_parquet(partial, index=False)
         # The card first: names without pictures do no harm.
-        write_import_card(root, ImportCard(names, rates, card.sources | {source: about}))
+        card = asdict(ImportCard(names, rates, card.sources | {source: about}))
+        replace_text(root / CARD, json.dumps({"format": CARD_FORMAT, **card}, indent=1, ensure_ascii=False) + "\n")
     return imported
 
 
