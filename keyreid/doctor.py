@@ -42,8 +42,7 @@ def examine(names: Sequence[str] = ()) -> list[Check]:
 
 def failures(checks: Sequence[Check], required: Sequence[str]) -> list[Check]:
     """Those that stop a user: what is required and not well."""
-    wanted = {*REQUIRED, *required}
-    return [check for check in checks if check.name in wanted and check.state in ("missing", "broken")]
+    return [each for each in checks if each.name in {*REQUIRED, *required} and each.state in ("missing", "broken")]
 
 
 def _examine(name: str) -> Check:
@@ -193,9 +192,8 @@ def _disk() -> Check:
     free = {name: shutil.disk_usage(path).free / 1e9 for name, path in places.items() if path.is_dir()}
     short = ", ".join(name for name, gigabytes in free.items() if gigabytes < LEAST_FREE_GB[name])
     found = ", ".join(f"{name} {gigabytes:.0f} GB" for name, gigabytes in free.items()) + " free"
-    if short:
-        return Check("note", found, f"make room ({short}); MARS needs 5 GB of shards, a checkpoint 3")
-    return Check("ok", found)
+    needs = f"make room ({short}); MARS needs 5 GB of shards, a checkpoint 3"
+    return Check("note", found, needs) if short else Check("ok", found)
 
 
 CHECKS: dict[str, Callable[[], Check]] = {

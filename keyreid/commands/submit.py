@@ -85,7 +85,7 @@ def submit(
 
 
 def _check(verb: Verb, arguments: list[str], nodes: str | None, ranks: int | None, array: str | None, waits: bool):
-    """The configuration; refuses what would fail on the cluster: it, and the shards unless an earlier job makes them."""
+    """The configuration; what would fail on the cluster is refused: it, or shards that no earlier job will make."""
     from keyreid.config import load_config
     from keyreid.distributed.slurm import ARRAY_PLACEHOLDER
     from keyreid.shards.shard_set import ShardSet

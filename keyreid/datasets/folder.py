@@ -69,8 +69,7 @@ def open_folder(
         records, origin = _read_table(root), f"{root}"
     else:
         levels = layout.split("/")
-        unknown = [level for level in levels if level not in LEVELS]
-        if unknown or len(set(levels)) < len(levels):
+        if not set(levels) <= set(LEVELS) or len(set(levels)) < len(levels):
             raise DataError(f"layout={layout}: its levels are {', '.join(LEVELS)}, each at most once")
         records, origin = list(_walk(root, levels, {}, root)), f"{root} as {layout}"
     if not records:
@@ -92,14 +91,11 @@ def _walk(place: Path, levels: Sequence[str], names: dict[str, str], root: Path)
         return [
             record for folder in inner for record in _walk(folder, levels[1:], {**names, levels[0]: folder.name}, root)
         ]
-    deeper = [folder for folder in folders(place) if any(folder.iterdir())]
-    if deeper:
+    if deeper := [folder for folder in folders(place) if any(folder.iterdir())]:
         raise DataError(f"{deeper[0]}: a folder where the layout expects pictures; set layout=... with a level for it")
-    frames = pictures(place)
-    if not frames:
+    if not (frames := pictures(place)):
         log.warning("%s: no pictures in it; left out", place)
-        return []
-    return [(names, frames)]
+    return [(names, frames)] if frames else []
 
 
 def _read_table(path: Path) -> list[Record]:

@@ -90,8 +90,7 @@ def _tracklets(folder: Path, names: list[str], rows: np.ndarray, queries: set[in
     tracklets = []
     for row, (start, end, identity, camera) in enumerate(rows.tolist()):
         own = names[start - 1 : end]
-        match = NAME.fullmatch(own[0])
-        if match is None:
+        if (match := NAME.fullmatch(own[0])) is None:
             raise DataError(f"{folder}: {own[0]!r} is not a MARS picture name such as 0001C1T0001F001.jpg")
         key = match["key"]
         strays = [name for name in own if not name.startswith(key)]

@@ -19,10 +19,8 @@ from keyreid.datasets.tracklet import Dataset, Frame, Tracklet
 from keyreid.errors import DataError
 
 COLUMNS = ("frame", "id", "x", "y", "width", "height", "confidence", "class", "visibility")
-OTHER_NAMES = {
-    **{"left": "x", "top": "y", "w": "width", "h": "height"},
-    **{"conf": "confidence", "score": "confidence", "track": "id"},
-}
+OTHER_NAMES = {"left": "x", "top": "y", "w": "width", "h": "height", "track": "id"}
+OTHER_NAMES |= {"conf": "confidence", "score": "confidence"}
 DEFAULTS = {"confidence": 1.0, "class": -1, "visibility": 1.0}  # where tracks lack these columns
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg"}
 

@@ -82,8 +82,7 @@ def _read_people(root: Path, inner: tuple[str, ...], cameras: tuple[str, str], d
     tracklets = []
     for name in both:
         for camera, people in enumerate(seen, start=1):
-            frames = tuple(Frame(path) for path in pictures(people[name]))
-            if not frames:
+            if not (frames := tuple(map(Frame, pictures(people[name])))):
                 raise DataError(f"{people[name]}: no pictures in it")
             tracklets.append(Tracklet(f"{name}_cam{camera}", _person_number(name), camera, "all", frames))
     return tracklets

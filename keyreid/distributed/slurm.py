@@ -72,29 +72,27 @@ def log_pattern(folder: Path, verb: str, array: bool) -> str:
     """sbatch's file name pattern for the log of a job of this verb in `folder`."""
     if "\\" in str(folder):  # sbatch takes a backslash as the end of all replacements
         raise KeyreidError(f"{folder}: Slurm cannot write logs to a folder with a backslash in its name")
-    escaped = str(folder.absolute()).replace("%", "%%")
-    return f"{escaped}/{verb}-{'%A_%a' if array else '%j'}.log"
+    return f"{str(folder.absolute()).replace('%', '%%')}/{verb}-{'%A_%a' if array else '%j'}.log"
 
 
 def follow(job_id: str, logs: Sequence[Path]) -> str:
-    """Print what is added to the logs until the job ends, through requeues; gives its final state."""
+    """Print what is added to the logs until the job ends, through requeues; gives its final state.
+
+    Raises:
+        KeyreidError: Slurm does not know the job (any more).
+    """
     offsets = dict.fromkeys(logs, 0)
     while True:
-        state = _state(job_id)
+        result = _run(["scontrol", "show", "job", "-o", job_id])
+        states = re.findall(r"\bJobState=([A-Z_]+)", result.stdout)
+        if result.returncode or not states:
+            reason = result.stderr.strip() or "unknown to Slurm"
+            raise KeyreidError(f"job {job_id}: {reason}; `sacct -j {job_id}` may tell")
         for log in logs:
             offsets[log] = _print_from(log, offsets[log])
-        if state in FINAL_STATES:
-            return state
+        if states[-1] in FINAL_STATES:
+            return states[-1]
         time.sleep(POLL_SECONDS)
-
-
-def _state(job_id: str) -> str:
-    """RUNNING, PENDING, COMPLETED ...; KeyreidError where Slurm does not know the job (any more)."""
-    result = _run(["scontrol", "show", "job", "-o", job_id])
-    states = re.findall(r"\bJobState=([A-Z_]+)", result.stdout)
-    if result.returncode or not states:
-        raise KeyreidError(f"job {job_id}: {result.stderr.strip() or 'unknown to Slurm'}; `sacct -j {job_id}` may tell")
-    return states[-1]
 
 
 def _print_from(log: Path, offset: int) -> int:

@@ -130,8 +130,6 @@ def _cut_all(frames: Sequence[Frame], paths: Sequence[Path], folder: Path) -> No
 
 def _share_inside(frame: Frame, size_of) -> float:
     """The share of a frame's box that lies in its picture."""
-    if frame.box is None:
-        return 1.0
     width, height = size_of(frame.path, frame.video_frame is not None)
     x, y, wide, high = frame.box
     shared = max(0.0, min(x + wide, width) - max(x, 0)) * max(0.0, min(y + high, height) - max(y, 0))
