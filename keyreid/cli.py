@@ -25,34 +25,15 @@ from keyreid.commands import (
 )
 from keyreid.errors import KeyreidError
 
-app = typer.Typer(
-    name="keyreid",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-app.command("walkers")(walkers.walkers)
-app.command("pose")(pose.pose)
-app.command("pose-report")(pose.pose_report)
-app.command("pose-import")(pose.pose_import)
-app.command("pose-export")(pose.pose_export)
-app.command("pose-convert")(pose.pose_convert)
-app.command("pose-train")(pose.pose_train)
-app.command("shard")(shard.shard)
-app.command("inspect")(inspect_.inspect_)
-app.command("train")(train.train)
-app.command("tune")(tune.tune)
-app.command("evaluate")(evaluate.evaluate)
-app.add_typer(visualize.app, name="visualize")
-app.add_typer(export.app, name="export")
-app.add_typer(import_.app, name="import")
-app.command("embed")(embed.embed)
-app.command("search")(search.search)
-app.command("checkpoints")(checkpoints.checkpoints)
-app.command("config")(config.config)
-app.command("doctor")(doctor.doctor)
-app.command("submit")(submit.submit)
+HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(name="keyreid", no_args_is_help=True, pretty_exceptions_enable=False, context_settings=HELP)
+POSE = pose.pose, pose.pose_report, pose.pose_import, pose.pose_export, pose.pose_convert, pose.pose_train
+RUNS = shard.shard, inspect_.inspect_, train.train, tune.tune, evaluate.evaluate
+OTHERS = embed.embed, search.search, checkpoints.checkpoints, config.config, doctor.doctor, submit.submit
+for verb in (walkers.walkers, *POSE, *RUNS, *OTHERS):
+    app.command(verb.__name__.rstrip("_").replace("_", "-"))(verb)
+for group in (visualize, export, import_):
+    app.add_typer(group.app, name=group.__name__.rpartition(".")[2].rstrip("_"))
 
 
 def _print_version(wanted: bool) -> None:

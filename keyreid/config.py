@@ -55,20 +55,16 @@ class DataConfig(Section):
     shards: str = Field(description="folder or URL (s3://, gs://, https://) that `keyreid shard` wrote")
     split_number: int = Field(0, ge=0, description="which train/test split (iLIDS-VID, PRID2011: 0..9)")
     holdout: float = Field(0, ge=0, lt=1, description="share of training identities kept out, to choose settings by")
-    reader: Literal["dali", "plain", "stream"] = Field(
-        "dali",
-        description="plain: PyTorch workers, without DALI; stream: whole tars in order by the webdataset library, "
-        "nothing kept on disk, to evaluate remote shards",
-    )
+    # plain: PyTorch workers, without DALI. stream: whole tars in order by the webdataset library, nothing kept on disk,
+    # to evaluate remote shards.
+    reader: Literal["dali", "plain", "stream"] = "dali"
     workers: int = Field(2, ge=1, description="decoding threads (DALI) or processes (plain) of each rank")
     prefetch: int = Field(2, ge=1, description="batches decoded ahead")
     identities: int = Field(4, ge=1, description="P: identities a global batch, over all ranks together")
     tracklets: int = Field(4, ge=1, description="K: tracklets an identity in a batch")
-    sampler: Literal["identity", "frames", "camera"] = Field(
-        "identity",
-        description="identity: each tracklet has its turn; frames: an identity's tracklets drawn by their length; "
-        "camera: the K tracklets of an identity from as many cameras as it has",
-    )
+    # identity: each tracklet has its turn. frames: an identity's tracklets are drawn by their length. camera: the K
+    # tracklets of an identity come from as many cameras as it has.
+    sampler: Literal["identity", "frames", "camera"] = "identity"
     guidance_from: Literal["heatmaps", "keypoints"] = Field("heatmaps", description="packed, or drawn from keypoints")
     on_fault: Literal["stop", "skip"] = Field("stop", description="what a sample that cannot be read does to the run")
     max_faults: int = Field(100, ge=0, description="with on_fault: skip, how many before the run stops all the same")
@@ -80,6 +76,11 @@ class DataConfig(Section):
     def batch_size(self) -> int:
         """Clips a global batch, over all ranks."""
         return self.identities * self.tracklets
+
+    @property
+    def batch(self) -> str:
+        """The global batch as messages name it."""
+        return f"the batch of {self.batch_size} clips (data.identities x data.tracklets)"
 
 
 class TcssConfig(Section):
@@ -93,22 +94,13 @@ class TcssConfig(Section):
 class ModelConfig(Section):
     """The network: a backbone with a global and a keypoint-guided local branch."""
 
-    backbone: str = Field(
-        "vit_base_patch16_224", description="name of any timm VisionTransformer, or of a family in keyreid/backbones"
-    )
-    weights: str | None = Field(
-        None,
-        description="initial backbone: a file (.pth, .safetensors), `timm` for timm's own download of the backbone, "
-        "or nothing for random weights",
-    )
-    keep_classifiers: bool = Field(
-        True, description="weights of a whole network: keep its classifiers where there are as many identities"
-    )
+    backbone: str = Field("vit_base_patch16_224", description="any VisionTransformer of timm, or of keyreid/backbones")
+    # Initial backbone. timm: timm's own download of it.
+    weights: str | None = Field(None, description="a file (.pth, .safetensors), `timm`, or nothing for random weights")
+    keep_classifiers: bool = Field(True, description="of weights of a whole network with as many identities")
     depth: int | None = Field(None, ge=2, description="blocks of the backbone that are used; default all")
     patch_stride: int | None = Field(None, ge=1, description="pixels between patches; default the patch size")
-    guidance: str = Field(
-        "aligned", description="released: the published code's local branch, for its checkpoints; see docs/model.md"
-    )
+    guidance: str = Field("aligned", description="released: as the published code, for its checkpoints; docs/model.md")
     guidance_epsilon: float = Field(1e-2, gt=0, description="aligned: e in the attention's log(guidance + e)")
     parts: Literal[3, 4, 6] = Field(6, description="body parts of the local branch")
     local_heads: int = Field(12, ge=1, description="attention heads of the local branch; divide frames x width")
@@ -164,9 +156,7 @@ class TrainingConfig(Section):
     """The DeepSpeed engine, checkpoints and what is reported."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    casting: Literal["autocast", "engine"] = Field(
-        "autocast", description="autocast: of operations; engine: of weights"
-    )
+    casting: Literal["autocast", "engine"] = Field("autocast", description="of operations, or (engine) of weights")
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed shards: 1 optimizer, 2 + gradients, 3 + weights")
     deepspeed: str | dict[str, Any] | None = Field(None, description="DeepSpeed's settings: a JSON file or its content")
     accumulation: int = Field(1, ge=1, description="micro-batches a step; the losses still see the whole batch")
@@ -227,20 +217,15 @@ class Config(Section):
 
     def check_ranks(self, ranks: int, nodes: int | None = None) -> None:
         """Raise ConfigError unless a step's clips divide over the ranks (of each node) and micro-batches."""
-        if self.data.batch_size % (ranks * (nodes or 1) * self.training.accumulation):
+        micro = self.training.accumulation
+        if self.data.batch_size % (ranks * (nodes or 1) * micro):
             who = f"{nodes} nodes x {ranks} ranks" if nodes else f"{ranks} ranks"
-            raise ConfigError(
-                f"{who} x {self.training.accumulation} micro-batches do not divide the batch of "
-                f"{self.data.batch_size} clips (data.identities x data.tracklets)"
-            )
+            raise ConfigError(f"{who} x {micro} micro-batches do not divide {self.data.batch}")
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
-        if self.data.batch_size % self.training.accumulation:
-            raise ValueError(
-                f"training.accumulation={self.training.accumulation} does not divide the batch of "
-                f"{self.data.batch_size} clips (data.identities x data.tracklets)"
-            )
+        if self.data.batch_size % (micro := self.training.accumulation):
+            raise ValueError(f"training.accumulation={micro} does not divide {self.data.batch}")
         return self
 
 
@@ -264,12 +249,10 @@ def load_section(section: type[SectionType], path: str | Path, overrides: Sequen
 
 def merge_overrides(values: Any, overrides: Sequence[str]) -> Any:
     """Values with `section.key=value` strings merged into them, not yet checked."""
-    for text in overrides:
-        if "=" not in text:
-            raise ConfigError(f"override {text!r} is not of the form section.key=value")
+    for text in (text for text in overrides if "=" not in text):
+        raise ConfigError(f"override {text!r} is not of the form section.key=value")
     try:
-        merged = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
-        return OmegaConf.to_container(merged, resolve=True)
+        return OmegaConf.to_container(OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides))), resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"configuration with overrides {list(overrides)}: {error}") from None
 
@@ -279,8 +262,7 @@ def check_config(values: Any, source: str, section: type[SectionType] = Config) 
     try:
         return section.model_validate(values)
     except pydantic.ValidationError as error:
-        lines = [_explain(detail, section) for detail in error.errors()]
-        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+        raise ConfigError(f"{source}: " + "; ".join(_explain(each, section) for each in error.errors())) from None
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -301,8 +283,7 @@ def _read_with_parents(path: Path, children: tuple[Path, ...] = ()) -> DictConfi
         raise ConfigError(f"{path}: not YAML: {error}") from None
     if not isinstance(values, DictConfig):
         raise ConfigError(f"{path}: a configuration is a mapping of sections, this is a list")
-    parent = values.pop("extends", None)
-    if parent is None:
+    if (parent := values.pop("extends", None)) is None:
         return values
     return OmegaConf.merge(_read_with_parents(own_or_shipped(parent, path.parent), (*children, path)), values)
 

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,19 +27,12 @@ EXTRAS = ("tune", "search", "export", "remote")
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report.
+    """One line of the report."""
 
-    Attributes:
-        state: ok; missing (not installed); broken (there, but it does not work); note (worth knowing).
-        found: versions, counts, or the reason.
-        remedy: the command or step that mends it.
-        name: what was looked at; `--require` takes the names in CHECKS.
-    """
-
-    state: Literal["ok", "missing", "broken", "note"]
-    found: str
-    remedy: str = ""
-    name: str = ""
+    state: Literal["ok", "missing", "broken", "note"]  # missing: not installed; note: worth knowing
+    found: str  # versions, counts, or the reason
+    remedy: str = ""  # the command or step that mends it
+    name: str = ""  # of CHECKS
 
 
 def examine(names: Sequence[str] = ()) -> list[Check]:
@@ -47,8 +42,7 @@ def examine(names: Sequence[str] = ()) -> list[Check]:
 
 def failures(checks: Sequence[Check], required: Sequence[str]) -> list[Check]:
     """Those that stop a user: what is required and not well."""
-    wanted = {*REQUIRED, *required}
-    return [check for check in checks if check.name in wanted and check.state in ("missing", "broken")]
+    return [each for each in checks if each.name in {*REQUIRED, *required} and each.state in ("missing", "broken")]
 
 
 def _examine(name: str) -> Check:
@@ -71,17 +65,16 @@ def _python() -> Check:
 
 def _requirements(extra: str = "") -> Check:
     """Compare what is installed with the ranges of keyreid's dependencies, of an extra or without."""
-    requirements = [Requirement(text) for text in requires("keyreid") or []]
-    wanted = [each for each in requirements if (each.marker.evaluate({"extra": extra}) if each.marker else not extra)]
+    every = map(Requirement, requires("keyreid") or [])
+    wanted = [each for each in every if (each.marker.evaluate({"extra": extra}) if each.marker else not extra)]
     absent, other = [], []
     for requirement in wanted:
         try:
             found = version(requirement.name)
+            if not requirement.specifier.contains(found, prereleases=True):
+                other.append(f"{requirement.name} {found} (wanted: {requirement.specifier})")
         except PackageNotFoundError:
             absent.append(requirement.name)
-            continue
-        if not requirement.specifier.contains(found, prereleases=True):
-            other.append(f"{requirement.name} {found} (wanted: {requirement.specifier})")
     if not wanted:
         return Check("missing", "this installation is older than its extras")
     if absent:
@@ -156,23 +149,17 @@ def _collectives() -> Check:
 
 def _slurm() -> Check:
     if shutil.which("sinfo") is None:
-        remedy = f"work on a login node; for the tests: {home()}/launch/install-slurm"
-        return Check("missing", "no sinfo, sbatch", remedy)
-    ping = _ask("scontrol", "ping")
+        return Check("missing", "no sinfo, sbatch", f"work on a login node; for tests: {home()}/launch/install-slurm")
+    ask = partial(subprocess.run, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    ping = ask(["scontrol", "ping"])
     if ping.returncode:
         reason = (ping.stderr or ping.stdout).strip().splitlines() or ["no answer"]
         return Check("broken", f"installed, but no controller answers: {reason[0]}", "sinfo; ask who runs it")
-    partitions = _ask("sinfo", "-h", "-o", "%P %D %G").stdout.split("\n")[:4]
-    return Check("ok", f"{_ask('sinfo', '--version').stdout.strip()}: {'; '.join(filter(None, partitions))}")
-
-
-def _ask(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    partitions = ask(["sinfo", "-h", "-o", "%P %D %G"]).stdout.split("\n")[:4]
+    return Check("ok", f"{ask(['sinfo', '--version']).stdout.strip()}: {'; '.join(filter(None, partitions))}")
 
 
 def _mlflow() -> Check:
-    import urllib.request
-
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     found = f"mlflow {version('mlflow')}"
     if uri is None or not uri.startswith("http"):
@@ -181,14 +168,12 @@ def _mlflow() -> Check:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5) as answer:
             return Check("ok", f"{found}; {uri} answers {answer.read(20).decode(errors='replace')}")
     except OSError as error:
-        remedy = "check MLFLOW_TRACKING_URI; training works without it and sends later"
-        return Check("note", f"{found}; {uri} does not answer: {error}", remedy)
+        return Check("note", f"{found}; {uri} does not answer: {error}")
 
 
 def _pose() -> Check:
     if importlib.util.find_spec("openpifpaf") is None:
-        remedy = f"PYTHON={sys.executable} {home()}/launch/install-pose"
-        return Check("missing", "OpenPifPaf is not installed", remedy)
+        return Check("missing", "OpenPifPaf is not installed", f"PYTHON={sys.executable} {home()}/launch/install-pose")
     from keyreid.pose import pifpaf
 
     return Check("ok", f"OpenPifPaf {version('openpifpaf')} decodes a pose to {pifpaf.check():.4f} pixels")
@@ -197,21 +182,18 @@ def _pose() -> Check:
 def _video() -> Check:
     import cv2
 
-    backends = [cv2.videoio_registry.getBackendName(b) for b in cv2.videoio_registry.getStreamBackends()]
+    backends = list(map(cv2.videoio_registry.getBackendName, cv2.videoio_registry.getStreamBackends()))
     found = f"OpenCV {cv2.__version__}: {', '.join(backends) or 'no backend'}"
     return Check("ok" if "FFMPEG" in backends else "missing", found)
 
 
 def _disk() -> Check:
-    import tempfile
-
     places = {"here": Path.cwd(), "temporary files": Path(tempfile.gettempdir()), "shared memory": Path("/dev/shm")}
     free = {name: shutil.disk_usage(path).free / 1e9 for name, path in places.items() if path.is_dir()}
     short = ", ".join(name for name, gigabytes in free.items() if gigabytes < LEAST_FREE_GB[name])
     found = ", ".join(f"{name} {gigabytes:.0f} GB" for name, gigabytes in free.items()) + " free"
-    if short:
-        return Check("note", found, f"make room ({short}); MARS needs 5 GB of shards, a checkpoint 3")
-    return Check("ok", found)
+    needs = f"make room ({short}); MARS needs 5 GB of shards, a checkpoint 3"
+    return Check("note", found, needs) if short else Check("ok", found)
 
 
 CHECKS: dict[str, Callable[[], Check]] = {
@@ -231,6 +213,7 @@ CHECKS: dict[str, Callable[[], Check]] = {
 REQUIRED = ("python", "packages", "deepspeed", "collectives", "mlflow", "disk")
 REMEDIES = {
     "packages": "run launch/quickstart in the clone again",
+    "mlflow": "check MLFLOW_TRACKING_URI; training works without it and sends later",
     "deepspeed": "pip install --force-reinstall --no-deps deepspeed, of the version in constraints.txt",
     "video": "pip install opencv-python-headless (its wheels hold FFmpeg)",
     "dali": f"{install_hint('dali')}, or train with data.reader=plain",

@@ -6,40 +6,27 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from keyreid.ingest.store import Imported
+    from keyreid.ingest.folder import Imported
 
-app = typer.Typer(
-    help="Bring your own videos and pictures into a folder that pose and shard read.", no_args_is_help=True
-)
+ABOUT = "Bring your own videos and pictures into a folder that pose and shard read."
+app = typer.Typer(help=ABOUT, no_args_is_help=True)
 
+TRACKS = "Lines of frame, id, x, y, width, height[, confidence, class, visibility], or CSV with these names."
+IDENTITY = "none: nothing. track: a person, in this source alone. person: a person, the same in every source."
+LAYOUT = "What the levels of folders are: split, camera, identity, tracklet, in any order."
+TEST_SHARE = "Share of the identities that becomes test data, drawn once by --seed."
 Out = Annotated[Path, typer.Option(help="Folder to write; further sources are added to it.")]
-Name = Annotated[
-    str | None, typer.Option(help="Of the source; the same name replaces its earlier import. Default the file's.")
-]
+Name = Annotated[str | None, typer.Option(help="Of the source, whose earlier import it replaces. Default the file's.")]
 
 
 @app.command("video")
 def video(
-    file: Annotated[
-        Path, typer.Argument(help="A video, a folder of its pictures, or MOTChallenge sequences (one or a folder).")
-    ],
+    file: Annotated[Path, typer.Argument(help="A video, a folder of its pictures, or MOTChallenge sequence(s).")],
     out: Out,
-    tracks: Annotated[
-        Path | None,
-        typer.Option(
-            help="Lines of frame, id, x, y, width, height[, confidence, class, visibility], or CSV with these names. "
-            "Sequences bring theirs."
-        ),
-    ] = None,
+    tracks: Annotated[Path | None, typer.Option(help=f"{TRACKS} Sequences bring theirs.")] = None,
     camera: Annotated[str | None, typer.Option(help="Any name. Default the file's.")] = None,
     name: Name = None,
-    identity: Annotated[
-        Literal["none", "track", "person"],
-        typer.Option(
-            help="What an id says. none: nothing. track: a person, in this source alone. person: a person, the same in "
-            "every source."
-        ),
-    ] = "none",
+    identity: Annotated[Literal["none", "track", "person"], typer.Option(help=f"What an id says. {IDENTITY}")] = "none",
     min_width: Annotated[float, typer.Option(min=1, help="Least width of a box, pixels.")] = 24,
     min_height: Annotated[float, typer.Option(min=1, help="Least height of a box, pixels.")] = 48,
     min_length: Annotated[int, typer.Option(min=1, help="Least boxes of a track.")] = 4,
@@ -64,16 +51,10 @@ def video(
 
 @app.command("folder")
 def folder(
-    source: Annotated[
-        Path, typer.Argument(help="A folder of folders, or a table (.csv, .parquet) with a column path.")
-    ],
+    source: Annotated[Path, typer.Argument(help="A folder of folders, or table (.csv, .parquet) with a column path.")],
     out: Out,
-    layout: Annotated[
-        str, typer.Option(help="What the levels of folders are: split, camera, identity, tracklet, in any order.")
-    ] = "camera/identity/tracklet",
-    test_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the identities that becomes test data, drawn once by --seed.")
-    ] = 0.0,
+    layout: Annotated[str, typer.Option(help=LAYOUT)] = "camera/identity/tracklet",
+    test_share: Annotated[float, typer.Option(min=0, max=1, help=TEST_SHARE)] = 0.0,
     seed: Annotated[int, typer.Option(help="Of that draw.")] = 0,
     min_width: Annotated[int, typer.Option(min=1, help="Least width of a picture, pixels.")] = 1,
     min_height: Annotated[int, typer.Option(min=1, help="Least height of a picture, pixels.")] = 1,
@@ -94,7 +75,5 @@ def _report(out: Path, imported: "Imported") -> None:
     for reason, count in imported.left_out.items():
         if count:
             typer.echo(f"left out: {count} {reason}")
-    typer.echo(
-        f"{out}: {imported.tracklets} tracklets, {imported.pictures} pictures, "
-        f"camera{'s' * (len(imported.cameras) > 1)} {', '.join(imported.cameras)}"
-    )
+    cameras = f"camera{'s' * (len(imported.cameras) > 1)} {', '.join(imported.cameras)}"
+    typer.echo(f"{out}: {imported.tracklets} tracklets, {imported.pictures} pictures, {cameras}")

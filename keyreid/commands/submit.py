@@ -2,31 +2,19 @@
 
 import re
 import shlex
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import typer
 
 from keyreid.errors import ConfigError, KeyreidError
 
-if TYPE_CHECKING:
-    from keyreid.config import Config
-
 LOGS = Path("runs/slurm")
 OfPipeline = partial(typer.Option, rich_help_panel="Pipeline")
 
 
-class Verb(StrEnum):
-    """What can be queued: a batch file each, and the chain of them."""
-
-    TRAIN = "train"
-    EVALUATE = "evaluate"
-    POSE = "pose"
-    SHARD = "shard"
-    TUNE = "tune"
-    PIPELINE = "pipeline"
+Verb = Literal["train", "evaluate", "pose", "shard", "tune", "pipeline"]  # a batch file each, and the chain of them
 
 
 class Job(NamedTuple):
@@ -74,13 +62,13 @@ def submit(
     """
     ranks = _number_of(gpus_per_node) if gpus_per_node else tasks_per_node
     size = {"nodes": nodes, "gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task}
-    tasks = ranks if verb in (Verb.TRAIN, Verb.EVALUATE, Verb.PIPELINE) else tasks_per_node
+    tasks = ranks if verb in ("train", "evaluate", "pipeline") else tasks_per_node
     if tasks != 1:  # one is the default; said, it makes of LEAST-MOST nodes always LEAST
         size["ntasks-per-node"] = tasks
-    if follow and (array or verb is Verb.PIPELINE):
+    if follow and (array or verb == "pipeline"):
         raise KeyreidError("--follow shows one job, this is several: tail -F the log that you want to see")
     config = _check(verb, arguments, nodes, ranks, array, waits=dependency is not None)
-    if verb is Verb.PIPELINE:
+    if verb == "pipeline":
         if dataset is None or root is None or array:
             raise KeyreidError("a pipeline needs --dataset NAME and --root FOLDER, and --shares in place of --array")
         pose = [dataset, str(root), f"--out={keypoints}", *shlex.split(pose_options)] if keypoints else None
@@ -96,30 +84,30 @@ def submit(
         _follow(jobs[-1], last)
 
 
-def _check(
-    verb: Verb, arguments: list[str], nodes: str | None, ranks: int | None, array: str | None, waits: bool
-) -> "Config | None":
-    """Refuse what would fail on the cluster: the configuration, and the shards unless an earlier job makes them."""
+def _check(verb: Verb, arguments: list[str], nodes: str | None, ranks: int | None, array: str | None, waits: bool):
+    """The configuration; what would fail on the cluster is refused: it, or shards that no earlier job will make."""
     from keyreid.config import load_config
     from keyreid.distributed.slurm import ARRAY_PLACEHOLDER
     from keyreid.shards.shard_set import ShardSet
 
-    if verb in (Verb.TRAIN, Verb.PIPELINE):
+    if verb in ("train", "pipeline"):
         if array:
             if not any(word.startswith("name=") and ARRAY_PLACEHOLDER in word for word in arguments):
                 raise ConfigError("each task of an array is a run of its own: put %a into its name, as name=mars-%a")
             first = re.match(r"\d*", array)[0]
             arguments = [word.replace(ARRAY_PLACEHOLDER, first) for word in arguments]
         config = load_config(arguments[0], arguments[1:])
-        for count in _numbers_of_nodes(nodes) if ranks else []:
-            config.check_ranks(ranks, count)
-    elif verb is Verb.TUNE:  # its trials are trainings
+        for word in (nodes or "").split(",") if ranks else []:  # 2, 2-4, or 2,4 of newer Slurms
+            if found := re.fullmatch(r"(\d+)(?:-(\d+))?", word):
+                for count in range(int(found[1]), int(found[2] or found[1]) + 1):
+                    config.check_ranks(ranks, count)
+    elif verb == "tune":  # its trials are trainings
         from keyreid.tuning.search import load_search
 
         config = load_search(Path(arguments[0]), [word for word in arguments[1:] if not word.startswith("-")])[1]
     else:
         return None
-    if not waits and verb is not Verb.PIPELINE and "://" not in config.data.shards:
+    if not waits and verb != "pipeline" and "://" not in config.data.shards:
         ShardSet.from_config(config.data)
     return config
 
@@ -131,11 +119,11 @@ def _pipeline(
     cpus = {"cpus-per-task": size["cpus-per-task"]}
     one_gpu = {"gpus-per-node": "1" if size["gpus-per-node"] else None}
     return [
-        *([Job(Verb.POSE, pose, {"array": array, **one_gpu, **cpus})] if pose else []),
-        Job(Verb.SHARD, shard, {"array": array, **cpus}),
-        Job(Verb.SHARD, shard, cpus),  # checks that nothing is missing
-        Job(Verb.TRAIN, train, size),
-        Job(Verb.EVALUATE, [run], size),
+        *([Job("pose", pose, {"array": array, **one_gpu, **cpus})] if pose else []),
+        Job("shard", shard, {"array": array, **cpus}),
+        Job("shard", shard, cpus),  # checks that nothing is missing
+        Job("train", train, size),
+        Job("evaluate", [run], size),
     ]
 
 
@@ -160,17 +148,12 @@ def _hand_over(
             LOGS.mkdir(parents=True, exist_ok=True)
             job_id = submission.submit()
             options["dependency"] = f"afterok:{job_id}"
-            _tell(job, job_id)
+            own, *of_rank = _logs(job, job_id)
+            print(f"{job.verb}: job {job_id}, log {own}")
+            for log in of_rank:
+                print(f"  rank 0: tail -F {shlex.quote(str(log))}")
+            print(f"  state: squeue --job {job_id}; end it: scancel {job_id}")
     return job_id
-
-
-def _numbers_of_nodes(nodes: str | None) -> list[int]:
-    """The numbers of nodes that "2", "2-4" or "2,4" (of newer Slurms) allow."""
-    numbers = []
-    for word in (nodes or "").split(","):
-        if found := re.fullmatch(r"(\d+)(?:-(\d+))?", word):
-            numbers += range(int(found[1]), int(found[2] or found[1]) + 1)
-    return numbers
 
 
 def _number_of(gpus: str) -> int:
@@ -186,18 +169,9 @@ def _logs(job: Job, job_id: str) -> list[Path]:
 
     array = job.options.get("array")
     logs = [LOGS / f"{job.verb}-{job_id}{'_TASK' if array else ''}.log"]
-    if job.verb is Verb.TRAIN and not array:
+    if job.verb == "train" and not array:
         logs.append(load_config(job.arguments[0], job.arguments[1:]).run_dir / "slurm" / f"{job_id}-0.log")
     return logs
-
-
-def _tell(job: Job, job_id: str) -> None:
-    """Say where a queued job is and how to see it."""
-    own, *rank = _logs(job, job_id)
-    print(f"{job.verb}: job {job_id}, log {own}")
-    for log in rank:
-        print(f"  rank 0: tail -F {shlex.quote(str(log))}")
-    print(f"  state: squeue --job {job_id}; end it: scancel {job_id}")
 
 
 def _follow(job: Job, job_id: str) -> None:

@@ -4,6 +4,8 @@ A reader is a function `open_NAME(root: Path, ...) -> Dataset` in a module of th
 options that users may set, of the types that they are annotated with. To add one, write it and name it in READERS.
 """
 
+import importlib
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +16,7 @@ if TYPE_CHECKING:
     from keyreid.datasets.tracklet import Dataset
 
 # Name of the dataset: the module with its `open_NAME`, which is imported when it is asked for.
-READERS = {
-    "mars": "mars",
-    "ilids_vid": "two_cameras",
-    "prid2011": "two_cameras",
-    "folder": "folder",
-    "mot": "mot",
-}
+READERS = {"mars": "mars", "ilids_vid": "two_cameras", "prid2011": "two_cameras", "folder": "folder", "mot": "mot"}
 
 
 def open_dataset(name: str, root: Path | str, **options: Any) -> "Dataset":
@@ -30,9 +26,6 @@ def open_dataset(name: str, root: Path | str, **options: Any) -> "Dataset":
         ConfigError: there is no such dataset, or it has no such option, or an option's value is not of its type.
         DataError: files are missing or wrong.
     """
-    import importlib
-    import inspect
-
     import pydantic
 
     if name not in READERS:

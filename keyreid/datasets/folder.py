@@ -13,17 +13,16 @@ What `keyreid import` writes is such a table with a card, by which names keep th
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from keyreid.datasets.listing import RESERVED, Keys, folders, numbered, pictures
+from keyreid.datasets.listing import RESERVED, folders, new_key, numbered, pictures
 from keyreid.datasets.tracklet import JUNK_IDENTITY, Dataset, Frame, Tracklet
 from keyreid.errors import DataError
-from keyreid.files import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +69,7 @@ def open_folder(
         records, origin = _read_table(root), f"{root}"
     else:
         levels = layout.split("/")
-        unknown = [level for level in levels if level not in LEVELS]
-        if unknown or len(set(levels)) < len(levels):
+        if not set(levels) <= set(LEVELS) or len(set(levels)) < len(levels):
             raise DataError(f"layout={layout}: its levels are {', '.join(LEVELS)}, each at most once")
         records, origin = list(_walk(root, levels, {}, root)), f"{root} as {layout}"
     if not records:
@@ -85,46 +83,38 @@ Record = tuple[dict[str, str], list[Path]]  # names of LEVELS -> frames of one t
 def _walk(place: Path, levels: Sequence[str], names: dict[str, str], root: Path) -> list[Record]:
     if levels:
         inner = folders(place)
-        stray = pictures(place)
-        if stray:
-            raise DataError(
-                f"{stray[0]}: a picture where the layout expects folders of the level {levels[0]!r}; set layout=..."
-            )
+        if stray := pictures(place):
+            expected = f"folders of the level {levels[0]!r}"
+            raise DataError(f"{stray[0]}: a picture where the layout expects {expected}; set layout=...")
         if not inner and place != root:
             log.warning("%s: nothing in it; left out", place)
         return [
             record for folder in inner for record in _walk(folder, levels[1:], {**names, levels[0]: folder.name}, root)
         ]
-    deeper = [folder for folder in folders(place) if any(folder.iterdir())]
-    if deeper:
+    if deeper := [folder for folder in folders(place) if any(folder.iterdir())]:
         raise DataError(f"{deeper[0]}: a folder where the layout expects pictures; set layout=... with a level for it")
-    frames = pictures(place)
-    if not frames:
+    if not (frames := pictures(place)):
         log.warning("%s: no pictures in it; left out", place)
-        return []
-    return [(names, frames)]
+    return [(names, frames)] if frames else []
 
 
 def _read_table(path: Path) -> list[Record]:
     try:
-        if path.suffix.lower() == ".parquet":
-            table = pd.read_parquet(path)
-        else:
-            table = pd.read_csv(path, dtype=str, skipinitialspace=True)
+        parquet = path.suffix.lower() == ".parquet"
+        table = pd.read_parquet(path) if parquet else pd.read_csv(path, dtype=str, skipinitialspace=True)
     except Exception as error:  # pandas and pyarrow raise many kinds
         raise DataError(f"{path}: not a CSV or Parquet table: {error}") from None
     unknown = [name for name in table.columns if name not in (*LEVELS, "path", "frame")]
-    if "path" not in table.columns:
-        raise DataError(f"{path}: no column path; the columns are path, {', '.join(LEVELS)}, frame")
-    if unknown:
-        raise DataError(f"{path}: unknown column {unknown[0]}; the columns are path, {', '.join(LEVELS)}, frame")
-    if table["path"].isna().any():
-        raise DataError(f"{path}: row {int(np.flatnonzero(table['path'].isna())[0]) + 1} has no path")
+    if unknown or "path" not in table.columns:
+        wrong = f"unknown column {unknown[0]}" if "path" in table.columns else "no column path"
+        raise DataError(f"{path}: {wrong}; the columns are path, {', '.join(LEVELS)}, frame")
     if "frame" in table.columns:
-        order = pd.to_numeric(table["frame"], errors="coerce")
-        if order.isna().any():
-            raise DataError(f"{path}: row {int(np.flatnonzero(order.isna())[0]) + 1} has no frame number")
-        table = table.assign(frame=order).sort_values("frame", kind="stable")
+        table = table.assign(frame=pd.to_numeric(table["frame"], errors="coerce"))
+    for column, what in (("path", "path"), ("frame", "frame number")):
+        if column in table.columns and table[column].isna().any():
+            raise DataError(f"{path}: row {table[column].isna().to_numpy().argmax() + 1} has no {what}")
+    if "frame" in table.columns:
+        table = table.sort_values("frame", kind="stable")
     levels = [level for level in LEVELS if level in table.columns]
     names = table[levels].map(lambda value: "" if pd.isna(value) else str(value).strip())
     if "tracklet" not in levels and ("identity" not in levels or (names["identity"] == "").any()):
@@ -140,8 +130,8 @@ def _read_table(path: Path) -> list[Record]:
 
 def _dataset(records: list[Record], origin: str, test_share: float, seed: int, card: ImportCard) -> Dataset:
     named = (names["identity"] for names, _ in records if "identity" in names)
-    identities = numbered(named, RESERVED, card.names["identity"])
-    cameras = numbered((names.get("camera", "1") for names, _ in records), known=card.names["camera"])
+    identities = numbered(named, card.names["identity"] | RESERVED)
+    cameras = numbered((names.get("camera", "1") for names, _ in records), card.names["camera"])
     wanted = {names["split"] for names, _ in records if "split" in names}
     if wanted - set(SPLITS):
         raise DataError(f"{origin}: split {sorted(wanted - set(SPLITS))[0]!r}; splits are {', '.join(SPLITS)}")
@@ -153,21 +143,15 @@ def _dataset(records: list[Record], origin: str, test_share: float, seed: int, c
     undecided = ["all" if not test_share else "test" if person in testers else "train" for person in people]
     splits = [names.get("split") or split for (names, _), split in zip(records, undecided, strict=True)]
     asking = _queries([at for at, split in enumerate(splits) if split == "test"], people, places)
-    keys, tracklets = Keys(), []
+    keys, tracklets = set(), []
     for at, (names, frames) in enumerate(records):
         split = splits[at] if splits[at] != "test" else "query" if at in asking else "gallery"
-        parts = (names.get("identity", "unknown"), names.get("camera", "1"), names.get("tracklet", "0"))
-        key = (
-            keys.give(parts[-1]) if card.sources else keys.give(*parts)
-        )  # an import's tracklets have names of their own
         split = "junk" if people[at] == JUNK_IDENTITY else split
-        tracklets.append(Tracklet(key, people[at], places[at], split, tuple(Frame(path) for path in frames)))
-    return Dataset(
-        "folder",
-        tuple(tracklets),
-        names={"identity": identities, "camera": cameras},
-        frames_per_second=card.frames_per_second,
-    )
+        parts = names.get("identity", "unknown"), names.get("camera", "1"), names.get("tracklet", "0")
+        key = new_key(keys, *(parts[-1:] if card.sources else parts))  # an import's tracklets have their own names
+        tracklets.append(Tracklet(key, people[at], places[at], split, tuple(map(Frame, frames))))
+    numbers = {"identity": identities, "camera": cameras}
+    return Dataset("folder", tuple(tracklets), names=numbers, frames_per_second=card.frames_per_second)
 
 
 def _queries(tests: list[int], people: list[int | None], cameras: list[int]) -> set[int]:
@@ -193,11 +177,7 @@ def is_imported(root: Path) -> bool:
 
 
 def read_import_card(root: Path) -> ImportCard:
-    """The card of an imported folder; an empty one where there is none.
-
-    Raises:
-        DataError: it is damaged or of another version.
-    """
+    """The card of an imported folder, an empty one where there is none; DataError if damaged or of another version."""
     path = root / CARD
     try:
         values = json.loads(path.read_text())
@@ -208,8 +188,3 @@ def read_import_card(root: Path) -> ImportCard:
         return ImportCard()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not the card of an imported folder ({error}); import into another folder") from None
-
-
-def write_import_card(root: Path, card: ImportCard) -> None:
-    """Write the card; it is the old one or the new one whenever the process is stopped."""
-    replace_text(root / CARD, json.dumps({"format": CARD_FORMAT, **asdict(card)}, indent=1, ensure_ascii=False) + "\n")

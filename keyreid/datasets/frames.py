@@ -15,6 +15,7 @@ from keyreid.datasets.tracklet import Frame
 from keyreid.errors import DataError
 
 CUT_QUALITY = 95
+JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"  # how such files begin
 Encoding = Literal["jpg", "png"]
 
 
@@ -30,18 +31,14 @@ def read_frame(frame: Frame) -> tuple[bytes, Encoding]:
         picture, encoding = _decode(frame.path)
         return _encode(_cut(picture, frame), encoding)
     content = _bytes(frame.path)
-    encoding = _encoding(content)
-    if encoding is None:  # BMP, WebP, TIFF: readers of shards know JPEG and PNG
-        return _encode(_decoded(content, frame.path), "png")
-    return content, encoding
+    if content.startswith(JPEG):
+        return content, "jpg"
+    # BMP, WebP, TIFF become PNG: readers of shards know JPEG and PNG.
+    return (content, "png") if content.startswith(PNG) else _encode(_decoded(content, frame.path), "png")
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Width and height of a picture file, of which only the header is read.
-
-    Raises:
-        DataError: it is not a picture.
-    """
+    """Width and height of a picture file, of which only the header is read; DataError where it is none."""
     try:
         with Image.open(path) as picture:
             return picture.size
@@ -50,15 +47,8 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 
 def video_property(path: Path, number: int) -> float:
-    """A property that the header of a video gives (`cv2.CAP_PROP_...`); 0 where it is unknown.
-
-    Raises:
-        DataError: OpenCV cannot open the video.
-    """
-    capture = _capture(path)
-    value = capture.get(number)
-    capture.release()
-    return value
+    """A property in a video's header (`cv2.CAP_PROP_...`), 0 if unknown; DataError where OpenCV cannot open it."""
+    return _capture(path).get(number)
 
 
 def _bytes(path: Path) -> bytes:
@@ -71,17 +61,11 @@ def _bytes(path: Path) -> bytes:
     return content
 
 
-def _encoding(content: bytes) -> Encoding | None:
-    if content.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    return "png" if content.startswith(b"\x89PNG\r\n\x1a\n") else None
-
-
 @functools.lru_cache(maxsize=2)
 def _decode(path: Path) -> tuple[np.ndarray, Encoding]:
     """Cached: the people of one street picture are cut from it one after the other."""
     content = _bytes(path)
-    return _decoded(content, path), _encoding(content) or "jpg"
+    return _decoded(content, path), "png" if content.startswith(PNG) else "jpg"
 
 
 def _decoded(content: bytes, path: Path) -> np.ndarray:
@@ -100,9 +84,8 @@ def _cut(picture: np.ndarray, frame: Frame) -> np.ndarray:
     left, top = max(int(np.floor(x)), 0), max(int(np.floor(y)), 0)
     right, bottom = min(int(np.ceil(x + wide)), width), min(int(np.ceil(y + high)), height)
     if right <= left or bottom <= top:
-        raise DataError(
-            f"{frame.path}: the box {frame.box} (x, y, width, height) is outside its {width} x {height} picture"
-        )
+        box = f"the box {frame.box} (x, y, width, height)"
+        raise DataError(f"{frame.path}: {box} is outside its {width} x {height} picture")
     return picture[top:bottom, left:right]
 
 
@@ -127,20 +110,21 @@ class _Video:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._times: list[float] = []  # of the frames seen so far, milliseconds
-        self._open()
-
-    def _open(self) -> None:
-        self._capture, self._next, self._last = _capture(self.path), 0, None
+        self._capture, self._next, self._last = _capture(path), 0, None
 
     def picture(self, number: int) -> np.ndarray:
         """Frame `number`, from 0."""
         if number < self._next - 1:
-            self._go_back(number)
+            # Seeking is not exact in every container: start over where the frame's time says that it was not.
+            self._capture.set(cv2.CAP_PROP_POS_FRAMES, number)
+            if self._capture.grab() and abs(self._capture.get(cv2.CAP_PROP_POS_MSEC) - self._times[number]) < 0.5:
+                self._next, self._last = number + 1, None
+            else:
+                self._capture, self._next, self._last = _capture(self.path), 0, None
         while self._next <= number:
             if not self._capture.grab():
                 raise DataError(f"{self.path}: frame {number} was asked for, but it ends after {self._next}")
-            self._next += 1
-            self._last = None
+            self._next, self._last = self._next + 1, None
             if self._next > len(self._times):
                 self._times.append(self._capture.get(cv2.CAP_PROP_POS_MSEC))
         if self._last is None:
@@ -148,12 +132,3 @@ class _Video:
             if not good:
                 raise DataError(f"{self.path}: frame {number} does not decode")
         return self._last
-
-    def _go_back(self, number: int) -> None:
-        """Seek, which is not exact in every container, and start over where the frame's time says that it was not."""
-        self._capture.set(cv2.CAP_PROP_POS_FRAMES, number)
-        if self._capture.grab() and abs(self._capture.get(cv2.CAP_PROP_POS_MSEC) - self._times[number]) < 0.5:
-            self._next, self._last = number + 1, None
-            return
-        self._capture.release()
-        self._open()

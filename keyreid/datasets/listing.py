@@ -1,7 +1,8 @@
 """What the readers share: folders and pictures in a fixed order, keys, names turned into numbers, MATLAB files."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -14,27 +15,19 @@ RESERVED = {"distractor": 0, "junk": -1}  # identity names with the meaning they
 
 
 def folders(parent: Path) -> list[Path]:
-    """Sub-folders in natural order of their names, hidden ones left out; the order never depends on the file system.
-
-    Raises:
-        DataError: `parent` is not a folder.
-    """
-    return _sorted(parent, lambda path: path.is_dir())
+    """Sub-folders in natural order of their names, never in the file system's; DataError where `parent` is none."""
+    return [path for path in _visible(parent) if path.is_dir()]
 
 
 def pictures(parent: Path) -> list[Path]:
-    """Picture files in natural order (`2.jpg` before `10.jpg`).
-
-    Raises:
-        DataError: `parent` is not a folder.
-    """
-    return _sorted(parent, lambda path: path.suffix.lower() in PICTURE_SUFFIXES)
+    """Picture files in natural order (`2.jpg` before `10.jpg`); DataError where `parent` is not a folder."""
+    return [path for path in _visible(parent) if path.suffix.lower() in PICTURE_SUFFIXES]
 
 
-def _sorted(parent: Path, wanted: Callable[[Path], bool]) -> list[Path]:
+def _visible(parent: Path) -> list[Path]:
     if not parent.is_dir():
         raise DataError(f"{parent}: no such folder")
-    found = (path for path in parent.iterdir() if not path.name.startswith(".") and wanted(path))
+    found = (path for path in parent.iterdir() if not path.name.startswith("."))
     return sorted(found, key=lambda path: natural(path.name))
 
 
@@ -49,39 +42,24 @@ def safe_key(*names: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "-", "_".join(names)).lstrip("_-") or "tracklet"
 
 
-class Keys:
-    """Gives each tracklet a key of its own, also where names differ only in characters that keys may not have."""
-
-    def __init__(self) -> None:
-        self._given: set[str] = set()
-
-    def give(self, *names: str) -> str:
-        """A key not given before."""
-        wished = key = safe_key(*names)
-        number = 2
-        while key in self._given:
-            key, number = f"{wished}-{number}", number + 1
-        self._given.add(key)
-        return key
+def new_key(given: set[str], *names: str) -> str:
+    """A key not `given` yet, also where names differ only in characters that keys may not have; it joins those."""
+    wished = key = safe_key(*names)
+    number = 2
+    while key in given:
+        key, number = f"{wished}-{number}", number + 1
+    given.add(key)
+    return key
 
 
-def numbered(
-    names: Iterable[str], reserved: dict[str, int] | None = None, known: dict[str, int] | None = None
-) -> dict[str, int]:
-    """Names in natural order, numbered from 1; `reserved` and `known` names keep their numbers, new ones follow."""
-    kept = {**(known or {}), **(reserved or {})}
-    plain = sorted(set(names), key=natural)
-    first = max(0, *kept.values()) + 1 if kept else 1
-    numbers = {name: number for number, name in enumerate((n for n in plain if n not in kept), start=first)}
-    return {name: numbers.get(name, kept.get(name, 0)) for name in plain}
+def numbered(names: Iterable[str], kept: Mapping[str, int]) -> dict[str, int]:
+    """Names in natural order, numbered from 1; `kept` ones have their numbers, new ones follow."""
+    new = count(max([0, *kept.values()]) + 1)
+    return {name: kept[name] if name in kept else next(new) for name in sorted(set(names), key=natural)}
 
 
 def read_mat(path: Path, variable: str) -> np.ndarray:
-    """A variable of a MATLAB 5 file.
-
-    Raises:
-        DataError: the file is missing or damaged, or has no such variable.
-    """
+    """A variable of a MATLAB 5 file; DataError where it is missing or damaged, or has no such variable."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     try:

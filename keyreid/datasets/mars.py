@@ -7,8 +7,8 @@ form a tracklet; a name's folder is what stands before its camera: `0001C1T0001F
 
 import gzip
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,8 +19,7 @@ from keyreid.errors import DataError
 NAME = re.compile(r"(?P<key>(?P<folder>[0-9-]+)C(?P<camera>\d)T\d+)F\d+\.(?:jpg|png)")
 
 
-@dataclass(frozen=True)
-class MarsIndex:
+class MarsIndex(NamedTuple):
     """What `info/` says, checked."""
 
     train_names: list[str]  # of pictures
@@ -58,23 +57,20 @@ def read_index(info: Path) -> MarsIndex:
     path = info / "query_IDX.mat"
     queries = read_mat(path, "query_IDX").reshape(-1).astype(np.int64)
     wrong = np.flatnonzero((queries < 1) | (queries > len(test_rows)))
-    if len(wrong):
-        raise DataError(
-            f"{path}: query {wrong[0] + 1} is row {queries[wrong[0]]}, but there are {len(test_rows)} test tracklets"
-        )
+    for at in wrong[:1]:
+        raise DataError(f"{path}: query {at + 1} is row {queries[at]}, but there are {len(test_rows)} test tracklets")
     return MarsIndex(train_names, test_names, train_rows, test_rows, queries - 1)
 
 
 def _read_names(info: Path, name: str) -> tuple[list[str], Path]:
-    for path in (info / name, info / f"{name}.gz"):
-        if path.is_file():
-            try:
-                content = path.read_bytes()
-                text = gzip.decompress(content) if path.suffix == ".gz" else content
-                return text.decode("ascii").split(), path  # split: lines end in CRLF
-            except (OSError, EOFError, UnicodeDecodeError) as error:
-                raise DataError(f"{path}: cannot be read: {error}") from None
-    raise DataError(f"{info / name}: no such file (nor {name}.gz)")
+    path = next((path for path in (info / name, info / f"{name}.gz") if path.is_file()), None)
+    if path is None:
+        raise DataError(f"{info / name}: no such file (nor {name}.gz)")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="ascii") as file:
+            return file.read().split(), path  # split: lines end in CRLF
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
 
 
 def _read_rows(path: Path, variable: str, names: list[str], names_file: Path) -> np.ndarray:
@@ -84,10 +80,8 @@ def _read_rows(path: Path, variable: str, names: list[str], names_file: Path) ->
     wrong = np.flatnonzero((rows[:, 0] < 1) | (rows[:, 1] < rows[:, 0]) | (rows[:, 1] > len(names)))
     if len(wrong):
         start, end = rows[wrong[0], :2]
-        raise DataError(
-            f"{path}: row {wrong[0] + 1} is lines {start} to {end} of {names_file}, which has {len(names)}; "
-            "one of the two files is cut short or from another release"
-        )
+        lines = f"lines {start} to {end} of {names_file}, which has {len(names)}"
+        raise DataError(f"{path}: row {wrong[0] + 1} is {lines}; one of them is cut short or from another release")
     return rows
 
 
@@ -96,16 +90,13 @@ def _tracklets(folder: Path, names: list[str], rows: np.ndarray, queries: set[in
     tracklets = []
     for row, (start, end, identity, camera) in enumerate(rows.tolist()):
         own = names[start - 1 : end]
-        match = NAME.fullmatch(own[0])
-        if match is None:
+        if (match := NAME.fullmatch(own[0])) is None:
             raise DataError(f"{folder}: {own[0]!r} is not a MARS picture name such as 0001C1T0001F001.jpg")
         key = match["key"]
         strays = [name for name in own if not name.startswith(key)]
         if strays or int(match["camera"]) != camera or int(match["folder"].replace("00-1", "-1")) != identity:
-            raise DataError(
-                f"{folder}: row {row + 1} of the index says identity {identity}, camera {camera}, "
-                f"but its pictures are {own[0]} .. {(strays or own)[-1]}"
-            )
+            said, shown = f"identity {identity}, camera {camera}", f"{own[0]} .. {(strays or own)[-1]}"
+            raise DataError(f"{folder}: row {row + 1} of the index says {said}, but its pictures are {shown}")
         tested = "junk" if identity == JUNK_IDENTITY else "query" if row in (queries or ()) else "gallery"
         frames = tuple(Frame(folder / match["folder"] / name) for name in own)
         tracklets.append(Tracklet(key, identity, camera, "train" if queries is None else tested, frames))

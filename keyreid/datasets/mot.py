@@ -8,41 +8,30 @@ of which the last three may be missing, or a CSV file whose first line names tho
 
 import configparser
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from keyreid.datasets.listing import Keys, folders, pictures
+from keyreid.datasets.listing import folders, new_key, pictures
 from keyreid.datasets.tracklet import Dataset, Frame, Tracklet
 from keyreid.errors import DataError
 
 COLUMNS = ("frame", "id", "x", "y", "width", "height", "confidence", "class", "visibility")
-OTHER_NAMES = {
-    **{"left": "x", "top": "y", "w": "width", "h": "height"},
-    **{"conf": "confidence", "score": "confidence", "track": "id"},
-}
+OTHER_NAMES = {"left": "x", "top": "y", "w": "width", "h": "height", "track": "id"}
+OTHER_NAMES |= {"conf": "confidence", "score": "confidence"}
 DEFAULTS = {"confidence": 1.0, "class": -1, "visibility": 1.0}  # where tracks lack these columns
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg"}
 
 
-@dataclass(frozen=True)
-class _Sequence:
-    """One camera's video or pictures, with its tracks."""
+class _Sequence(NamedTuple):
+    """One camera's tracks, and its pictures by frame number, from 1, or its video."""
 
     name: str
     tracks: Path
-    video: Path | None
-    pictures: dict[int, Path]  # by frame number, from 1
-
-    def frame(self, number: int, box: tuple[float, float, float, float]) -> Frame | None:
-        """None where the sequence has no such picture."""
-        if self.video:
-            return Frame(self.video, box, number - 1)
-        path = self.pictures.get(number)
-        return Frame(path, box) if path else None
+    pictures: dict[int, Path]
+    video: Path | None = None
 
 
 def open_mot(
@@ -84,9 +73,9 @@ def open_mot(
         raise DataError(f"max_gap={max_gap}, max_frames={max_frames}: at least 1")
     sequences = _find_sequences(sequences_root(root), tracks, camera)
     people: dict[str, int] = {}
-    tracklets, keys = [], Keys()
+    tracklets, keys = [], set()
     for number, sequence in enumerate(sequences, start=1):
-        boxes = _kept(_read_tracks(sequence.tracks), classes, min_size, min_visibility, min_confidence)
+        boxes = _read_tracks(sequence.tracks, classes, min_size, min_visibility, min_confidence)
         for track, rows in boxes.groupby("id", sort=True):
             pieces = list(_pieces(sequence, rows.sort_values("frame", kind="stable"), max_gap, max_frames, padding))
             if sum(map(len, pieces)) < min_length:
@@ -95,7 +84,7 @@ def open_mot(
             for piece, frames in enumerate(pieces):
                 asks = identified and piece == 0 < len(pieces) - 1  # where there is another piece to be found
                 own_split = ("query" if asks else "gallery") if split == "retrieval" else split
-                key = keys.give(sequence.name, str(track), str(piece))
+                key = new_key(keys, sequence.name, str(track), str(piece))
                 tracklets.append(Tracklet(key, identity, number, own_split, frames))
     if not tracklets:
         raise DataError(f"{root}: no box of the tracks is left; lower the bounds of size, length or visibility")
@@ -110,11 +99,7 @@ def sequences_root(root: Path) -> Path:
 
 
 def read_seqinfo(folder: Path) -> configparser.ConfigParser:
-    """What `seqinfo.ini` says of a sequence; nothing where there is none.
-
-    Raises:
-        DataError: it is damaged.
-    """
+    """What `seqinfo.ini` says of a sequence; nothing where there is none, DataError where it is damaged."""
     info = configparser.ConfigParser(interpolation=None)
     try:
         info.read(folder / "seqinfo.ini")
@@ -127,19 +112,18 @@ def _find_sequences(root: Path, tracks: str | None, camera: str | None) -> list[
     if root.is_file():
         if root.suffix.lower() not in VIDEO_SUFFIXES:
             raise DataError(f"{root}: not a video ({', '.join(sorted(VIDEO_SUFFIXES))})")
-        return [_Sequence(camera or root.stem, _tracks_of(root.parent, tracks), root, {})]
+        return [_Sequence(camera or root.stem, _tracks_of(root.parent, tracks), {}, root)]
     if not root.is_dir():
         raise DataError(f"{root}: no such folder or video")
     if pictures(root) or _is_sequence(root):
         return [_read_sequence(root, tracks, camera)]
     inner = [folder for folder in folders(root) if _is_sequence(folder)]
     if not inner:
-        raise DataError(
-            f"{root}: neither pictures, nor a MOTChallenge sequence (img1/, gt/gt.txt), nor a folder of sequences"
-        )
-    if camera is not None:
+        known = "a MOTChallenge sequence (img1/, gt/gt.txt)"
+        raise DataError(f"{root}: neither pictures, nor {known}, nor a folder of sequences")
+    if camera is not None and len(inner) > 1:
         raise DataError(f"{root}: camera={camera}, but each of its {len(inner)} sequences is a camera of its own name")
-    return [_read_sequence(folder, tracks, None) for folder in inner]
+    return [_read_sequence(folder, tracks, camera) for folder in inner]
 
 
 def _is_sequence(folder: Path) -> bool:
@@ -163,11 +147,13 @@ def _read_sequence(folder: Path, tracks: str | None, camera: str | None) -> _Seq
         raise DataError(f"{folder / inner}: no pictures in it")
     counted = all(path.stem.isdigit() for path in images)  # 000001.jpg is frame 1, also where earlier ones are missing
     numbers = [int(path.stem) for path in images] if counted else range(1, len(images) + 1)
-    return _Sequence(camera or name, _tracks_of(folder, tracks), None, dict(zip(numbers, images, strict=True)))
+    return _Sequence(camera or name, _tracks_of(folder, tracks), dict(zip(numbers, images, strict=True)))
 
 
-def _read_tracks(path: Path) -> pd.DataFrame:
-    """The rows of a track file, with every column of COLUMNS."""
+def _read_tracks(
+    path: Path, classes: tuple[int, ...], size: tuple[float, float], visibility: float, confidence: float
+) -> pd.DataFrame:
+    """The rows of a track file that are kept, with every column of COLUMNS."""
     with path.open(errors="replace") as lines:
         headed = any(character.isalpha() for character in lines.readline())
     try:
@@ -178,35 +164,23 @@ def _read_tracks(path: Path) -> pd.DataFrame:
         if missing:
             raise DataError(f"{path}: no column {missing[0]}; the columns are {', '.join(COLUMNS)}")
         table = table.assign(**{name: value for name, value in DEFAULTS.items() if name not in table.columns})
-        numeric = [name for name in COLUMNS if name != "id"]
+        numeric = table.columns.intersection(COLUMNS).drop("id")
         table[numeric] = table[numeric].apply(pd.to_numeric)
     except (ValueError, pd.errors.ParserError) as error:
         raise DataError(f"{path}: not a table of tracks: {error}") from None
-    bad = np.flatnonzero(
-        ~np.isfinite(table[list(COLUMNS[2:6])].to_numpy(float)).all(axis=1) | table["id"].isna().to_numpy()
-    )
-    if len(bad):
-        raise DataError(f"{path}: row {bad[0] + 1} has no whole box")
+    whole = np.isfinite(table[list(COLUMNS[2:6])].to_numpy(float)).all(axis=1) & table["id"].notna().to_numpy()
+    if not whole.all():
+        raise DataError(f"{path}: row {whole.argmin() + 1} has no whole box")
     untracked = table["id"].astype(str) == "-1"
     if untracked.all():
         raise DataError(f"{path}: every id is -1: these are detections, not tracks; run a tracker first")
-    return table[~untracked]
-
-
-def _kept(
-    boxes: pd.DataFrame,
-    classes: tuple[int, ...],
-    min_size: tuple[float, float],
-    min_visibility: float,
-    min_confidence: float,
-) -> pd.DataFrame:
-    return boxes[
-        (boxes["width"] >= min_size[0])
-        & (boxes["height"] >= min_size[1])
-        & (boxes["visibility"] >= min_visibility)
-        & (boxes["confidence"] != 0)
-        & (boxes["confidence"] >= min_confidence)
-        & (boxes["class"].isin(classes) | (boxes["class"] < 0))
+    return table[
+        ~untracked
+        & (table[["width", "height"]] >= size).all(axis=1)
+        & (table["visibility"] >= visibility)
+        & (table["confidence"] >= confidence)
+        & (table["confidence"] != 0)
+        & (table["class"].isin(classes) | (table["class"] < 0))
     ]
 
 
@@ -214,15 +188,14 @@ def _pieces(
     sequence: _Sequence, rows: pd.DataFrame, max_gap: int, max_frames: int, padding: float
 ) -> Iterator[tuple[Frame, ...]]:
     """A track's frames, cut at gaps and then into equal tracklets."""
-    rows = rows[["frame", "x", "y", "width", "height"]].to_numpy(float)
-    found = []
-    for number, x, y, width, height in rows.tolist():
+    numbers, frames = [], []
+    for time, x, y, width, height in rows[["frame", "x", "y", "width", "height"]].to_numpy(float).tolist():
+        number = int(time)
         box = (x - padding * width, y - padding * height, width * (1 + 2 * padding), height * (1 + 2 * padding))
-        frame = sequence.frame(int(number), box)
-        if frame is not None:
-            found.append((int(number), frame))
-    cuts = np.flatnonzero(np.diff([number for number, _ in found]) > max_gap) + 1 if found else []
-    for run in np.split(np.arange(len(found)), cuts):
-        if len(run):
-            for piece in np.array_split(run, -(-len(run) // max_frames)):
-                yield tuple(found[i][1] for i in piece)
+        if sequence.video or number in sequence.pictures:
+            numbers.append(number)
+            video = sequence.video
+            frames.append(Frame(video, box, number - 1) if video else Frame(sequence.pictures[number], box))
+    for run in np.split(np.arange(len(frames)), np.flatnonzero(np.diff(numbers) > max_gap) + 1):
+        for piece in np.array_split(run, -(-len(run) // max_frames)) if len(run) else []:
+            yield tuple(frames[i] for i in piece)

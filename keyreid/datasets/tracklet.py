@@ -1,6 +1,7 @@
 """The record that every dataset reader gives: a tracklet, short sequence of one person from one camera."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -43,9 +44,8 @@ class Tracklet:
         if not self.frames:
             raise DataError(f"tracklet {self.key} has no frames")
         if self.keypoints is not None and self.keypoints.shape != (len(self.frames), 17, 3):
-            raise DataError(
-                f"tracklet {self.key}: keypoints {self.keypoints.shape} do not fit its {len(self.frames)} frames"
-            )
+            shape = self.keypoints.shape
+            raise DataError(f"tracklet {self.key}: keypoints {shape} do not fit its {len(self.frames)} frames")
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,6 @@ class Dataset:
     frames_per_second: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        seen: set[str] = set()
-        for tracklet in self.tracklets:
-            if tracklet.key in seen:
-                raise DataError(f"dataset {self.name}: two tracklets have the key {tracklet.key}")
-            seen.add(tracklet.key)
+        for key, times in Counter(tracklet.key for tracklet in self.tracklets).most_common(1):
+            if times > 1:
+                raise DataError(f"dataset {self.name}: two tracklets have the key {key}")

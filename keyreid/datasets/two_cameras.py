@@ -12,6 +12,7 @@ data is used where there is one, and otherwise ten splits are drawn by `seed`. F
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +39,8 @@ def open_ilids_vid(root: Path, splits: str | None = None) -> Dataset:
     people = sorted({tracklet.identity for tracklet in tracklets})
     path = Path(splits) if splits else _find_splits(root, SPLITS_MAT)
     if path is None:
-        raise DataError(
-            f"{root / SPLITS_MAT}: no such file, nor {root / 'splits.json'}; name one with the option splits=FILE"
-        )
+        missing = f"{root / SPLITS_MAT}: no such file, nor {root / 'splits.json'}"
+        raise DataError(f"{missing}; name one with the option splits=FILE")
     chosen = _read_json_splits(path, set(people)) if path.suffix == ".json" else _read_published(path, people)
     return Dataset("ilids_vid", tuple(tracklets), chosen, query_camera=1)
 
@@ -69,12 +69,7 @@ def open_prid2011(root: Path, min_frames: int = 27, splits: str | None = None, s
 def _read_people(root: Path, inner: tuple[str, ...], cameras: tuple[str, str], dataset: str) -> list[Tracklet]:
     """The tracklets of everyone whom both cameras saw, by person, then camera.
 
-    Args:
-        root: any of the folders `inner`, or what holds them: people unpack archives at different depths.
-        cameras: names of the cameras' folders, with a folder for each person in it.
-
-    Raises:
-        DataError: a folder is missing, or the cameras share no one, or someone has no pictures.
+    `root` is any of the folders `inner`, or what holds them: people unpack archives at different depths.
     """
     places = [root.joinpath(*inner[skip:]) for skip in range(len(inner))]
     place = next((place for place in places if place.is_dir()), None)
@@ -87,8 +82,7 @@ def _read_people(root: Path, inner: tuple[str, ...], cameras: tuple[str, str], d
     tracklets = []
     for name in both:
         for camera, people in enumerate(seen, start=1):
-            frames = tuple(Frame(path) for path in pictures(people[name]))
-            if not frames:
+            if not (frames := tuple(map(Frame, pictures(people[name])))):
                 raise DataError(f"{people[name]}: no pictures in it")
             tracklets.append(Tracklet(f"{name}_cam{camera}", _person_number(name), camera, "all", frames))
     return tracklets
@@ -112,45 +106,39 @@ def _read_published(path: Path, people: list[int]) -> Splits:
     places = read_mat(path, "ls_set").astype(np.int64)  # [splits, people], from 1
     order = np.arange(1, len(people) + 1)
     if places.ndim != 2 or places.shape[1] != len(people) or (np.sort(places, axis=1) != order).any():
-        raise DataError(
-            f"{path}: ls_set is {places.shape}, expected rows that order the {len(people)} people of both cameras"
-        )
-    numbers, half = np.array(people)[places - 1], len(people) // 2
-    splits = tuple((tuple(sorted(row[half:].tolist())), tuple(sorted(row[:half].tolist()))) for row in numbers)
-    _check_splits(splits, set(people), path)
-    return splits
+        expected = f"expected rows that order the {len(people)} people of both cameras"
+        raise DataError(f"{path}: ls_set is {places.shape}, {expected}")
+    return _checked(map(_halved, np.array(people)[places - 1]), set(people), path)
 
 
 def _read_json_splits(path: Path, people: set[int]) -> Splits:
-    """Splits as other code bases publish them: a list of {"train": [folder names], "test": [folder names]}.
-
-    Raises:
-        DataError: not of that form, or it names someone who is not there.
-    """
+    """Splits as other code bases publish them: a list of {"train": [folder names], "test": [folder names]}."""
     try:
-        listed = json.loads(path.read_text())
-        splits = tuple(
-            tuple(tuple(sorted(_person_number(str(n)) for n in s[half])) for half in ("train", "test")) for s in listed
-        )
+        splits = [
+            tuple(tuple(sorted(_person_number(str(name)) for name in split[half])) for half in ("train", "test"))
+            for split in json.loads(path.read_text())
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f'{path}: not a list of {{"train": [...], "test": [...]}} of person folders: {error!r}'
-        ) from None
-    _check_splits(splits, people, path)
-    return splits
+        wanted = '{"train": [...], "test": [...]}'
+        raise DataError(f"{path}: not a list of {wanted} of person folders: {error!r}") from None
+    return _checked(splits, people, path)
 
 
 def _draw_splits(people: set[int], seed: int, count: int) -> Splits:
     """`count` random splits of people into halves for training and testing, the same for the same seed."""
-    ordered, half, splits = np.array(sorted(people)), len(people) // 2, []
-    for number in range(count):
-        order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, number]))).permutation(len(people))
-        splits.append(tuple(tuple(np.sort(ordered[part]).tolist()) for part in (order[half:], order[:half])))
-    return tuple(splits)
+    seeds = (np.random.SeedSequence([seed, number]) for number in range(count))
+    return tuple(_halved(np.random.Generator(np.random.Philox(each)).permutation(sorted(people))) for each in seeds)
 
 
-def _check_splits(splits: Splits, people: set[int], path: Path) -> None:
-    """Raises DataError if a split names people who are not there, or tests on those it trains on."""
+def _halved(order: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(train, test): the first half tests."""
+    half = len(order) // 2
+    return tuple(np.sort(order[half:]).tolist()), tuple(np.sort(order[:half]).tolist())
+
+
+def _checked(splits: Iterable[tuple[tuple[int, ...], tuple[int, ...]]], people: set[int], path: Path) -> Splits:
+    """The splits; DataError if one names people who are not there, or tests on those it trains on."""
+    splits = tuple(splits)
     for number, (train, test) in enumerate(splits):
         strangers, shared = sorted({*train, *test} - people), sorted({*train} & {*test})
         if strangers:
@@ -159,3 +147,4 @@ def _check_splits(splits: Splits, people: set[int], path: Path) -> None:
             raise DataError(f"{path}: split {number} trains and tests on person {shared[0]}")
         if not train or not test:
             raise DataError(f"{path}: split {number} is empty")
+    return splits

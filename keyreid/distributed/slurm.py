@@ -18,30 +18,21 @@ from pathlib import Path
 from keyreid.errors import KeyreidError
 
 ARRAY_PLACEHOLDER = "%a"  # in overrides: the number of the array task
-FINAL_STATES = frozenset(
-    ["COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "PREEMPTED"]
-)
-CLIENT_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
+FINAL_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED"}
+FINAL_STATES |= {"NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}
+CLIENT_VARIABLES = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT"}
 POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Submission:
-    """One call of `sbatch`.
+    """One call of `sbatch`."""
 
-    Attributes:
-        script: the batch file, in the folder slurm/ of the keyreid that the job uses.
-        arguments: words for the batch file.
-        options: of sbatch, by their long names; those that are None are left out.
-        extra: more words for sbatch.
-        container: image that the job runs in.
-    """
-
-    script: Path
-    arguments: Sequence[str]
-    options: Mapping[str, object]
-    extra: Sequence[str] = ()
-    container: str | None = None
+    script: Path  # the batch file, in the folder slurm/ of the keyreid that the job uses
+    arguments: Sequence[str]  # for the batch file
+    options: Mapping[str, object]  # of sbatch, by their long names; those that are None are left out
+    extra: Sequence[str]  # more words for sbatch
+    container: str | None  # image that the job runs in
 
     @property
     def command(self) -> list[str]:
@@ -59,8 +50,7 @@ class Submission:
 
     def shell_line(self) -> str:
         """The call as one would type it."""
-        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return " ".join([*variables, shlex.join(self.command)])
+        return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(self.command)])
 
     def test(self) -> str:
         """What Slurm says it would do, with nothing queued; KeyreidError where the cluster can never run it."""
@@ -71,7 +61,7 @@ class Submission:
         return self._call("--parsable").stdout.strip().split(";")[0]
 
     def _call(self, option: str) -> subprocess.CompletedProcess[str]:
-        words = [self.command[0], option, *self.command[1:]]
+        words = ["sbatch", option, *self.command[1:]]
         result = _run(words, self.environment)
         if result.returncode:
             raise KeyreidError(f"sbatch refused: {result.stderr.strip()}\nThe command was: {shlex.join(words)}")
@@ -82,29 +72,27 @@ def log_pattern(folder: Path, verb: str, array: bool) -> str:
     """sbatch's file name pattern for the log of a job of this verb in `folder`."""
     if "\\" in str(folder):  # sbatch takes a backslash as the end of all replacements
         raise KeyreidError(f"{folder}: Slurm cannot write logs to a folder with a backslash in its name")
-    escaped = str(folder.absolute()).replace("%", "%%")
-    return f"{escaped}/{verb}-{'%A_%a' if array else '%j'}.log"
+    return f"{str(folder.absolute()).replace('%', '%%')}/{verb}-{'%A_%a' if array else '%j'}.log"
 
 
 def follow(job_id: str, logs: Sequence[Path]) -> str:
-    """Print what is added to the logs until the job ends, through requeues; gives its final state."""
+    """Print what is added to the logs until the job ends, through requeues; gives its final state.
+
+    Raises:
+        KeyreidError: Slurm does not know the job (any more).
+    """
     offsets = dict.fromkeys(logs, 0)
     while True:
-        state = job_state(job_id)
+        result = _run(["scontrol", "show", "job", "-o", job_id])
+        states = re.findall(r"\bJobState=([A-Z_]+)", result.stdout)
+        if result.returncode or not states:
+            reason = result.stderr.strip() or "unknown to Slurm"
+            raise KeyreidError(f"job {job_id}: {reason}; `sacct -j {job_id}` may tell")
         for log in logs:
             offsets[log] = _print_from(log, offsets[log])
-        if state in FINAL_STATES:
-            return state
+        if states[-1] in FINAL_STATES:
+            return states[-1]
         time.sleep(POLL_SECONDS)
-
-
-def job_state(job_id: str) -> str:
-    """RUNNING, PENDING, COMPLETED ...; KeyreidError where Slurm does not know the job (any more)."""
-    result = _run(["scontrol", "show", "job", "-o", job_id])
-    states = re.findall(r"\bJobState=([A-Z_]+)", result.stdout)
-    if result.returncode or not states:
-        raise KeyreidError(f"job {job_id}: {result.stderr.strip() or 'unknown to Slurm'}; `sacct -j {job_id}` may tell")
-    return states[-1]
 
 
 def _print_from(log: Path, offset: int) -> int:
@@ -116,8 +104,7 @@ def _print_from(log: Path, offset: int) -> int:
     except OSError:
         return offset
     whole = text[: text.rfind(b"\n") + 1]
-    sys.stdout.write(whole.decode(errors="replace"))
-    sys.stdout.flush()
+    print(whole.decode(errors="replace"), end="", flush=True)
     return offset + len(whole)
 
 
@@ -125,8 +112,6 @@ def _run(words: list[str], environment: Mapping[str, str] | None = None) -> subp
     if shutil.which(words[0]) is None:
         raise KeyreidError(f"{words[0]} not found: submit from a login node of the cluster (--dry-run works anywhere)")
     # Inside a job, its own variables would be taken for options of the new one. SBATCH_* are the user's own defaults.
-    inherited = {
-        name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name in CLIENT_VARIABLES
-    }
-    environment = inherited | dict(environment or {})
+    foreign = {name for name in os.environ if name.startswith("SLURM_")} - CLIENT_VARIABLES
+    environment = {k: v for k, v in os.environ.items() if k not in foreign} | dict(environment or {})
     return subprocess.run(words, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)

@@ -1,14 +1,45 @@
-"""Bring a folder of folders, or a table of pictures, into an imported folder; pictures stay where they are."""
+"""Bring folders and tables of pictures into an imported folder; and what each source adds to its manifest and card."""
 
+import json
+import zlib
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import compress
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from keyreid.datasets.folder import open_folder
+import numpy as np
+import pandas as pd
+
+from keyreid.datasets.folder import CARD, CARD_FORMAT, MANIFEST, ImportCard, is_imported, open_folder, read_import_card
 from keyreid.datasets.frames import picture_size
+from keyreid.datasets.listing import RESERVED, numbered, safe_key
 from keyreid.errors import DataError
-from keyreid.ingest.store import Imported, ImportedTracklet, add_source, check_target, source_name
+from keyreid.files import replace_text, replacing
 from keyreid.progress import track
+
+SOURCE_LENGTH, NAME_LENGTH = 32, 44  # keys have at most 80 characters
+
+
+class Row(NamedTuple):
+    """A picture in the manifest."""
+
+    path: Path | str
+    split: str  # empty where it is not decided
+    camera: str
+    identity: str  # empty when unknown
+    tracklet: str  # unique in its source
+    frame: int
+
+
+class Imported(NamedTuple):
+    """What an import kept, and what it left out and why."""
+
+    tracklets: int
+    pictures: int
+    cameras: list[str]
+    left_out: dict[str, int]
 
 
 def import_folder(
@@ -22,7 +53,7 @@ def import_folder(
     min_length: int = 1,
     name: str | None = None,
 ) -> Imported:
-    """Add the tracklets of a folder or a CSV or Parquet table to an imported folder.
+    """Add the tracklets of a folder or a CSV or Parquet table to an imported folder; pictures stay where they are.
 
     Args:
         source, layout, test_share, seed: see `datasets.folder.open_folder`. Splits are drawn here, once.
@@ -36,25 +67,90 @@ def import_folder(
     check_target(out)
     if out.resolve() == source.resolve():
         raise DataError(f"{out}: import into another folder than the source's own")
-    data = open_folder(source, layout, test_share, seed)
+    settings = {"layout": layout, "test_share": test_share, "seed": seed}
+    data = open_folder(source, **settings)
     cameras, people = ({number: text for text, number in data.names[kind].items()} for kind in ("camera", "identity"))
+    rows: list[Row] = []
     left_out: Counter[str] = Counter()
-    kept = []
     for tracklet in track(data.tracklets, len(data.tracklets), "importing", "tracklets"):
-        sizes = [picture_size(frame.path) for frame in tracklet.frames]
-        large = [width >= min_width and height >= min_height for width, height in sizes]
-        frames = list(compress(tracklet.frames, large))
+        sizes = np.array([picture_size(frame.path) for frame in tracklet.frames])
+        frames = list(compress(tracklet.frames, (sizes >= (min_width, min_height)).all(axis=1)))
         left_out["pictures too small"] += len(tracklet.frames) - len(frames)
         if len(frames) < min_length:
             left_out["tracklets too short"] += 1
             continue
-        identity = "" if tracklet.identity is None else people[tracklet.identity]
         split = "" if tracklet.split == "all" else tracklet.split
-        pictures = tuple((frame.path, number) for number, frame in enumerate(frames))
-        kept.append(ImportedTracklet(tracklet.key, cameras[tracklet.camera], identity, split, pictures))
-    settings = {
-        **{"layout": layout, "test_share": test_share, "seed": seed},
-        **{"min_width": min_width, "min_height": min_height, "min_length": min_length},
-    }
+        names = split, cameras[tracklet.camera], people.get(tracklet.identity, ""), tracklet.key
+        rows += [Row(frame.path, *names, number) for number, frame in enumerate(frames)]
+    settings |= {"min_width": min_width, "min_height": min_height, "min_length": min_length}
     about = {"kind": "folder", "file": str(source.resolve()), "settings": settings}
-    return add_source(out, name or source_name(source), kept, about, left_out)
+    return add_source(out, name or source_name(source), rows, about, left_out)
+
+
+def check_target(root: Path) -> None:
+    """Raise DataError where a folder holds things that `keyreid import` did not write."""
+    if root.exists() and not root.is_dir():
+        raise DataError(f"{root}: not a folder")
+    if root.is_dir() and not (root / CARD).is_file() and any(path.name != "crops" for path in root.iterdir()):
+        raise DataError(f"{root}: not empty, and not an imported folder; name a new folder with --out")
+
+
+def source_name(path: Path) -> str:
+    """What a source is called in manifest and folders: its file's name in letters, digits, `_` and `-`."""
+    return safe_key(path.resolve().stem)[:SOURCE_LENGTH]
+
+
+def add_source(
+    root: Path,
+    source: str,
+    rows: Sequence[Row],
+    about: Mapping[str, Any],
+    left_out: Mapping[str, int],
+    frames_per_second: Mapping[str, float | None] | None = None,
+) -> Imported:
+    """Write a source's pictures into the manifest and the card; what the same source had there before is replaced.
+
+    Args:
+        root: the imported folder; it may be new.
+        about: where the source came from and how it was read, for the card.
+        left_out: how much was not kept, by reason.
+        frames_per_second: of its cameras, where it is known.
+
+    Raises:
+        DataError: `root` holds other things, or nothing was kept.
+    """
+    if not rows:
+        raise DataError(f"{source}: nothing is left to import; lower the bounds of size, length or visibility")
+    check_target(root)
+    root.mkdir(parents=True, exist_ok=True)
+    stored = [row._replace(path=_stored(row.path, root), tracklet=f"{source}/{_short(row.tracklet)}") for row in rows]
+    own = table = pd.DataFrame(stored, columns=Row._fields)
+    if is_imported(root):
+        others = pd.read_parquet(root / MANIFEST)
+        table = pd.concat([others[~others["tracklet"].str.startswith(f"{source}/")], own], ignore_index=True)
+    card = read_import_card(root)
+    kept = {"identity": card.names["identity"] | RESERVED, "camera": card.names["camera"]}
+    names = {kind: known | numbered(set(own[kind]) - {""}, kept[kind]) for kind, known in card.names.items()}
+    rates = dict(card.frames_per_second)
+    for camera, rate in (frames_per_second or {}).items():
+        if rate and rates.setdefault(camera, rate) != rate:  # none where two sources of a camera differ
+            del rates[camera]
+    imported = Imported(own["tracklet"].nunique(), len(own), sorted(set(own["camera"])), dict(left_out))
+    about = {**about, "left_out": dict(left_out), "tracklets": imported.tracklets, "pictures": imported.pictures}
+    with replacing(root / MANIFEST) as partial:
+        table.to_parquet(partial, index=False)
+        # The card first: names without pictures do no harm.
+        card = asdict(ImportCard(names, rates, card.sources | {source: about}))
+        replace_text(root / CARD, json.dumps({"format": CARD_FORMAT, **card}, indent=1, ensure_ascii=False) + "\n")
+    return imported
+
+
+def _stored(path: Path, root: Path) -> str:
+    """Relative where the picture lies in the imported folder, so that the folder can be moved; else absolute."""
+    path, root = path.resolve(), root.resolve()
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
+
+
+def _short(name: str) -> str:
+    """A name that, with its source's, is no longer than a key may be."""
+    return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 9]}-{zlib.crc32(name.encode()):08x}"

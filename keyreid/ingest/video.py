@@ -6,6 +6,7 @@ A video is read once from its beginning to its end, however many people are in i
 import functools
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,7 @@ from keyreid.datasets.listing import safe_key
 from keyreid.datasets.mot import VIDEO_SUFFIXES, open_mot, read_seqinfo, sequences_root
 from keyreid.datasets.tracklet import Dataset, Frame
 from keyreid.errors import DataError
-from keyreid.ingest.store import Imported, ImportedTracklet, add_source, check_target, source_name
+from keyreid.ingest.folder import Imported, Row, add_source, check_target, source_name
 from keyreid.progress import track
 
 LEAST_INSIDE = 0.5  # share of a box that lies in the picture
@@ -68,71 +69,54 @@ def import_video(
     check_target(out)
     name = name or source_name(file)
     file = sequences_root(file)
-    tracks = tracks and tracks.resolve()
-    data = _open(file, tracks, settings)
-    sequences = list(data.names["camera"])
-    if camera is not None and len(sequences) > 1:
-        raise DataError(f"{file}: --camera {camera}, but it holds {len(sequences)} sequences, each a camera of its own")
+    tracks = tracks and str(tracks.resolve())
+    passed = ("classes", "min_length", "min_visibility", "min_confidence", "max_gap", "padding")
+    options = {option: getattr(settings, option) for option in passed}
+    options |= {"min_size": (settings.min_width, settings.min_height)}
+    options |= {"max_frames": settings.max_frames * settings.every}
+    data = open_mot(file, tracks, camera, split="all", **options)
     folder = out / "crops" / name
     left_out: Counter[str] = Counter()
-    chosen = _choose(data, camera, settings, folder, left_out)
-    _cut_all(chosen, folder)
-    about = {
-        "kind": "video",
-        "file": str(file.resolve()),
-        "tracks": tracks and str(tracks),
-        "settings": asdict(settings),
-    }
-    rates = {camera or sequence: frames_per_second or _rate(file, sequence, len(sequences)) for sequence in sequences}
-    return add_source(out, name, [one for one, _ in chosen], about, left_out, rates)
-
-
-def _open(file: Path, tracks: Path | None, settings: VideoSettings) -> Dataset:
-    return open_mot(
-        file,
-        tracks=tracks and str(tracks),
-        split="all",
-        classes=settings.classes,
-        min_size=(settings.min_width, settings.min_height),
-        min_length=settings.min_length,
-        min_visibility=settings.min_visibility,
-        min_confidence=settings.min_confidence,
-        max_gap=settings.max_gap,
-        max_frames=settings.max_frames * settings.every,
-        padding=settings.padding,
-    )
+    rows, frames = _choose(data, settings, folder, left_out)
+    _cut_all(frames, [row.path for row in rows], folder)
+    about = {"kind": "video", "file": str(file.resolve()), "tracks": tracks, "settings": asdict(settings)}
+    places = list(data.names["camera"])
+    rates = {place: frames_per_second or _rate(file, file / place if len(places) > 1 else file) for place in places}
+    return add_source(out, name, rows, about, left_out, rates)
 
 
 def _choose(
-    data: Dataset, camera: str | None, settings: VideoSettings, folder: Path, left_out: Counter[str]
-) -> list[tuple[ImportedTracklet, list[Frame]]]:
-    """What is to be cut, tracklet by tracklet: the pictures' files, and the frames that they come from."""
-    sequences, tracks = ({n: name for name, n in data.names[kind].items()} for kind in ("camera", "identity"))
+    data: Dataset, settings: VideoSettings, folder: Path, left_out: Counter[str]
+) -> tuple[list[Row], list[Frame]]:
+    """What is to be cut: the pictures as the manifest names them, and the frames that they come from."""
+    places, people = ({n: name for name, n in data.names[kind].items()} for kind in ("camera", "identity"))
     size_of = functools.cache(_size)
     pieces: Counter[int] = Counter()
-    chosen = []
+    rows, chosen = [], []
     for tracklet in data.tracklets:
-        sequence = sequences[tracklet.camera]
-        place = camera or sequence
-        track_id = tracks[tracklet.identity].removeprefix(f"{sequence}/")
-        piece, pieces[tracklet.identity] = pieces[tracklet.identity], pieces[tracklet.identity] + 1
+        place, person = places[tracklet.camera], people[tracklet.identity]
+        track_id = person.removeprefix(f"{place}/")
+        name = safe_key(*([place] if len(places) > 1 else []), track_id, str(pieces[tracklet.identity]))
+        pieces[tracklet.identity] += 1
         inside = [frame for frame in tracklet.frames if _share_inside(frame, size_of) >= LEAST_INSIDE]
         left_out["boxes mostly outside the picture"] += len(tracklet.frames) - len(inside)
-        frames = inside[:: settings.every]
-        if frames:
-            name = safe_key(*([sequence] if len(sequences) > 1 else []), track_id, str(piece))
-            identity = {"none": "", "track": f"{place}/{track_id}", "person": track_id}[settings.identity]
-            pictures = tuple((folder / name / f"{_number(f):06d}.{_suffix(f)}", _number(f)) for f in frames)
-            chosen.append((ImportedTracklet(name, place, identity, "", pictures), frames))
-    if not chosen:
+        identity = {"none": "", "track": person, "person": track_id}[settings.identity]
+        for frame in inside[:: settings.every]:
+            # The number in the video from 0, or of a picture as its name says; the kind as `read_frame` gives it.
+            number = frame.video_frame
+            if number is None:
+                number = int("".join(filter(str.isdigit, frame.path.stem)) or 0)
+            kind = "png" if frame.video_frame is None and frame.path.suffix.lower() == ".png" else "jpg"
+            rows.append(Row(folder / name / f"{number:06d}.{kind}", "", place, identity, name, number))
+            chosen.append(frame)
+    if not rows:
         raise DataError(f"{folder.name}: every box lies mostly outside its picture; do the tracks belong to it?")
-    return chosen
+    return rows, chosen
 
 
-def _cut_all(chosen: list[tuple[ImportedTracklet, list[Frame]]], folder: Path) -> None:
+def _cut_all(frames: Sequence[Frame], paths: Sequence[Path], folder: Path) -> None:
     """Cut and write pictures in the order of the video; they take the folder's place once all are there."""
-    cuts = [(f, path) for one, frames in chosen for f, (path, _) in zip(frames, one.pictures, strict=True)]
-    cuts.sort(key=lambda cut: (str(cut[0].path), cut[0].video_frame or 0))
+    cuts = sorted(zip(frames, paths, strict=True), key=lambda cut: (str(cut[0].path), cut[0].video_frame or 0))
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for frame, path in track(cuts, len(cuts), "cutting", "pictures"):
@@ -144,22 +128,8 @@ def _cut_all(chosen: list[tuple[ImportedTracklet, list[Frame]]], folder: Path) -
     partial.rename(folder)
 
 
-def _number(frame: Frame) -> int:
-    """The frame's number: in the video from 0, of a picture as its name says."""
-    if frame.video_frame is not None:
-        return frame.video_frame
-    return int("".join(filter(str.isdigit, frame.path.stem)) or 0)
-
-
-def _suffix(frame: Frame) -> str:
-    """The kind of picture that `read_frame` gives."""
-    return "png" if frame.video_frame is None and frame.path.suffix.lower() == ".png" else "jpg"
-
-
 def _share_inside(frame: Frame, size_of) -> float:
     """The share of a frame's box that lies in its picture."""
-    if frame.box is None:
-        return 1.0
     width, height = size_of(frame.path, frame.video_frame is not None)
     x, y, wide, high = frame.box
     shared = max(0.0, min(x + wide, width) - max(x, 0)) * max(0.0, min(y + high, height) - max(y, 0))
@@ -173,13 +143,12 @@ def _size(path: Path, video: bool) -> tuple[float, float]:
     return video_property(path, cv2.CAP_PROP_FRAME_WIDTH), video_property(path, cv2.CAP_PROP_FRAME_HEIGHT)
 
 
-def _rate(file: Path, sequence: str, sequences: int) -> float | None:
-    """Frames a second of a video or sequence, where it says."""
+def _rate(file: Path, sequence: Path) -> float | None:
+    """Frames a second of a video or a sequence's folder, where it says."""
     if file.suffix.lower() in VIDEO_SUFFIXES:
         rate = video_property(file, cv2.CAP_PROP_FPS)
         return rate if 0 < rate < 1000 else None
     try:
-        folder = file if sequences == 1 else file / sequence
-        return read_seqinfo(folder).getfloat("Sequence", "frameRate", fallback=None)
+        return read_seqinfo(sequence).getfloat("Sequence", "frameRate", fallback=None)
     except ValueError:
         return None
