@@ -14,16 +14,16 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from keyreid.config import LossConfig
-from keyreid.distributed.collectives import gather
+from keyreid.distributed.ranks import gather
 from keyreid.errors import DataError
 from keyreid.model.keyreid import Features
 from keyreid.model.precision import full
 
 
-def check_labels(labels: torch.Tensor, num_identities: int, keys: Sequence[str]) -> None:
+def check_labels(labels: Tensor, num_identities: int, keys: Sequence[str]) -> None:
     """Refuse labels that no classifier has, naming the tracklets. Call it before the labels go to a GPU.
 
     Raises:
@@ -40,28 +40,21 @@ def check_labels(labels: torch.Tensor, num_identities: int, keys: Sequence[str])
 
 def gather_features(features: Features) -> Features:
     """The features of all ranks' clips, in rank order, differentiable."""
-    return Features(
-        gather(features.global_feature), gather(features.part_features, dim=1), gather(features.temporal_scores)
-    )
+    whole, parts, scores = features
+    return Features(gather(whole), gather(parts, dim=1), gather(scores))
 
 
-def identity_loss(
-    logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.1, weights: torch.Tensor | None = None
-) -> torch.Tensor:
+def identity_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.1, weights: Tensor | None = None) -> Tensor:
     """Cross entropy with label smoothing: logits [..., B, C], labels [B] -> [...], a (weighted) mean over B."""
     classes = logits.shape[-1]
-    flat = F.cross_entropy(
-        full(logits).reshape(-1, classes),
-        labels.expand(logits.shape[:-1]).reshape(-1),
-        label_smoothing=smoothing,
-        reduction="none",
-    )
+    flat_logits, flat_labels = full(logits).reshape(-1, classes), labels.expand(logits.shape[:-1]).reshape(-1)
+    flat = F.cross_entropy(flat_logits, flat_labels, label_smoothing=smoothing, reduction="none")
     return _mean(flat.view(logits.shape[:-1]), weights)
 
 
 def triplet_loss(
-    features: torch.Tensor, labels: torch.Tensor, margin: float | None = None, weights: torch.Tensor | None = None
-) -> torch.Tensor:
+    features: Tensor, labels: Tensor, margin: float | None = None, weights: Tensor | None = None
+) -> Tensor:
     """Batch-hard triplet loss with Euclidean distance.
 
     Each clip against its farthest clip of the same identity and its nearest of another; soft margin
@@ -70,7 +63,6 @@ def triplet_loss(
     Args:
         features: [..., B, D], before the BatchNorm.
         labels: [B].
-        margin: None for the soft margin.
         weights: [..., B]; clips of weight 0 are neither anchor, positive nor negative.
 
     Returns:
@@ -87,27 +79,21 @@ def triplet_loss(
     positive = torch.where(same, distance, 0.0).amax(-1)
     negative = torch.where(other, distance, torch.inf).amin(-1)
     violation = positive - negative
-    loss = F.softplus(violation) if margin is None else (violation + margin).relu()
-    return _mean(loss, weights)
+    return _mean(F.softplus(violation) if margin is None else (violation + margin).relu(), weights)
 
 
-def centre_loss(
-    features: torch.Tensor, labels: torch.Tensor, centres: torch.Tensor, weights: torch.Tensor | None = None
-) -> torch.Tensor:
+def centre_loss(features: Tensor, labels: Tensor, centres: Tensor, weights: Tensor | None = None) -> Tensor:
     """Squared distance to the identity's centre: features [..., B, D], centres [..., C, D] -> [...], a mean over B."""
-    squared = (full(features) - centres[..., labels, :]).square().sum(-1)
-    return _mean(squared, weights)
+    return _mean((full(features) - centres[..., labels, :]).square().sum(-1), weights)
 
 
-def attention_loss(scores: torch.Tensor, erased: torch.Tensor) -> torch.Tensor:
+def attention_loss(scores: Tensor, erased: Tensor) -> Tensor:
     """Temporal attention (before its softmax) spent on erased frames: scores and erased [B, T] -> scalar."""
     return (full(scores) * erased).sum(1).mean()
 
 
-def _mean(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    if weights is None:
-        return values.mean(-1)
-    return (values * weights).sum(-1) / weights.sum(-1).clamp(min=1e-6)
+def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    return values.mean(-1) if weights is None else (values * weights).sum(-1) / weights.sum(-1).clamp(min=1e-6)
 
 
 class Criterion(nn.Module):
@@ -129,13 +115,8 @@ class Criterion(nn.Module):
         self.register_buffer("part_centres", torch.randn(tables, num_identities, part_width))
 
     def forward(
-        self,
-        features: Features,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        erased: torch.Tensor,
-        visibility: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self, features: Features, logits: Tensor, labels: Tensor, erased: Tensor, visibility: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the global batch.
 
         Args:
@@ -156,20 +137,13 @@ class Criterion(nn.Module):
         parts = {name: term.mean() for name, term in parts.items()}
         batch = self.batch_terms(features, erased)
         total = alpha * self._weighted(whole) + (1 - alpha) * self._weighted(parts) + self._weighted(batch)
-        terms = {
-            f"{name}_{part}": term for name in whole for part, term in (("global", whole[name]), ("parts", parts[name]))
-        }
+        terms = {f"{name}_{branch}": of[name] for name in whole for branch, of in (("global", whole), ("parts", parts))}
         terms |= batch | {"accuracy": (logits[0].argmax(-1) == labels).float().mean()}
         return total, {name: term.detach() for name, term in terms.items()}
 
     def branch_terms(
-        self,
-        features: torch.Tensor,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        centres: torch.Tensor,
-        weights: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
+        self, features: Tensor, logits: Tensor, labels: Tensor, centres: Tensor, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The losses of the global branch, or of the parts' with P in front of each shape: [] or [P] each.
 
         Their names are those of their weights in LossConfig. Shapes as in the functions above.
@@ -181,15 +155,15 @@ class Criterion(nn.Module):
             "centre": centre_loss(features, labels, centres, weights),
         }
 
-    def batch_terms(self, features: Features, erased: torch.Tensor) -> dict[str, torch.Tensor]:
+    def batch_terms(self, features: Features, erased: Tensor) -> dict[str, Tensor]:
         """The losses that belong to no branch, each a scalar, under the names of their weights in LossConfig."""
         return {"attention": attention_loss(features.temporal_scores, erased)}
 
-    def _weighted(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _weighted(self, terms: dict[str, Tensor]) -> Tensor:
         return sum(getattr(self.loss, name) * term for name, term in terms.items())
 
     @torch.no_grad()
-    def update_centres(self, features: Features, labels: torch.Tensor, visibility: torch.Tensor | None = None) -> None:
+    def update_centres(self, features: Features, labels: Tensor, visibility: Tensor | None = None) -> None:
         """Move the centres towards the features of the global batch; every rank does the same.
 
         `all` (Wen et al., ECCV 2016): an identity's centre c with n clips x in the batch moves by
@@ -197,16 +171,14 @@ class Criterion(nn.Module):
         the global branch's mean squared distance, rate * 2 / B * sum(x - c); the local table stays as drawn.
         """
         rate = self.loss.centre_rate
+        pull = full(features.global_feature) - self.global_centres[labels]
         if self.loss.centres == "released":
-            pull = 2 * rate / len(labels) * (full(features.global_feature) - self.global_centres[labels])
-            self.global_centres.index_add_(0, labels, pull)
+            self.global_centres.index_add_(0, labels, 2 * rate / len(labels) * pull)
             return
         same = (labels.unsqueeze(1) == labels).float()
-        pull = full(features.global_feature) - self.global_centres[labels]
         self.global_centres.index_add_(0, labels, rate / (1 + same.sum(1, keepdim=True)) * pull)
-        seen = torch.ones(self.part_centres.shape[0], len(labels), device=labels.device)
-        if visibility is not None:
-            seen = (visibility > 0).float().T
+        everywhere = torch.ones(self.part_centres.shape[0], len(labels), device=labels.device)
+        seen = everywhere if visibility is None else (visibility > 0).float().T
         counts = seen @ same  # [P, B], the clips of one's identity that show the part
         pull = full(features.part_features) - self.part_centres[:, labels]
         self.part_centres.index_add_(1, labels, (rate * seen / (1 + counts)).unsqueeze(-1) * pull)

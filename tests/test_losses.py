@@ -6,7 +6,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from keyreid.config import ClipConfig, LossConfig, ModelConfig
-from keyreid.distributed.collectives import gather
+from keyreid.distributed.ranks import gather
 from keyreid.errors import DataError
 from keyreid.losses import (
     Criterion,

@@ -30,7 +30,6 @@ def record(config, folder, backend):
     from keyreid.distributed.preemption import StopRequest
     from keyreid.distributed.ranks import join, leave
     from keyreid.tracking import Tracker
-    from keyreid.training import state
     from keyreid.training.loop import Trainer
 
     KeyReID.compile = functools.partialmethod(KeyReID.compile, backend=backend)
@@ -46,7 +45,7 @@ def record(config, folder, backend):
         seen["norms"].append(outcome.gradient_norm)
         seen["graphs"].append(counters["stats"]["unique_graphs"])
         seen["breaks"].append(sum(counters["graph_break"].values()))
-    weights = torch.cat([weight.flatten() for _, weight in state.full_weights(trainer.engine)])
+    weights = torch.cat([weight.flatten() for _, weight in trainer.engine.weights()])
     seen["sample"] = weights[:: max(1, len(weights) // 5000)].tolist()
     trainer.reader.close()
     if ranks.first:

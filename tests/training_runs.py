@@ -20,9 +20,8 @@ from keyreid.config import Config, check_config
 from keyreid.distributed.preemption import StopRequest
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["keyreid.training.loop", "keyreid.training.run", "mlflow", "deepspeed", "keyreid.shards.dali"]
-)
+HEAVY = ["keyreid.training.loop", "keyreid.evaluation.judging", "keyreid.training.run"]
+SERVER.set_forkserver_preload([*HEAVY, "mlflow", "deepspeed", "keyreid.shards.dali"])
 TIMEOUT = 300
 
 

@@ -6,24 +6,21 @@ from typing import Annotated, Literal
 
 import typer
 
-SEED_STYLE_DATASETS = {"MARS": "mars", "iLIDS-VID": "ilids_vid", "PRID2011": "prid2011"}
+from keyreid.commands.options import Overrides
+
+SEED_STYLE_DATASETS = ("MARS", "iLIDS-VID", "PRID2011")
 
 
 def train(
     config: Annotated[
         Path | None, typer.Argument(help="Configuration, for example configs/mars.yaml.", show_default=False)
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to it: section.key=value ...", show_default=False)
-    ] = None,
+    overrides: Overrides = None,
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Processes. Default: one for each GPU (of the Ray cluster), else one.")
     ] = None,
     ray: Annotated[
-        str | None,
-        typer.Option(
-            help="HOST:PORT, or auto: let this Ray cluster place the ranks. local: start Ray on this machine."
-        ),
+        str | None, typer.Option(help="HOST:PORT or auto: this Ray cluster places the ranks. local: start Ray here.")
     ] = None,
     resume: Annotated[
         Literal["auto", "never"], typer.Option(help="auto: from the run's newest whole checkpoint. never: start anew.")
@@ -45,25 +42,23 @@ def train(
     from keyreid.config import load_config
     from keyreid.distributed.launch import default_ranks, is_launched, run_ranks
     from keyreid.distributed.ranks import position
-    from keyreid.training.dry_run import check_data, describe_plan
-    from keyreid.training.run import completed_result
-    from keyreid.training.run import train as train_here
+    from keyreid.training import run
 
     settings = load_config(*_named(config, overrides or [], dataset_name, vit_path))
     if dry_run:
-        print(describe_plan(settings))
+        print(run.describe_plan(settings))
         return
     if ray is None and not is_launched():
         ranks = ranks or default_ranks()
         settings.check_ranks(ranks)
         if ranks > 1:
-            check_data(settings)  # once and soon, not by every rank after it has imported everything
+            run.check_data(settings)  # once and soon, not by every rank after it has imported everything
             sys.exit(run_ranks(ranks, settings.run_dir / "logs"))
-    result = completed_result(settings) if resume == "auto" else None
+    result = run.completed_result(settings) if resume == "auto" else None
     if result is None and ray is not None:
         result = _train_on_ray(settings, ray, ranks, resume == "auto")
     elif result is None:
-        result = train_here(settings, resume == "auto")
+        result = run.train(settings, resume == "auto")
     if result is not None and position()[0] == 0:
         print(f"\n{result.get('summary', result)}\nrun folder: {settings.run_dir}")
 
@@ -73,10 +68,14 @@ def _named(
 ) -> tuple[Path, list[str]]:
     """The configuration file and the changes to it that the options name."""
     from keyreid.errors import ConfigError
+    from keyreid.resources import shipped
 
     if dataset_name is not None:  # the first word after the options is an override then
         overrides = [*([str(config)] if config is not None else []), *overrides]
-        config = _dataset_configuration(dataset_name)
+        if dataset_name.lower() not in map(str.lower, SEED_STYLE_DATASETS):
+            names = ", ".join(SEED_STYLE_DATASETS)
+            raise ConfigError(f"--dataset-name {dataset_name}: {names} have a configuration in configs/")
+        config = shipped(f"configs/{dataset_name.lower().replace('-', '_')}.yaml")
     if config is None:
         raise ConfigError("name a configuration (keyreid train configs/mars.yaml), or a dataset (--dataset-name MARS)")
     return config, [*overrides, *([f"model.weights={vit_path}"] if vit_path is not None else [])]
@@ -87,8 +86,7 @@ def _train_on_ray(settings, address: str, ranks: int | None, resume: bool) -> di
     from functools import partial
 
     from keyreid.errors import ConfigError, install_hint
-    from keyreid.training.dry_run import check_data
-    from keyreid.training.run import train
+    from keyreid.training.run import check_data, train
 
     if importlib.util.find_spec("ray") is None:
         raise ConfigError(f"--ray needs Ray; {install_hint('tune')}")
@@ -96,13 +94,3 @@ def _train_on_ray(settings, address: str, ranks: int | None, resume: bool) -> di
 
     check_data(settings)
     return run_on_ray(partial(train, settings, resume, command=sys.argv), address, ranks, settings.check_ranks)
-
-
-def _dataset_configuration(name: str) -> Path:
-    from keyreid.errors import ConfigError
-    from keyreid.resources import shipped
-
-    known = {key.lower(): file for key, file in SEED_STYLE_DATASETS.items()}
-    if name.lower() not in known:
-        raise ConfigError(f"--dataset-name {name}: {', '.join(SEED_STYLE_DATASETS)} have a configuration in configs/")
-    return shipped(f"configs/{known[name.lower()]}.yaml")

@@ -4,6 +4,7 @@ torchrun, deepspeed and srun start ranks themselves; this is for `keyreid train`
 that a run saves and ends in order, which torch's own elastic agent does not wait for.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -40,49 +41,48 @@ def run_ranks(ranks: int, log_dir: Path, arguments: Sequence[str] | None = None)
 
     The first rank writes to this terminal, the others to `LOG_DIR/rank-N.log`.
 
-    Args:
-        arguments: default those of this very command.
-
     Returns:
         0 when all ranks returned 0, else the status of the one that failed first.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     log_dir.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = free_port()
     processes = [_start(arguments, rank, ranks, port, log_dir) for rank in range(ranks)]
     previous = {number: signal.signal(number, lambda n, _: _pass_on(processes, n)) for number in STOP_SIGNALS}
     try:
-        failed = _wait(processes)
+        while None in (states := [process.poll() for process in processes]) and not any(states):
+            time.sleep(POLL_SECONDS)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
         _end(processes)
+    failed, status = next(((rank, state) for rank, state in enumerate(states) if state), (None, 0))
     if failed is None:
         return 0
-    status = processes[failed].returncode
-    print(_obituary(failed, status, log_dir), file=sys.stderr, flush=True)
+    reason = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    lines = [f"error: rank {failed} {reason}; the others were ended"]
+    log = log_dir / f"rank-{failed}.log"
+    if failed and log.is_file():
+        tail = log.read_text(errors="replace").splitlines()
+        start = max((i for i, line in enumerate(tail) if line.startswith("Traceback")), default=max(0, len(tail) - 30))
+        lines += [f"--- {log}", *tail[start:]]
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
     return status if status > 0 else 128 - status
 
 
-def _free_port() -> int:
+def free_port(address: str = "127.0.0.1") -> int:
+    """A port of this machine that nobody listens on now."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((address, 0))
         return probe.getsockname()[1]
 
 
 def _start(arguments: Sequence[str], rank: int, ranks: int, port: int, log_dir: Path) -> subprocess.Popen:
-    environment = {
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     # Ranks share the cores; by default each would start a thread for every core.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-    output = None if rank == 0 else (log_dir / f"rank-{rank}.log").open("ab")
-    try:
+    with contextlib.nullcontext() if rank == 0 else (log_dir / f"rank-{rank}.log").open("ab") as output:
         return subprocess.Popen(
             [*MODULE, *arguments],
             env=environment,
@@ -92,9 +92,6 @@ def _start(arguments: Sequence[str], rank: int, ranks: int, port: int, log_dir: 
             preexec_fn=_die_with_parent,
             start_new_session=True,  # Ctrl-C reaches the ranks once, through us
         )
-    finally:
-        if output:
-            output.close()
 
 
 def _die_with_parent() -> None:
@@ -109,18 +106,6 @@ def _pass_on(processes: Sequence[subprocess.Popen], number: int) -> None:
             process.send_signal(number)
 
 
-def _wait(processes: Sequence[subprocess.Popen]) -> int | None:
-    """Until all ended well (None) or one failed (its rank)."""
-    while True:
-        states = [process.poll() for process in processes]
-        for rank, state in enumerate(states):
-            if state not in (None, 0):
-                return rank
-        if all(state == 0 for state in states):
-            return None
-        time.sleep(POLL_SECONDS)
-
-
 def _end(processes: Sequence[subprocess.Popen]) -> None:
     """End what still runs: a word first, so that tracking can close, then by force."""
     _pass_on(processes, signal.SIGTERM)
@@ -131,14 +116,3 @@ def _end(processes: Sequence[subprocess.Popen]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _obituary(rank: int, status: int, log_dir: Path) -> str:
-    reason = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    lines = [f"error: rank {rank} {reason}; the others were ended"]
-    log = log_dir / f"rank-{rank}.log"
-    if rank and log.is_file():
-        tail = log.read_text(errors="replace").splitlines()
-        start = max((i for i, line in enumerate(tail) if line.startswith("Traceback")), default=max(0, len(tail) - 30))
-        lines += [f"--- {log}", *tail[start:]]
-    return "\n".join(lines)

@@ -11,27 +11,19 @@ import torch.distributed as dist
 from keyreid.errors import KeyreidError
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
-
 # (rank, world size, local rank) in the words of torchrun and deepspeed, then of srun
-LAUNCHER_VARIABLES = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-)
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Position of this process: `rank` of `world_size`, `local_rank` on its machine, and the device it computes on.
-
-    Attributes:
-        control: gloo group of all ranks, for words between CPUs that need not wait for a GPU; None for one process.
-    """
+    """Position of this process: `rank` of `world_size`, `local_rank` on its machine, and the device it computes on."""
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
-    control: dist.ProcessGroup | None
+    control: dist.ProcessGroup | None  # gloo, for words between CPUs that need not wait for a GPU; None when alone
 
     @classmethod
     def alone(cls, device: torch.device | str = "cpu") -> "Ranks":
@@ -96,11 +88,9 @@ def join() -> Ranks:
             f"{world_size} ranks but no {' and '.join(missing)}: start with `keyreid train --ranks N`, torchrun, "
             "deepspeed, or slurm/train.sbatch"
         )
-    cuda = torch.cuda.is_available()
-    if cuda:
+    if cuda := torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    else:
-        # Otherwise DeepSpeed looks for accelerators of other makers and warns.
+    else:  # otherwise DeepSpeed looks for accelerators of other makers and warns
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized():
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size == 1 else {}
@@ -114,3 +104,29 @@ def leave() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def gather(tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """The tensors of all ranks, joined along `dim` in rank order, differentiable; the same object on one rank.
+
+    Every rank must hold the same shape and compute the same loss from the result. Then the gradient for a rank's own
+    part needs no communication: it is its slice of the gradient, times the number of ranks because data-parallel
+    training averages the weights' gradients over the ranks.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return tensor
+    return _Gather.apply(tensor, dim)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        ctx.dim, ctx.length = dim, tensor.shape[dim]
+        pieces = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(pieces, tensor.contiguous())
+        return torch.cat(pieces, dim)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        own = gradient.narrow(ctx.dim, dist.get_rank() * ctx.length, ctx.length)
+        return own * dist.get_world_size(), None

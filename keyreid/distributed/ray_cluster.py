@@ -16,6 +16,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from keyreid.distributed.launch import free_port
 from keyreid.errors import ConfigError, KeyreidError
 
 CONNECT_SECONDS = 5.0
@@ -32,25 +33,16 @@ def start(address: str | None, log_to_driver: bool = False) -> None:
     """
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # failures are told by who started the work
     common = {"log_to_driver": log_to_driver, "logging_level": logging.CRITICAL}
-    if address is None:
-        _start_here(common)
+    if address is not None:
+        host, _, port = address.rpartition(":")
+        try:
+            if port.isdigit() and "/" not in host:  # Ray itself would try for ever to reach it
+                socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+            ray.init(address, **common)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"{address}: no Ray cluster there that can be joined: {error}") from None
         return
-    try:
-        _check_listens(address)
-        ray.init(address, **common)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{address}: no Ray cluster there that can be joined: {error}") from None
-
-
-def _check_listens(address: str) -> None:
-    """Ray itself would try for ever to reach HOST:PORT."""
-    host, _, port = address.rpartition(":")
-    if port.isdigit() and "/" not in host:
-        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-
-
-def _start_here(common: dict) -> None:
-    """Without a dashboard, and with a token that only its own processes know; Ray cannot listen on loopback alone."""
+    # Without a dashboard, and with a token that only its own processes know; Ray cannot listen on loopback alone.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # When the driver is killed, Ray's agents look for its other processes that long before they end too.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
@@ -76,22 +68,14 @@ def start_processes(
 ) -> tuple[list[Any], tuple[str, int]]:
     """Actors of `kind`, one in each bundle of a placement group, and the address and port where they meet.
 
-    Args:
-        cpus, gpus: that each holds.
-        threads: that each computes with.
-        calls: of an actor's methods that may run at a time.
-        directory: where relative paths of the configuration begin.
+    Each holds `cpus` and `gpus`, computes with `threads`, and lets `calls` of its methods run at a time.
     """
+    places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank) for rank in range(ranks)]
     actors = [
         ray.remote(kind)
-        .options(
-            num_cpus=cpus,
-            num_gpus=gpus,
-            max_concurrency=calls,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-        )
+        .options(num_cpus=cpus, num_gpus=gpus, max_concurrency=calls, scheduling_strategy=place)
         .remote(rank, ranks, threads, directory)
-        for rank in range(ranks)
+        for rank, place in enumerate(places)
     ]
     return actors, ray.get(actors[0].meeting_point.remote())
 
@@ -100,8 +84,7 @@ class RayProcess:
     """One rank's process, as a Ray actor."""
 
     def __init__(self, rank: int, world_size: int, threads: int, directory: str) -> None:
-        # Relative paths in the configuration are meant from where the run was started.
-        os.chdir(directory)
+        os.chdir(directory)  # where relative paths of the configuration begin
         del sys.argv[1:]  # Ray's own words, secrets among them, which a run's provenance must not show
         # Ray shows each actor its own GPU alone, so it is the first of its kind on any node.
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", OMP_NUM_THREADS=str(threads))
@@ -109,9 +92,7 @@ class RayProcess:
     def meeting_point(self) -> tuple[str, int]:
         """An address and a free port of this node."""
         address = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((address, 0))
-            return address, probe.getsockname()[1]
+        return address, free_port(address)
 
     def _meet_at(self, meeting_point: tuple[str, int]) -> None:
         os.environ.update(MASTER_ADDR=meeting_point[0], MASTER_PORT=str(meeting_point[1]))

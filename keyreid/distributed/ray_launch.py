@@ -1,6 +1,5 @@
 """Ranks that a Ray cluster places: `keyreid train CONFIG --ray HOST:PORT --ranks N`."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ Work = Callable[..., Any]  # picklable; called on each rank with `stop=`, a Stop
 class WorkingRank(RayProcess):
     """A rank with threads: the work runs in one while another hears of stop signals."""
 
-    def __init__(self, rank: int, world_size: int, threads: int, directory: str) -> None:
-        super().__init__(rank, world_size, threads, directory)
+    def __init__(self, *position: object) -> None:
+        super().__init__(*position)
         self._stop = StopRequest()
 
     def run(self, work: Work, meeting_point: tuple[str, int]) -> Any:
@@ -59,12 +58,9 @@ def run_on_ray(work: Work, address: str, ranks: int | None, check_ranks: Callabl
         check_ranks(ranks)
         share = {"GPU": 1.0, "CPU": 1.0} if gpus else {"CPU": 1.0}
         group = _place(share, ranks, there)
-        actors, meeting_point = start_processes(
-            *(WorkingRank, ranks, group, share["CPU"], share.get("GPU", 0)),
-            threads=max(1, int(there["CPU"]) // ranks),
-            calls=2,
-            directory=str(Path.cwd()),
-        )
+        options = {"threads": max(1, int(there["CPU"]) // ranks), "calls": 2, "directory": str(Path.cwd())}
+        shares = share["CPU"], share.get("GPU", 0)
+        actors, meeting_point = start_processes(WorkingRank, ranks, group, *shares, **options)
         with StopRequest() as stop:
             return _run(actors, meeting_point, work, stop)
     finally:
@@ -74,9 +70,8 @@ def run_on_ray(work: Work, address: str, ranks: int | None, check_ranks: Callabl
 def _place(share: dict[str, float], ranks: int, there: dict[str, float]) -> Any:
     for name, each in share.items():
         if ranks * each > there.get(name, 0):
-            raise ConfigError(
-                f"--ranks {ranks}: each needs {each:g} {name}, the Ray cluster has {there.get(name, 0):g}"
-            )
+            there_is = there.get(name, 0)
+            raise ConfigError(f"--ranks {ranks}: each needs {each:g} {name}, the Ray cluster has {there_is:g}")
     group = ray.util.placement_group([share] * ranks, strategy="PACK")
     if not group.wait(PLACE_SECONDS):
         raise KeyreidError(f"the Ray cluster had no room for {ranks} ranks within {PLACE_SECONDS:.0f} s")
@@ -85,31 +80,21 @@ def _place(share: dict[str, float], ranks: int, there: dict[str, float]) -> Any:
 
 def _run(actors: list[Any], meeting_point: tuple[str, int], work: Work, stop: StopRequest) -> Any:
     runs = [actor.run.remote(work, meeting_point) for actor in actors]
-    pending, told = list(runs), False
+    pending, told = runs, False
     while pending:
         done, pending = ray.wait(pending, timeout=POLL_SECONDS)
         for run in done:
             try:
                 ray.get(run)
             except ray.exceptions.RayError as error:
-                _end(actors, pending)
-                raise _explained(runs.index(run), error) from None
+                if pending:  # a while for tracking to close, then by force
+                    ray.wait(pending, num_returns=len(pending), timeout=GRACE_SECONDS)
+                for actor in actors:
+                    ray.kill(actor)
+                cause = getattr(error, "cause", None)
+                what = cause if isinstance(cause, KeyreidError) else error
+                raise KeyreidError(f"rank {runs.index(run)} failed, the others were ended: {what}") from None
         if stop.signal is not None and not told:
             told = True
             ray.get([actor.stop.remote(stop.signal) for actor in actors])
     return ray.get(runs[0])
-
-
-def _end(actors: list[Any], pending: list[Any]) -> None:
-    """End what still runs: a while for tracking to close, then by force."""
-    deadline = time.monotonic() + GRACE_SECONDS
-    if pending:
-        ray.wait(pending, num_returns=len(pending), timeout=max(0.0, deadline - time.monotonic()))
-    for actor in actors:
-        ray.kill(actor)
-
-
-def _explained(rank: int, error: Exception) -> KeyreidError:
-    cause = getattr(error, "cause", None)
-    what = str(cause) if isinstance(cause, KeyreidError) else str(error)
-    return KeyreidError(f"rank {rank} failed, the others were ended: {what}")

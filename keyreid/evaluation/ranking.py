@@ -9,7 +9,6 @@ import torch
 
 from keyreid.config import EvaluationConfig
 from keyreid.embedding.distance import pairwise
-from keyreid.embedding.reranking import rerank
 from keyreid.embedding.vectors import Vectors
 from keyreid.errors import DataError
 from keyreid.evaluation.protocols import Scores, Side, judge, protocol_named, ranked_list
@@ -77,6 +76,8 @@ def rank_gallery(
         DataError: no query has a match.
         ConfigError: a protocol is unknown, or the distance does not fit the vectors.
     """
+    from keyreid.embedding.reranking import rerank  # brings scipy
+
     with_queries = {name: protocol_named(name).queries_in_gallery for name in protocols}
     rankings = {}
     for joined in sorted(set(with_queries.values())):

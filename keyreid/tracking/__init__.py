@@ -12,12 +12,10 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 from keyreid.config import TrackingConfig
-from keyreid.tracking.events import EVENTS, Event, EventLog
-from keyreid.tracking.mlflow_sink import RUN_ID, MlflowSink, store_uri
-from keyreid.tracking.sender import Sender, Sink
+from keyreid.tracking.mlflow_sink import RUN_ID, MlflowSink, created_run, store_uri
+from keyreid.tracking.sender import EVENTS, Event, EventLog, Sender, Sink
 
 __all__ = ["EVENTS", "RUN_ID", "SINKS", "TRACKING", "Event", "EventLog", "Sink", "Tracker", "store_uri"]
 
@@ -30,10 +28,8 @@ class Tracker:
     """Tells of one run; a context manager that ends it. Its methods neither block nor raise.
 
     Args:
-        config: sinks, server and experiment.
         output: where the embedded store lies.
         run_dir: this run's folder; the sinks' runs continue if the folder already has some.
-        name: the run's name.
         tags: of a new run.
         enabled: False on every rank but the first.
     """
@@ -48,8 +44,7 @@ class Tracker:
         enabled: bool = True,
     ) -> None:
         self._folder = run_dir / TRACKING
-        self._open = enabled
-        self._warned = False
+        self._open, self._warned = enabled, False
         self._senders: list[Sender] = []
         if enabled:
             self._log = EventLog(self._folder)
@@ -60,8 +55,7 @@ class Tracker:
     @property
     def run_id(self) -> str | None:
         """The MLflow run, once it has been created."""
-        path = self._folder / RUN_ID
-        return path.read_text().strip() if path.is_file() else None
+        return created_run(self._folder)
 
     @property
     def all_sent(self) -> bool:
@@ -94,9 +88,7 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close("FINISHED" if kind is None else "FAILED")
 
     def close(self, status: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from keyreid.config import TrackingConfig
 from keyreid.files import replace_text
-from keyreid.tracking.events import Event
+from keyreid.tracking.sender import Event
 
 RUN_ID = "run_id"
 # What MLflow's pages show of a run's provenance, and under which name MLflow looks for it
@@ -25,6 +25,12 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 
+def created_run(folder: Path) -> str | None:
+    """The MLflow run of an event log's folder, once it has been created."""
+    path = folder / RUN_ID
+    return path.read_text().strip() if path.is_file() else None
+
+
 def store_uri(config: TrackingConfig, output: Path) -> str:
     """The tracking server or store of a configuration: SQLite in the output folder unless it names another."""
     return config.uri or f"sqlite:///{(output / 'mlflow.db').resolve()}"
@@ -34,46 +40,34 @@ class MlflowSink:
     """Sends events to an MLflow server or store.
 
     Args:
-        config: server and experiment.
         output: where the embedded store lies.
         folder: of the event log; remembers the MLflow run.
-        name: the run's name in MLflow.
         tags: of a new run (`mlflow.parentRunId` makes it a child).
     """
 
     def __init__(self, config: TrackingConfig, output: Path, folder: Path, name: str, tags: Mapping[str, str]) -> None:
-        self._config = config
-        self._output = output
-        self._run_id_file = folder / RUN_ID
-        self._name = name
-        self._tags = dict(tags)
+        self._config, self._output, self._name, self._tags = config, output, name, dict(tags)
+        self._folder, self._run_id = folder, created_run(folder)
         self._uri = store_uri(config, output)
         self._client = self._monitor = None
 
     def __str__(self) -> str:
         return f"MLflow at {self._uri}"
 
-    @property
-    def run_id(self) -> str | None:
-        """The MLflow run, once it has been created."""
-        return self._run_id_file.read_text().strip() if self._run_id_file.is_file() else None
-
     def send(self, events: list[Event]) -> None:
         """See Sink."""
-        self._client = self._client or self._connect()
-        self._monitor = self._monitor or self._start_monitor()
         from mlflow.entities import Metric, Param
 
-        metrics = [
-            Metric(key, value, event["time"], event["step"])
-            for event in events
-            for key, value in event.get("metrics", {}).items()
-        ]
+        self._client = self._client or self._connect()
+        self._monitor = self._monitor or self._start_monitor()
+
+        numbers = [(event, *metric) for event in events for metric in event.get("metrics", {}).items()]
+        metrics = [Metric(key, value, event["time"], event["step"]) for event, key, value in numbers]
         params = [Param(key, value) for event in events for key, value in event.get("params", {}).items()]
         for start in range(0, len(metrics), 1000):
-            self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+            self._client.log_batch(self._run_id, metrics=metrics[start : start + 1000])
         for start in range(0, len(params), 100):
-            self._client.log_batch(self.run_id, params=params[start : start + 100])
+            self._client.log_batch(self._run_id, params=params[start : start + 100])
         for event in events:
             self._send_single(event)
 
@@ -84,7 +78,7 @@ class MlflowSink:
 
     def _send_single(self, event: Event) -> None:
         """What MLflow takes one by one."""
-        client, run_id = self._client, self.run_id
+        client, run_id = self._client, self._run_id
         if "artifact" in event and Path(event["artifact"]).exists():
             log = client.log_artifacts if Path(event["artifact"]).is_dir() else client.log_artifact
             log(run_id, event["artifact"], event["folder"] or None)
@@ -102,21 +96,19 @@ class MlflowSink:
 
     def _connect(self):
         import mlflow
-        from mlflow.entities import Experiment
 
         if self._uri.startswith("sqlite:///"):
             Path(self._uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         client = mlflow.MlflowClient(tracking_uri=self._uri)
-        if self.run_id is None:
-            experiment: Experiment | None = client.get_experiment_by_name(self._config.experiment)
-            if experiment is None:
-                # The server chooses where a remote store keeps artifacts; the embedded one keeps them beside itself.
-                local = None if self._config.uri else (self._output / "mlartifacts").resolve().as_uri()
-                experiment_id = client.create_experiment(self._config.experiment, artifact_location=local)
-            else:
-                experiment_id = experiment.experiment_id
+        if self._run_id is None:
+            name = self._config.experiment
+            known = client.get_experiment_by_name(name)
+            # The server chooses where a remote store keeps artifacts; the embedded one keeps them beside itself.
+            local = None if self._config.uri else (self._output / "mlartifacts").resolve().as_uri()
+            experiment_id = known.experiment_id if known else client.create_experiment(name, local)
             run = client.create_run(experiment_id, tags=self._tags, run_name=self._name)
-            replace_text(self._run_id_file, run.info.run_id)
+            replace_text(self._folder / RUN_ID, run.info.run_id)
+            self._run_id = run.info.run_id
         return client
 
     def _start_monitor(self):
@@ -124,6 +116,6 @@ class MlflowSink:
             return None
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self._uri)
+        monitor = SystemMetricsMonitor(self._run_id, resume_logging=True, tracking_uri=self._uri)
         monitor.start()
         return monitor

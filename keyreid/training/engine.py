@@ -1,10 +1,8 @@
 """The engine that trains: DeepSpeed behind the few words that training needs. Nothing else touches DeepSpeed.
 
-The whole float32 state is gathered to one process or put back, whatever shards it. DeepSpeed's own checkpoint files
-hold the shards of one world size and one ZeRO stage. Here every weight and every optimizer state is gathered by name
-through DeepSpeed's public accessors (deepspeed.utils.safe_get_full_*), so that what is saved fits any number of ranks
-and any stage. Weights are put back before the engine is built, which then shards them as it likes; optimizer states go
-back through the accessors.
+DeepSpeed's own checkpoint files hold the shards of one world size and one ZeRO stage. Here every weight and optimizer
+state is gathered by name through its public accessors (deepspeed.utils.safe_get_full_*), so that what is saved fits any
+number of ranks and any stage. Weights are put back before the engine is built, optimizer states through the accessors.
 """
 
 import importlib.abc
@@ -16,16 +14,13 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from keyreid.config import Config
-from keyreid.training.engine_config import check_precision, deepspeed_config
+from keyreid.training.engine_config import deepspeed_config
 
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's dynamic scaler
-OPTIMIZER_STATES = {
-    torch.optim.SGD: ("momentum_buffer",),
-    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
-}
+OPTIMIZER_STATES = {torch.optim.SGD: ("momentum_buffer",), torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
 T = TypeVar("T")
 
 
@@ -38,23 +33,19 @@ class Engine:
         steps: optimizer steps taken before, where the states are put back afterwards.
 
     Raises:
-        ConfigError: precision or stage that this device or DeepSpeed cannot do, or a contradiction between
-            `training` and the DeepSpeed configuration.
+        ConfigError: `training` and the DeepSpeed configuration contradict each other; see also check_precision.
     """
 
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, device: torch.device, steps: int = 0
     ) -> None:
-        check_precision(config.training, device)
         deepspeed = import_deepspeed()
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         # On CPUs DeepSpeed would compile a shared-memory all-reduce at first use, behind a lock file that a killed
         # process leaves for ever. gloo does without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.module = module
-        self.device = device
-        self._optimizer = optimizer
-        self._stage = config.training.zero_stage
+        self.module, self.device = module, device
+        self._optimizer, self._stage = optimizer, config.training.zero_stage
         self._deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=deepspeed_config(config), dist_init_required=False
         )
@@ -82,7 +73,7 @@ class Engine:
         if self._stage == 3:
             self._deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
         """Add the gradients of a scalar to the step's."""
         self._deepspeed.backward(loss)
 
@@ -96,11 +87,6 @@ class Engine:
         """2-norm of the last step's global gradient before clipping."""
         norm = self._deepspeed.get_global_grad_norm() if self._stage else self._clipped_norm
         return None if norm is None else float(norm)
-
-    @property
-    def learning_rate(self) -> float:
-        """Of the weights."""
-        return self._optimizer.param_groups[0]["lr"]
 
     @property
     def loss_scale(self) -> float:
@@ -119,20 +105,19 @@ class Engine:
         Needed before states can be put back, and always with several parameter groups: ZeRO 1 and 2 map states to
         parameters after the first group's first step, when the other groups have none (DeepSpeed 0.19.8).
         """
-        optimizer = self._optimizer
+        optimizer, engine = self._optimizer, self._deepspeed.optimizer
         # ZeRO 3 hands the optimizer one flat sub-group at a time, and only while it steps.
-        shards = getattr(self._deepspeed.optimizer, "fp32_partitioned_groups_flat", None)
+        shards = getattr(engine, "fp32_partitioned_groups_flat", None)
         for parameter in shards or [parameter for group in optimizer.param_groups for parameter in group["params"]]:
             state = optimizer.state[parameter]
             for key in OPTIMIZER_STATES[type(optimizer)]:
                 state[key] = torch.zeros_like(parameter)
             if isinstance(optimizer, torch.optim.AdamW):
                 state["step"] = torch.tensor(float(steps))
-        link = getattr(self._deepspeed.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:
-            link()
+        if hasattr(engine, "_lazy_init_hp_params_optimizer_state"):
+            engine._lazy_init_hp_params_optimizer_state()
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter, float32 and whole; a collective for each, so all ranks must iterate to the end."""
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
@@ -144,57 +129,49 @@ class Engine:
                     whole = parameter.detach().clone()
             yield name, whole.detach()
 
-    def restore_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def restore_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Put `weights` into the float32 copies of an engine that computes in lower precision."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         for name, parameter in self._trained():
-            value = weights[name].to(self.device)
-            if hasattr(parameter, "ds_id"):
-                safe_set_local_fp32_param(parameter, own_part_of(parameter, value))
-            else:
-                safe_set_full_fp32_param(parameter, value)
+            put = safe_set_local_fp32_param if hasattr(parameter, "ds_id") else safe_set_full_fp32_param
+            put(parameter, own_part_of(parameter, weights[name].to(self.device)))
 
-    def optimizer_states(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def optimizer_states(self) -> Iterator[tuple[str, Tensor]]:
         """`NAME/STATE` and its tensor for each parameter; a collective for each, so all ranks iterate to the end."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        states = self._optimizer.state
         for name, parameter in self._trained():
+            sharded = _is_sharded(parameter)
             for key in OPTIMIZER_STATES[type(self._optimizer)]:
-                if _is_sharded(parameter):
-                    whole = safe_get_full_optimizer_state(parameter, key)
-                else:
-                    whole = self._optimizer.state[parameter][key]
+                whole = safe_get_full_optimizer_state(parameter, key) if sharded else states[parameter][key]
                 yield f"{name}/{key}", whole.detach()
 
-    def restore_optimizer_states(self, states: Mapping[str, torch.Tensor]) -> None:
+    def restore_optimizer_states(self, states: Mapping[str, Tensor]) -> None:
         """Put `optimizer_states` back."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         for name, parameter in self._trained():
             for key in OPTIMIZER_STATES[type(self._optimizer)]:
-                value = states[f"{name}/{key}"].to(self.device)
-                if hasattr(parameter, "ds_id"):
-                    safe_set_local_optimizer_state(parameter, own_part_of(parameter, value), key)
-                elif _is_sharded(parameter):
-                    safe_set_full_optimizer_state(parameter, value, key)
+                value = own_part_of(parameter, states[f"{name}/{key}"].to(self.device))
+                if _is_sharded(parameter):
+                    local = hasattr(parameter, "ds_id")
+                    (safe_set_local_optimizer_state if local else safe_set_full_optimizer_state)(parameter, value, key)
                 else:
                     self._optimizer.state[parameter][key].copy_(value)
 
     def loss_scale_state(self) -> dict[str, float]:
         """State of the fp16 loss scaler, wherever DeepSpeed keeps it; empty without one."""
-        scaler = self._grad_scaler()
-        if scaler is not None:
+        if (scaler := self._grad_scaler()) is not None:
             return {key: float(value) for key, value in scaler.state_dict().items()}
         scaler = getattr(self._deepspeed.optimizer, "loss_scaler", None)
         return {key: float(getattr(scaler, key)) for key in LOSS_SCALER_FIELDS if hasattr(scaler, key)}
 
     def restore_loss_scale(self, values: Mapping[str, float]) -> None:
         """Put `loss_scale_state` back."""
-        if not values:
-            return
         scaler = self._grad_scaler()
-        if scaler is not None:
+        if scaler is not None and values:
             whole = {key: int(values[key]) for key in ("growth_interval", "_growth_tracker")}
             scaler.load_state_dict({**values, **whole})
             return
@@ -210,12 +187,37 @@ class Engine:
         return own or getattr(self._deepspeed.optimizer, "torch_autocast_gradscaler", None)
 
 
-def own_part(parameter: nn.Parameter) -> torch.Tensor:
-    """What this rank holds of a parameter: all of it, or its ZeRO 3 shard."""
-    return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
+class WeightAverage:
+    """average <- decay * average + (1 - decay) * weights, kept where the weights are: whole, or each rank its shard.
+
+    Args:
+        network: its trained parameters are averaged; built into the engine already.
+        decay: per applied step.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._parameters = dict(network.named_parameters())
+        self._averages = {name: getattr(p, "ds_tensor", p).detach().clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the weights of this step in."""
+        current = [getattr(parameter, "ds_tensor", parameter) for parameter in self._parameters.values()]
+        torch._foreach_lerp_(list(self._averages.values()), current, 1 - self.decay)
+
+    def full(self) -> dict[str, Tensor]:
+        """The whole averages by name; a collective under ZeRO 3."""
+        return {name: joined(self._parameters[name], average) for name, average in self._averages.items()}
+
+    @torch.no_grad()
+    def restore(self, averages: Mapping[str, Tensor]) -> None:
+        """Put back what `full` gave."""
+        for name, average in self._averages.items():
+            average.copy_(own_part_of(self._parameters[name], averages[name].to(average.device)))
 
 
-def own_part_of(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+def own_part_of(parameter: nn.Parameter, whole: Tensor) -> Tensor:
     """This rank's part of a value as large as the parameter; a shard is padded at its end."""
     if not hasattr(parameter, "ds_tensor"):
         return whole
@@ -224,7 +226,7 @@ def own_part_of(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
     return flat.narrow(0, size * dist.get_rank(), size)
 
 
-def joined(parameter: nn.Parameter, part: torch.Tensor) -> torch.Tensor:
+def joined(parameter: nn.Parameter, part: Tensor) -> Tensor:
     """The whole value of which each rank holds its `part`; a collective under ZeRO 3."""
     if not hasattr(parameter, "ds_tensor"):
         return part
@@ -249,7 +251,7 @@ class _NoMlflow(importlib.abc.MetaPathFinder):
     def __init__(self) -> None:
         self._thread = threading.get_ident()  # the first rank's tracker may be importing it in another
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+    def find_spec(self, name: str, *_: object) -> None:
         """Nothing is found here; one name is not to be found anywhere."""
         if name == "mlflow" and threading.get_ident() == self._thread:
             raise ModuleNotFoundError("not needed here", name=name)

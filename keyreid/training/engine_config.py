@@ -1,5 +1,6 @@
 """The configuration of DeepSpeed, made from ours and the user's."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,13 @@ SAID_ELSEWHERE = {
 
 def check_precision(training: TrainingConfig, device: torch.device) -> None:
     """Refuse what the device cannot compute or the engine cannot checkpoint."""
+    autocast = training.casting == "autocast"
     if training.precision == "fp16" and device.type == "cpu":
         raise ConfigError("training.precision=fp16 needs a GPU: on a CPU use bf16 or fp32")
-    if training.casting == "engine" and training.precision != "fp32" and training.zero_stage == 0:
-        raise ConfigError(
-            "training.casting=engine with zero_stage=0 keeps no float32 weights to save: "
-            "use zero_stage=1 or casting=autocast"
-        )
-    if training.precision == "fp16" and training.casting == "autocast" and training.zero_stage > 0:
+    if training.precision != "fp32" and not autocast and training.zero_stage == 0:
+        what = "training.casting=engine with zero_stage=0 keeps no float32 weights to save"
+        raise ConfigError(f"{what}: use zero_stage=1 or casting=autocast")
+    if training.precision == "fp16" and autocast and training.zero_stage > 0:
         raise ConfigError(
             "training.precision=fp16 with casting=autocast and ZeRO never lowers its loss scale after an overflow "
             "(DeepSpeed 0.19.8): use casting=engine, zero_stage=0, or precision=bf16"
@@ -38,7 +38,7 @@ def check_precision(training: TrainingConfig, device: torch.device) -> None:
             "training.compile with zero_stage=3: ZeRO 3 fetches each layer's weights in hooks that no graph can hold "
             "(DeepSpeed 0.19.8): use zero_stage 0, 1 or 2"
         )
-    if training.ema_decay is not None and training.casting == "engine" and training.precision != "fp32":
+    if training.ema_decay is not None and training.precision != "fp32" and not autocast:
         raise ConfigError("training.ema_decay averages float32 weights: use training.casting=autocast")
 
 
@@ -48,16 +48,10 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     Raises:
         ConfigError: the user's DeepSpeed configuration is missing, is not JSON, or says otherwise than ours.
     """
-    ours = _from_our_configuration(config)
     merged = _read_user_configuration(config.training.deepspeed)
     for key, ours_of_it in SAID_ELSEWHERE.items():
         if merged.pop(key, "auto") != "auto":
             raise ConfigError(f"training.deepspeed sets {key}, which {ours_of_it} says: leave it out there")
-    _merge(merged, ours, "")
-    return merged
-
-
-def _from_our_configuration(config: Config) -> dict[str, Any]:
     training = config.training
     values: dict[str, Any] = {
         # The reader gives each rank its clips; DeepSpeed uses these numbers only for its own counters.
@@ -76,27 +70,24 @@ def _from_our_configuration(config: Config) -> dict[str, Any]:
     }
     if training.zero_stage == 3:
         values["zero_optimization"]["overlap_comm"] = False
-    if training.precision != "fp32":
-        if training.casting == "autocast":
-            dtype = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}[training.precision]
-            values["torch_autocast"] = {"enabled": True, "dtype": dtype}
-        else:
-            values[training.precision] = {"enabled": True}
-    return values
+    if training.precision != "fp32" and training.casting == "autocast":
+        dtype = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}[training.precision]
+        values["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    elif training.precision != "fp32":
+        values[training.precision] = {"enabled": True}
+    _merge(merged, values, "")
+    return merged
 
 
 def _read_user_configuration(source: str | dict[str, Any] | None) -> dict[str, Any]:
-    if source is None:
-        return {}
-    if isinstance(source, dict):
-        return json.loads(json.dumps(source))
+    if source is None or isinstance(source, dict):
+        return copy.deepcopy(source or {})
     path = Path(source).expanduser()
     try:
         values = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"training.deepspeed: {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"training.deepspeed: {path}: not JSON: {error}") from None
+    except (OSError, ValueError) as error:
+        what = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
+        raise ConfigError(f"training.deepspeed: {path}: {what}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"training.deepspeed: {path}: expected an object of settings")
     return values

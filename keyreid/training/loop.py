@@ -1,17 +1,14 @@
 """The training loop, its methods in the order they run."""
 
-import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from keyreid.checkpoints import folder as checkpoints
-from keyreid.checkpoints.folder import BackgroundWriter, TrainingState
+from keyreid.checkpoints.folder import BackgroundWriter, Snapshot, TrainingState
 from keyreid.checkpoints.run_folder import RunFolder
 from keyreid.checkpoints.start import start_network
 from keyreid.checkpoints.weights_file import WeightsHeader
@@ -19,7 +16,6 @@ from keyreid.config import Config
 from keyreid.distributed.preemption import StopRequest
 from keyreid.distributed.ranks import Ranks
 from keyreid.errors import CheckpointError, KeyreidError
-from keyreid.evaluation.judging import JudgedSet, check_judgeable, evaluate
 from keyreid.losses import Criterion
 from keyreid.model import KeyReID, build_model
 from keyreid.progress import track
@@ -28,18 +24,14 @@ from keyreid.shards.batch import ClipBatch
 from keyreid.shards.plan import TrainingPlan
 from keyreid.shards.shard_set import ShardSet
 from keyreid.tracking import Tracker
-from keyreid.training import snapshot, stochastic_depth
-from keyreid.training.ema import WeightAverage
-from keyreid.training.engine import Engine, count_parameters
+from keyreid.training import OnEvaluation, snapshot, stochastic_depth
+from keyreid.training.engine import Engine, WeightAverage, count_parameters
 from keyreid.training.engine_config import check_precision
 from keyreid.training.reports import Meter, line, mfu_factor, profiled
 from keyreid.training.schedule import build_optimizer, build_schedule
 from keyreid.training.step import Stepper, StepResult, TrainedModule
 
 log = logging.getLogger(__name__)
-# Called on the first rank with the epochs done, their evaluation and last training numbers, and the checkpoint that
-# holds them; whether the run continues.
-OnEvaluation = Callable[[int, Mapping[str, float], Path], bool]
 
 
 class Interrupted(Exception):  # noqa: N818 - an ending in order, not an error
@@ -50,8 +42,6 @@ class Trainer:
     """One run on this process's rank.
 
     Args:
-        config: of the run.
-        ranks: this process among the run's.
         tracker: who is told; silent on all ranks but the first.
         stop: asked after every step.
         resume: from the newest whole checkpoint of the run's folder, if there is one.
@@ -67,55 +57,48 @@ class Trainer:
         resume: bool = True,
         on_evaluation: OnEvaluation | None = None,
     ) -> None:
-        self.config = config
-        self.ranks = ranks
-        self.tracker = tracker
-        self.stop = stop
-        self.on_evaluation = on_evaluation
+        self.config, self.ranks, self.tracker = config, ranks, tracker
+        self.stop, self.on_evaluation = stop, on_evaluation
         self._numbers: dict[str, float] = {}
         self._bad_in_a_row = 0
         self.root = RunFolder(config.run_dir).checkpoints
+        self.judged = "holdout" if config.data.holdout else "test"  # by evaluations: who is held out, if anybody is
         check_precision(config.training, ranks.device)
 
+        from keyreid.evaluation.judging import check_judgeable  # tables and pictures: not while ranks start
+
         self.shards = ShardSet.from_config(config.data)
-        check_judgeable(self.shards, config, self._part)  # rather now than after the last epoch
+        check_judgeable(self.shards, config, self.judged)  # rather now than after the last epoch
         self.plan = TrainingPlan(self.shards, config.data, config.clip, config.seed)
         self.steps_per_epoch = config.schedule.steps_per_epoch or self.plan.steps_per_epoch
         self.total_steps = config.schedule.epochs * self.steps_per_epoch
+        identities, cameras = sorted(self.shards.label_of), list(self.shards.camera_index)
+        about = {"run": config.name, "dataset": self.shards.card["name"]}
         self.header = WeightsHeader(
-            model=config.model,
-            clip=config.clip,
-            identities=sorted(self.shards.label_of),
-            cameras=list(self.shards.camera_index),
-            about={"run": config.name, "dataset": self.shards.card["name"]},
+            model=config.model, clip=config.clip, identities=identities, cameras=cameras, about=about
         )
         self._build(self._find_checkpoint() if resume else None)
 
-    def _find_checkpoint(self) -> snapshot.Restored | None:
+    def _find_checkpoint(self) -> Snapshot | None:
         """The newest whole checkpoint: the first rank chooses, all read it."""
-        found = None
-        if self.ranks.first:
-            try:
-                found = checkpoints.newest_whole(self.root, log.warning)
-            except CheckpointError as error:
-                found = error
-        found = self.ranks.from_first(found)
-        if isinstance(found, CheckpointError):
+        try:
+            found = checkpoints.newest_whole(self.root, log.warning) if self.ranks.first else None
+        except CheckpointError as error:
+            found = error
+        if isinstance(found := self.ranks.from_first(found), CheckpointError):
             raise found
-        if found is None:
-            return None
-        log.info("resuming from %s", found)
-        return snapshot.read(found, self.config, self.header)
+        if found is not None:
+            log.info("resuming from %s", found)
+        return found and snapshot.read(found, self.config, self.header)
 
-    def _build(self, restored: snapshot.Restored | None) -> None:
+    def _build(self, restored: Snapshot | None) -> None:
         """Network, losses, engine, average and reader, as new or as restored."""
         config, ranks = self.config, self.ranks
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         model = config.model.model_copy(update={"weights": None}) if restored else config.model
         network = start_network(model, config.clip, self.plan.num_identities, len(self.shards.camera_index))
-        criterion = Criterion(
-            config.loss, self.plan.num_identities, network.width, network.part_width, config.model.parts
-        )
+        widths = network.width, network.part_width
+        criterion = Criterion(config.loss, self.plan.num_identities, *widths, config.model.parts)
         if restored:
             snapshot.restore_before(restored, network, criterion)
         network.checkpoint_activations = config.training.activation_checkpointing
@@ -131,7 +114,11 @@ class Trainer:
         self.schedule = build_schedule(optimizer, config.schedule, config.optimizer.lr, self.steps_per_epoch)
         self.average = WeightAverage(self.network, config.training.ema_decay) if config.training.ema_decay else None
         if restored:
-            self._check_resumable()
+            if self.state.steps_per_epoch not in (0, self.steps_per_epoch):
+                raise CheckpointError(
+                    f"{self.root}: saved with {self.state.steps_per_epoch} steps an epoch, now there are "
+                    f"{self.steps_per_epoch}: the batch shape or the shards changed. Give the run another name"
+                )
             snapshot.restore_after(restored, self.engine, self.average)
 
         self.stepper = Stepper(self.engine, config, ranks, paths)
@@ -140,13 +127,6 @@ class Trainer:
         batches = self.plan.batches(epoch, step, ranks.rank, ranks.world_size, self.steps_per_epoch)
         # One reader and one iterator for the life of the run: see shards/dali.py.
         self.reader = open_reader(self.shards, batches, config, device=ranks.device)
-
-    def _check_resumable(self) -> None:
-        if self.state.steps_per_epoch not in (0, self.steps_per_epoch):
-            raise CheckpointError(
-                f"{self.root}: saved with {self.state.steps_per_epoch} steps an epoch, now there are "
-                f"{self.steps_per_epoch}: the batch shape or the shards changed. Give the run another name"
-            )
 
     def run(self) -> dict:
         """Train to the end; gives the last evaluation.
@@ -180,14 +160,15 @@ class Trainer:
         )
         model = config.model
         log.info(f"network: {model.backbone}, guidance {model.guidance}, {parameters / 1e6:.1f} M parameters")
-        self.tracker.params(
-            {"ranks": ranks.world_size, "parameters": parameters, "num_identities": self.plan.num_identities}
-        )
+        counts = {"ranks": ranks.world_size, "parameters": parameters, "num_identities": self.plan.num_identities}
+        self.tracker.params(counts)
 
     def _steps(self) -> dict | None:
         """All steps that are left; gives the last evaluation among them."""
         training, result = self.config.training, None
-        meter = Meter(self.plan.batch_size, self.total_steps, self._mfu_factor())
+        measurable = self.ranks.device.type == "cuda" and training.zero_stage < 3
+        factor = mfu_factor(self.network, self.config, self.ranks.world_size) if measurable else None
+        meter = Meter(self.plan.batch_size, self.total_steps, factor)
         numbers = range(self.state.step, self.total_steps)
         bar = sys.stderr.isatty() and self.ranks.first
         self.engine.train()
@@ -213,19 +194,15 @@ class Trainer:
                     self.writer.wait()
                     raise Interrupted(f"{self.stop.signal.name if self.stop.signal else 'a signal on another rank'}")
                 if self.on_evaluation and self.state.evaluated_step == step + 1:
-                    self._tell_of_evaluation(epoch, result)
+                    self.writer.wait()
+                    folder = self.root / checkpoints.folder_name(step + 1)
+                    numbers = {**self._numbers, **result["metrics"]}
+                    if not self.ranks.from_first(self.ranks.first and self.on_evaluation(epoch, numbers, folder)):
+                        raise Interrupted("ended after an evaluation")
         return result
 
-    def _mfu_factor(self) -> float | None:
-        measurable = self.ranks.device.type == "cuda" and self.config.training.zero_stage < 3
-        return mfu_factor(self.network, self.config, self.ranks.world_size) if measurable else None
-
     def _count(self, outcome: StepResult, batch: ClipBatch, meter: Meter) -> None:
-        """What follows from a step that was applied, or not.
-
-        Raises:
-            KeyreidError: too many were not, one after the other.
-        """
+        """What follows from a step that was applied, or not; an error after too many that were not, in a row."""
         if outcome.applied:
             self._bad_in_a_row = 0
             meter.add(outcome.loss, outcome.terms, outcome.gradient_norm)
@@ -251,8 +228,8 @@ class Trainer:
     def _log(self, meter: Meter, epoch: int) -> None:
         if not meter.steps:  # none was applied: the warnings have said so
             return
-        step = self.state.step
-        values = meter.report(step, self.engine.learning_rate, self.reader.wait_seconds)
+        step, lr = self.state.step, self.schedule.optimizer.param_groups[0]["lr"]
+        values = meter.report(step, lr, self.reader.wait_seconds)
         log.info("%s", line(values, epoch, self.config.schedule.epochs, step, self.total_steps))
         self._numbers = {f"train/{name}": value for name, value in values.items()}
         self.tracker.metrics(self._numbers, step)
@@ -264,20 +241,14 @@ class Trainer:
         wanted = epoch == self.config.schedule.epochs or bool(every and epoch and epoch % every == 0)
         return left == 0 and wanted and self.state.evaluated_step != self.state.step
 
-    @property
-    def _part(self) -> JudgedSet:
-        """What evaluations judge: the identities held out of training, where there are any."""
-        return "holdout" if self.config.data.holdout else "test"
-
     def _evaluate(self) -> dict:
         """Embed and judge the test split with the weights that would be used: the average where there is one."""
-        with self._weights_to_use() as network:
-            folder = RunFolder(self.config.run_dir).evaluation / checkpoints.folder_name(self.state.step)
-            part = self._part
-            newest = folder.parent / "vectors.parquet"  # large: kept of the newest evaluation only, and not logged
-            weights = {"name": f"{self.config.name} step {self.state.step}"}
-            kept = {"part": part, "vectors_path": newest, "weights": weights}
-            result = evaluate(network, self.shards, self.config, folder, self.ranks, **kept)
+        from keyreid.evaluation.judging import evaluate
+
+        part, folder = self.judged, RunFolder(self.config.run_dir).evaluation / checkpoints.folder_name(self.state.step)
+        newest = folder.parent / "vectors.parquet"  # large: kept of the newest evaluation only, and not logged
+        kept = {"vectors_path": newest, "weights": {"name": f"{self.config.name} step {self.state.step}"}}
+        result = evaluate(self._weights_to_use(), self.shards, self.config, folder, self.ranks, part=part, **kept)
         self.state = replace(self.state, evaluated_step=self.state.step)
         score = result["metrics"][f"{self.config.evaluation.protocol}/mAP"]
         if self.state.best_score is None or score > self.state.best_score:
@@ -287,21 +258,18 @@ class Trainer:
         self.tracker.artifact(folder, f"evaluation/{folder.name}")
         return result
 
-    @contextlib.contextmanager
-    def _weights_to_use(self) -> Iterator[KeyReID]:
+    def _weights_to_use(self) -> KeyReID:
         """The engine's own network, or a whole float32 copy where its weights are sharded, cast or averaged."""
         whole = next(self.network.parameters()).dtype == torch.float32 and self.config.training.zero_stage < 3
         if whole and self.average is None:
-            yield self.network
-            return
-        weights = dict(self.average.full() if self.average else {})
-        if not weights:
-            weights = {name.removeprefix(snapshot.NETWORK): value for name, value in self.engine.weights()}
+            return self.network
+        found = self.average.full().items() if self.average else self.engine.weights()
+        weights = {name.removeprefix(snapshot.NETWORK): value for name, value in found}
         buffers = {name: value for name, value in self.network.state_dict().items() if name not in weights}
         model = self.config.model.model_copy(update={"weights": None})
         copy = build_model(model, self.config.clip, self.plan.num_identities, len(self.shards.camera_index))
         copy.load_state_dict(weights | buffers)
-        yield copy.to(self.ranks.device)
+        return copy.to(self.ranks.device)
 
     def _saves_after(self, step: int, epoch: int | None) -> bool:
         training = self.config.training
@@ -320,10 +288,3 @@ class Trainer:
         if taken is not None:
             self.writer.write(taken, best=current.best_step == current.step)
         self.tracker.metrics({"checkpoint/stall_seconds": time.monotonic() - start}, current.step)
-
-    def _tell_of_evaluation(self, epoch: int, result: dict) -> None:
-        self.writer.wait()
-        folder = self.root / checkpoints.folder_name(self.state.step)
-        numbers = {**self._numbers, **result["metrics"]}
-        if not self.ranks.from_first(self.ranks.first and self.on_evaluation(epoch, numbers, folder)):
-            raise Interrupted("ended after an evaluation")

@@ -21,21 +21,16 @@ MATRIX_SIDE = 8192  # of the product that stands for what the GPU can do
 
 
 class Meter:
-    """Means and rates since the last report.
+    """Means and rates since the last report, of `steps` that were applied; none, no report.
 
     Args:
         clips: a step's, over all ranks.
         total_steps: of the whole run, for the time left.
         mfu_factor: FLOP a clip and GPU, over what the GPU can do in a second; None where it is not measured.
-
-    Attributes:
-        steps: applied since the last report.
     """
 
     def __init__(self, clips: int, total_steps: int, mfu_factor: float | None = None) -> None:
-        self.clips = clips
-        self.total_steps = total_steps
-        self.mfu_factor = mfu_factor
+        self.clips, self.total_steps, self.mfu_factor = clips, total_steps, mfu_factor
         self._reset(0.0)
 
     def add(self, loss: float, terms: Mapping[str, torch.Tensor], gradient_norm: float | None) -> None:
@@ -45,20 +40,15 @@ class Meter:
             self._sums[name] = self._sums.get(name, 0.0) + value
 
     def report(self, step: int, lr: float, waited_seconds: float) -> dict[str, float]:
-        """Numbers of the interval that ends after `step` steps, and start the next.
-
-        Args:
-            waited_seconds: time that this rank has waited for data since the run began.
-        """
+        """Numbers of the interval that ends after `step` steps; this rank has waited that long for data in all."""
         seconds = time.monotonic() - self._since
-        steps = max(self.steps, 1)
-        values = {name: float(value) / steps for name, value in self._sums.items()}
+        values = {name: float(value) / self.steps for name, value in self._sums.items()}
         values |= {
             "lr": lr,
             "clips_per_second": self.steps * self.clips / seconds,
             "data_wait_share": (waited_seconds - self._waited) / seconds,
             "memory_gigabytes": memory_gigabytes(),
-            "seconds_left": (self.total_steps - step) * seconds / steps,
+            "seconds_left": (self.total_steps - step) * seconds / self.steps,
         }
         if self.mfu_factor is not None:
             values["mfu"] = values["clips_per_second"] * self.mfu_factor
@@ -103,8 +93,7 @@ def mfu_factor(network: KeyReID, config: Config, ranks: int) -> float:
 
     FLOP of a training step on a clip are three forward passes, without what checkpointing or accumulation repeat.
     """
-    device = next(network.parameters()).device
-    clip, model = config.clip, config.model
+    device, clip, model = next(network.parameters()).device, config.clip, config.model
     images = torch.zeros(1, clip.frames, 3, clip.height, clip.width, device=device)
     guidance = torch.zeros(1, clip.frames, model.parts, *network.patch_grid, device=device)
     was_training = network.training
@@ -131,11 +120,7 @@ def _matrix_flops_a_second(device: torch.device, precision: str) -> float:
 
 @contextlib.contextmanager
 def profiled(config: Config, ranks: Ranks, tracker: Tracker, step: int) -> Iterator[torch.profiler.profile]:
-    """torch.profiler over `profile_steps` steps of the first rank, counted by `.step()`; the trace is an artifact.
-
-    Args:
-        step: at which counting begins.
-    """
+    """torch.profiler over `profile_steps` steps of the first rank, counted by `.step()` from `step` on; an artifact."""
     steps = config.training.profile_steps
     if not steps or not ranks.first:
         yield SimpleNamespace(step=lambda: None)

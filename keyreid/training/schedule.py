@@ -16,10 +16,7 @@ def build_optimizer(
     for name, parameter in parameters:
         if parameter.requires_grad:
             (biases if name.endswith("bias") else weights).append(parameter)
-    groups = [
-        {"params": weights, "lr_scale": 1.0},
-        {"params": biases, "lr_scale": config.bias_lr_factor},
-    ]
+    groups = [{"params": weights, "lr_scale": 1.0}, {"params": biases, "lr_scale": config.bias_lr_factor}]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)

@@ -1,7 +1,5 @@
 """From a running engine to a checkpoint's content, and back."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,8 +11,7 @@ from keyreid.config import Config
 from keyreid.errors import CheckpointError
 from keyreid.losses import Criterion
 from keyreid.model import KeyReID
-from keyreid.training.ema import WeightAverage
-from keyreid.training.engine import Engine
+from keyreid.training.engine import Engine, WeightAverage
 
 NETWORK, CRITERION = "network.", "criterion."
 
@@ -23,52 +20,31 @@ def take(
     engine: Engine, average: WeightAverage | None, training_state: TrainingState, header: WeightsHeader, first: bool
 ) -> Snapshot | None:
     """Copy all of a run to the CPU of the first rank; a collective. None on the other ranks."""
-    weights = _collect(engine.weights(), first)
-    states = _collect(engine.optimizer_states(), first)
+    weights, states = _collect(engine.weights(), first), _collect(engine.optimizer_states(), first)
     averages = _collect(average.full().items(), first) if average else {}
     if not first:
         return None
     network: KeyReID = engine.module.network
-    parameters = {name for name, _ in network.named_parameters()}
+    parameters = dict(network.named_parameters())
     buffers = {n: b.detach().cpu().clone() for n, b in network.state_dict().items() if n not in parameters}
     tables = {CRITERION + n: b.detach().cpu().clone() for n, b in engine.module.criterion.state_dict().items()}
-    return Snapshot(
-        state=training_state,
-        header=header,
-        weights={name.removeprefix(NETWORK): value for name, value in weights.items()} | buffers,
-        ema=averages | buffers if averages else {},
-        training=states | tables,
-    )
+    weights = {name.removeprefix(NETWORK): value for name, value in weights.items()} | buffers
+    return Snapshot(training_state, header, weights, averages | buffers if averages else {}, states | tables)
 
 
-@dataclass(frozen=True)
-class Restored:
-    """A checkpoint that was read: what goes back before the engine is built, and after."""
-
-    state: TrainingState
-    weights: Mapping[str, torch.Tensor]
-    ema: Mapping[str, torch.Tensor]
-    training: Mapping[str, torch.Tensor]
-
-
-def read(folder: Path, config: Config, header: WeightsHeader) -> Restored:
+def read(folder: Path, config: Config, header: WeightsHeader) -> Snapshot:
     """Read a verified checkpoint for the run of `config`.
 
     Raises:
         CheckpointError: it belongs to another architecture or other identities.
     """
-    check_same_network(folder, read_header(folder / checkpoints.WEIGHTS), header)
+    found = read_header(folder / checkpoints.WEIGHTS)
+    check_same_network(folder, found, header)
     ema = checkpoints.read_tensors(folder, checkpoints.EMA)
     if config.training.ema_decay is not None and not ema:
-        raise CheckpointError(
-            f"{folder} has no average of the weights: set training.ema_decay=null, or start a new run"
-        )
-    return Restored(
-        state=checkpoints.read_state(folder),
-        weights=checkpoints.read_tensors(folder, checkpoints.WEIGHTS),
-        ema=ema,
-        training=checkpoints.read_tensors(folder, checkpoints.TRAINING),
-    )
+        raise CheckpointError(f"{folder} has no averaged weights: set training.ema_decay=null, or start a new run")
+    weights, training = (checkpoints.read_tensors(folder, f) for f in (checkpoints.WEIGHTS, checkpoints.TRAINING))
+    return Snapshot(checkpoints.read_state(folder), found, weights, ema, training)
 
 
 def check_same_network(path: Path, found: WeightsHeader, wanted: WeightsHeader) -> None:
@@ -80,11 +56,9 @@ def check_same_network(path: Path, found: WeightsHeader, wanted: WeightsHeader) 
         if (ours := getattr(getattr(wanted, section), key, None)) is not None or theirs is not None
         if key != "weights" and theirs != (ours.model_dump() if hasattr(ours, "model_dump") else ours)
     ]
-    different += [
-        f"{len(getattr(found, what))} {what} there and {len(getattr(wanted, what))} here"
-        for what in ("identities", "cameras")
-        if list(getattr(found, what)) != list(getattr(wanted, what))
-    ]
+    for what in ("identities", "cameras"):
+        there, here = list(getattr(found, what)), list(getattr(wanted, what))
+        different += [f"{len(there)} {what} there and {len(here)} here"] if there != here else []
     if different:
         raise CheckpointError(
             f"{path} is of another architecture or dataset: {'; '.join(different)}. "
@@ -92,14 +66,14 @@ def check_same_network(path: Path, found: WeightsHeader, wanted: WeightsHeader) 
         )
 
 
-def restore_before(restored: Restored, network: KeyReID, criterion: Criterion) -> None:
+def restore_before(restored: Snapshot, network: KeyReID, criterion: Criterion) -> None:
     """Weights, running statistics and centre tables, into modules that no engine has wrapped yet."""
     network.load_state_dict(dict(restored.weights))
     tables = {n.removeprefix(CRITERION): t for n, t in restored.training.items() if n.startswith(CRITERION)}
     criterion.load_state_dict(tables)
 
 
-def restore_after(restored: Restored, engine: Engine, average: WeightAverage | None) -> None:
+def restore_after(restored: Snapshot, engine: Engine, average: WeightAverage | None) -> None:
     """Optimizer states, float32 copies of lower-precision weights, the average, and the fp16 loss scale."""
     engine.restore_optimizer_states(restored.training)
     if next(engine.module.network.parameters()).dtype != torch.float32:
@@ -110,8 +84,5 @@ def restore_after(restored: Restored, engine: Engine, average: WeightAverage | N
 
 
 def _collect(tensors, first: bool) -> dict[str, torch.Tensor]:
-    collected = {}
-    for name, value in tensors:  # every rank takes part in gathering; only the first keeps a copy
-        if first:
-            collected[name] = value.detach().to("cpu", torch.float32, copy=True)
-    return collected
+    # Every rank takes part in gathering; only the first keeps a copy.
+    return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in tensors if first}

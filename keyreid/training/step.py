@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from keyreid.config import Config
-from keyreid.distributed.collectives import gather
-from keyreid.distributed.ranks import Ranks
+from keyreid.distributed.ranks import Ranks, gather
 from keyreid.losses import Criterion, check_labels, gather_features
 from keyreid.model import Features, KeyReID
 from keyreid.model.inputs import prepare
@@ -32,25 +31,25 @@ T = TypeVar("T")
 class Clips:
     """The network's inputs for some clips of this rank, on its device."""
 
-    images: torch.Tensor
-    guidance: torch.Tensor
-    cameras: torch.Tensor
+    images: Tensor
+    guidance: Tensor
+    cameras: Tensor
 
 
 @dataclass(frozen=True)
 class Targets:
     """What the losses know of the global batch beside its features: labels [B], erased [B, T], visibility [B, P]."""
 
-    labels: torch.Tensor
-    erased: torch.Tensor
-    visibility: torch.Tensor | None
+    labels: Tensor
+    erased: Tensor
+    visibility: Tensor | None
 
 
 class Losses(NamedTuple):
     """The total of the global batch, its terms, and the features of all ranks' clips that they were computed from."""
 
-    total: torch.Tensor
-    terms: dict[str, torch.Tensor]
+    total: Tensor
+    terms: dict[str, Tensor]
     features: Features
 
 
@@ -85,31 +84,21 @@ class TrainedModule(nn.Module):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did.
+    """What a step did; the same on all ranks."""
 
-    Attributes:
-        loss: the total of the global batch, the same on all ranks.
-        terms: its terms, on the device (a copy to the CPU waits for it).
-        applied: False where the loss was not finite or the fp16 gradients overflowed.
-        gradient_norm: 2-norm of the global gradient before clipping; None where nothing was applied.
-    """
-
-    loss: float
-    terms: dict[str, torch.Tensor]
-    applied: bool
-    gradient_norm: float | None
+    loss: float  # the total of the global batch
+    terms: dict[str, Tensor]  # its terms, on the device (a copy to the CPU waits for it)
+    applied: bool  # False where the loss was not finite or the fp16 gradients overflowed
+    gradient_norm: float | None  # 2-norm of the global gradient before clipping; None where nothing was applied
 
 
 class Stepper:
     """Runs optimizer steps on an engine whose module is a TrainedModule."""
 
     def __init__(self, engine: Engine, config: Config, ranks: Ranks, paths: list[stochastic_depth.ClipDropPath]):
-        self.engine = engine
+        self.engine, self.config, self.ranks, self.paths = engine, config, ranks, paths
         self.module: TrainedModule = engine.module
-        self.config = config
-        self.ranks = ranks
-        self.paths = paths
-        self._draws: list[torch.Tensor] = []
+        self._draws: list[Tensor] = []
 
     def step(self, batch: ClipBatch, step: int) -> StepResult:
         """Train on this rank's clips of step `step`; a collective.
@@ -123,7 +112,9 @@ class Stepper:
         self._draws = stochastic_depth.draw(self.paths, self.config.seed, step, clips_everywhere, copies)
         before = [buffer.clone() for buffer in self.module.network.buffers()]
         batch = batch.to(self.ranks.device)
-        targets = self._targets(batch)
+        used = self.module.network.guidance.uses_visibility and batch.visibility is not None
+        visibility = gather(batch.visibility) if used else None
+        targets = Targets(gather(batch.labels), gather(batch.erased), visibility)
         passes = self._step_at_once if self.config.training.accumulation == 1 else self._step_in_pieces
         loss, losses = passes(batch, targets)
         if not math.isfinite(loss):
@@ -150,10 +141,8 @@ class Stepper:
         self.engine.begin_passes()
         micro = len(batch) // self.config.training.accumulation
         pieces = [(start, start + micro) for start in range(0, len(batch), micro)]
-        cached = []
-        for piece in pieces:
-            with torch.no_grad():
-                cached.append(self._features(batch, *piece))
+        with torch.no_grad():
+            cached = [self._features(batch, *piece) for piece in pieces]
         leaves = Features(*(value.requires_grad_() for value in Features.concatenate(cached)))
         losses = self.engine.run(self.module.losses, features=leaves, targets=targets)
         loss = losses.total.item()
@@ -185,17 +174,9 @@ class Stepper:
     def _clips(self, batch: ClipBatch) -> Clips:
         return Clips(*prepare(batch, self.module.network.guidance), batch.cameras)
 
-    def _targets(self, batch: ClipBatch) -> Targets:
-        used = self.module.network.guidance.uses_visibility and batch.visibility is not None
-        visibility = gather(batch.visibility) if used else None
-        return Targets(gather(batch.labels), gather(batch.erased), visibility)
 
-
-def _inner_product(features: Features, gradients: Features, start: int, stop: int) -> torch.Tensor:
+def _inner_product(features: Features, gradients: Features, start: int, stop: int) -> Tensor:
     """The scalar whose gradient with respect to `features` are rows start..stop of `gradients`."""
-    rows = Features(
-        gradients.global_feature[start:stop],
-        gradients.part_features[:, start:stop],
-        gradients.temporal_scores[start:stop],
-    )
+    whole, parts, scores = gradients
+    rows = Features(whole[start:stop], parts[:, start:stop], scores[start:stop])
     return sum((value * gradient).sum() for value, gradient in zip(features, rows, strict=True))

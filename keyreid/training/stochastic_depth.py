@@ -8,7 +8,7 @@ run all drop the same paths, with no generator state to save.
 
 import torch
 from timm.layers import DropPath
-from torch import nn
+from torch import Tensor, nn
 
 
 class ClipDropPath(nn.Module):
@@ -22,9 +22,9 @@ class ClipDropPath(nn.Module):
     def __init__(self, probability: float) -> None:
         super().__init__()
         self.probability = probability
-        self.keep: torch.Tensor | None = None
+        self.keep: Tensor | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Scale each row of x [clips * k, ...] by its draw; the identity in evaluation."""
         if not self.training:
             return x
@@ -38,13 +38,12 @@ def use_clip_draws(model: nn.Module) -> list[ClipDropPath]:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, DropPath):
-                ours = ClipDropPath(float(child.drop_prob))
-                setattr(parent, name, ours)
-                replaced.append(ours)
+                replaced.append(ClipDropPath(float(child.drop_prob)))
+                setattr(parent, name, replaced[-1])
     return replaced
 
 
-def draw(paths: list[ClipDropPath], seed: int, step: int, clips: int, copies: int) -> list[torch.Tensor]:
+def draw(paths: list[ClipDropPath], seed: int, step: int, clips: int, copies: int) -> list[Tensor]:
     """A step's draws for the whole global batch: for each path float32 [clips, copies]."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
     return [
@@ -53,7 +52,7 @@ def draw(paths: list[ClipDropPath], seed: int, step: int, clips: int, copies: in
     ]
 
 
-def use(paths: list[ClipDropPath], draws: list[torch.Tensor], rows: slice, device: torch.device) -> None:
+def use(paths: list[ClipDropPath], draws: list[Tensor], rows: slice, device: torch.device) -> None:
     """Let the next forward, of clips `rows` of the global batch, use their draws."""
     for path, keep in zip(paths, draws, strict=True):
         path.keep = keep[rows].to(device, non_blocking=True)
