@@ -28,14 +28,7 @@ _CELL = PICTURE_HEIGHT // TILE_HEIGHT
 
 
 def render_heatmaps(keypoints: NDArray, width: int, height: int, parts: int = 6) -> NDArray[np.float32]:
-    """Render part heatmaps at the pictures' own size.
-
-    Args:
-        keypoints: [N, 17, 3], x and y in pixels of a picture of `width` x `height`, confidence.
-
-    Returns:
-        float32 [N, P, H, W] in [0, 1].
-    """
+    """Part heatmaps float32 [N, P, H, W] in [0, 1], at the size of the pictures that keypoints [N, 17, 3] lie in."""
     heatmaps = np.empty((len(keypoints), len(part_joints(parts)), height, width), np.float32)
     for heatmap, canvas in zip(heatmaps, _canvases(keypoints, width, height, parts), strict=True):
         heatmap[:] = canvas
@@ -43,14 +36,11 @@ def render_heatmaps(keypoints: NDArray, width: int, height: int, parts: int = 6)
 
 
 def render_tiles(keypoints: NDArray, width: ArrayLike, height: ArrayLike, parts: int = 6) -> NDArray[np.uint8]:
-    """Render the tiles that shards store (defined above).
+    """The tiles that shards store (defined above), uint8 [N, P, 64, 32]; 255 is 1.
 
     Args:
         keypoints: [N, 17, 3] in pixels of frames of `width` x `height`.
         width, height: one number, or one a frame [N].
-
-    Returns:
-        uint8 [N, P, 64, 32]; 255 is 1.
     """
     scaled = scale_keypoints(keypoints, width, height, PICTURE_WIDTH, PICTURE_HEIGHT)
     tiles = np.empty((len(scaled), len(part_joints(parts)), TILE_HEIGHT, TILE_WIDTH), np.uint8)

@@ -37,11 +37,6 @@ WEIGHTS_FORMAT = "keyreid-pose-1"
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1], as OpenPifPaf normalises
 
 
-def is_installed() -> bool:
-    """Whether OpenPifPaf is there; it is not imported."""
-    return find_spec("openpifpaf") is not None
-
-
 @cache
 def import_openpifpaf() -> ModuleType:
     """Import OpenPifPaf.
@@ -49,7 +44,7 @@ def import_openpifpaf() -> ModuleType:
     Raises:
         KeyreidError: it is not installed, or was compiled for another PyTorch.
     """
-    if not is_installed():
+    if find_spec("openpifpaf") is None:
         raise KeyreidError("OpenPifPaf is not installed; `launch/install-pose` compiles and installs it (minutes)")
     import matplotlib.cm
 
@@ -135,27 +130,17 @@ def save_weights(network: torch.nn.Module, path: Path) -> None:
 class PoseDecoder:
     """OpenPifPaf's C++ decoder for one network: from pictures or fields to poses."""
 
-    def __init__(self, network: torch.nn.Module, device: torch.device | str = "cpu", threshold: float | None = None):
-        """Set the decoder up.
-
-        Args:
-            threshold: confidence below which a joint counts as not found; OpenPifPaf's own is 0.15. It is a setting of
-                the whole process, as OpenPifPaf keeps it.
-        """
+    def __init__(self, network: torch.nn.Module, device: str = "cpu", threshold: float | None = None):
+        """`threshold`: confidence below which a joint is missing, else 0.15; OpenPifPaf keeps one for the process."""
         pifpaf = import_openpifpaf()
-        self.device = torch.device(device)
-        self.network = network.to(self.device)
+        self.device, self.network = device, network.to(device)
         if threshold is not None:
             torch.classes.openpifpaf_decoder.CifCaf.set_keypoint_threshold(threshold)
             pifpaf.decoder.utils.nms.Keypoints.set_keypoint_threshold(threshold)
         self._new_decoder = lambda: pifpaf.decoder.factory(network.head_metas)
 
     def pictures(self, pictures: np.ndarray) -> list[list[Pose]]:
-        """Find the people in pictures of one size; what is found depends on these pictures alone.
-
-        Args:
-            pictures: uint8 [N, H, W, 3], RGB.
-        """
+        """Find the people in pictures of one size, uint8 [N, H, W, 3], RGB; depends on these pictures alone."""
         batch = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2)
         with torch.inference_mode():
             heads = [head.float().cpu() for head in self.network(normalise(batch))]
@@ -165,9 +150,8 @@ class PoseDecoder:
         """Decode the fields of pictures: for each, CIF [17, 5, h, w] and CAF [19, 8, h, w]."""
         # A decoder's rounding drifts with the number of pictures that it has seen, so none outlives a batch.
         decoder = self._new_decoder()
-        return [
-            [Pose(pose.data.astype(np.float32), float(pose.score)) for pose in decoder(list(heads))] for heads in fields
-        ]
+        people = [decoder(list(heads)) for heads in fields]
+        return [[Pose(pose.data.astype(np.float32), float(pose.score)) for pose in poses] for poses in people]
 
 
 class Encoder:
@@ -182,8 +166,7 @@ class Encoder:
     def __call__(self, keypoints: np.ndarray, width: int, height: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode one person's keypoints [17, 3] (confidence 0: not there) in a picture of `width` x `height`.
 
-        Returns:
-            CIF [17, 5, h, w] and CAF [19, 9, h, w]: confidence, vectors, least widths, scales; NaN where undefined.
+        Gives CIF [17, 5, h, w] and CAF [19, 9, h, w]: confidence, vectors, least widths, scales; NaN where undefined.
         """
         annotation = {"keypoints": np.where(keypoints[:, 2:] > 0, keypoints * [1, 1, 0] + [0, 0, 2], 0)}
         picture = torch.empty(3, height, width)

@@ -100,14 +100,7 @@ class _Job:
 
 
 def render(
-    root: Path | str,
-    identities: int,
-    cameras: int = 6,
-    seed: int = 0,
-    *,
-    processes: int = 1,
-    quiet: bool = False,
-    **settings,
+    root: Path | str, identities: int, cameras: int = 6, seed: int = 0, *, processes=1, quiet=False, **settings
 ) -> Walkers:
     """Draw a dataset; what is already there with the same settings is kept.
 
