@@ -82,11 +82,9 @@ class Summary:
 def estimate(
     dataset: Dataset, out: Path, settings: PoseSettings, work: PoseWork, share: tuple[int, int] = (0, 1)
 ) -> Summary:
-    """Write the keypoint file of every tracklet that has none yet.
+    """Write into `out` the keypoint file of every tracklet that has none yet.
 
-    Args:
-        out: folder of the keypoint files.
-        share: (i, n): this is task i, from 0, of n that cut the dataset between them.
+    With a share (i, n), this is task i, from 0, of n that cut the dataset between them.
 
     Raises:
         ConfigError: `out` holds keypoints of other settings, or there is no such share or device.
@@ -157,9 +155,8 @@ def _claim(out: Path, provenance: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if path.exists():
         earlier = json.loads(path.read_text())
-        changed = [key for key in sorted(earlier | provenance) if earlier.get(key) != provenance.get(key)]
-        if changed:
-            changes = ", ".join(f"{key} was {earlier.get(key)!r}, now {provenance.get(key)!r}" for key in changed)
+        pairs = {key: (earlier.get(key), provenance.get(key)) for key in sorted(earlier | provenance)}
+        if changes := ", ".join(f"{key} was {a!r}, now {b!r}" for key, (a, b) in pairs.items() if a != b):
             raise ConfigError(f"{out} holds keypoints of other settings ({changes}); give another --out")
         return
     if any(out.glob("*.npz")):

@@ -56,11 +56,7 @@ def render_tiles(keypoints: NDArray, width: ArrayLike, height: ArrayLike, parts:
 
 
 def visibility(keypoints: NDArray, width: ArrayLike, height: ArrayLike, parts: int = 6) -> NDArray[np.bool_]:
-    """bool [N, P]: whether a part has a joint that is drawn, that is whether its heatmap is not all zero.
-
-    Args:
-        keypoints: [N, 17, 3] in pixels of frames of `width` x `height` (one number, or one a frame [N]).
-    """
+    """bool [N, P]: whether a part has a joint that is drawn; arguments as for `render_tiles`."""
     present = _centres(keypoints, width, height)[2]
     return np.stack([present[:, list(joints)].any(1) for joints in part_joints(parts)], axis=1)
 

@@ -75,10 +75,7 @@ def import_heatmaps(
 
 
 def export_tree(dataset: Dataset, root: Path, files: Path, tree: Path, kind: Literal["pose", "npy"]) -> Moved:
-    """Write a tree of `.pose` files from keypoint files, or of float64 `.npy` heatmaps.
-
-    Heatmaps come from heatmap files where there are, else they are rendered from keypoints.
-    """
+    """Write a tree of `.pose` files, or of float64 `.npy` from heatmap files or else rendered from keypoint files."""
     moved = Moved()
     for tracklet, paths in _walk(dataset, root, tree, f".{kind}", "exporting", moved):
         frames = _keypoints(files, tracklet) if kind == "pose" else _heatmaps(files, tracklet)

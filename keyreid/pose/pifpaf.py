@@ -39,11 +39,7 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 
 
 @cache
 def import_openpifpaf() -> ModuleType:
-    """Import OpenPifPaf.
-
-    Raises:
-        KeyreidError: it is not installed, or was compiled for another PyTorch.
-    """
+    """Import OpenPifPaf; KeyreidError where it is not installed, or was compiled for another PyTorch."""
     if find_spec("openpifpaf") is None:
         raise KeyreidError("OpenPifPaf is not installed; `launch/install-pose` compiles and installs it (minutes)")
     import matplotlib.cm
@@ -53,9 +49,8 @@ def import_openpifpaf() -> ModuleType:
     try:
         import openpifpaf
     except (ImportError, OSError) as error:
-        raise KeyreidError(
-            f"OpenPifPaf does not load beside torch {torch.__version__} ({error}); run `launch/install-pose` again"
-        ) from None
+        beside = f"beside torch {torch.__version__} ({error})"
+        raise KeyreidError(f"OpenPifPaf does not load {beside}; run `launch/install-pose` again") from None
     torch.ops.openpifpaf.set_quiet(True)  # it reports every growth of a buffer
     return openpifpaf
 

@@ -64,7 +64,11 @@ def train(
     torch.manual_seed(settings.seed)
     network = pifpaf.build_network(pifpaf.WALKERS, UPSAMPLE)
     with tempfile.TemporaryDirectory(prefix="keyreid-pose-") as folder:
-        examples = _training_examples(Path(folder), settings.pictures, settings.seed, processes)
+        people, examples = max(2, round(settings.pictures / CITIES / PICTURES_A_PERSON) + 1), []
+        for city in range(CITIES):  # of every one and both heights
+            seed, height = 100 * settings.seed + city, (256, 128)[city % 2]
+            examples += _render(Path(folder) / str(city), people, seed, height, processes)
+        examples = _shuffled(examples, settings.seed, settings.pictures)
         pictures, targets = _encode(examples, pifpaf.Encoder(network), np.random.default_rng(settings.seed))
     average = _optimise(network, pictures, targets, settings, device)
     pifpaf.save_weights(average, out)
@@ -85,15 +89,6 @@ def judge(weights: Path, height: int, pictures: int = 400, processes: int = 1) -
             found.append(np.zeros((17, 3)) if person is None else person.keypoints)
             true.append(keypoints)
     return judge_keypoints(np.stack(found), np.stack(true), np.full(len(true), height))
-
-
-def _training_examples(folder: Path, count: int, seed: int, processes: int) -> list[Example]:
-    """Of every city and both heights, `count` in all."""
-    people = max(2, round(count / CITIES / PICTURES_A_PERSON) + 1)
-    every = []
-    for city in range(CITIES):
-        every += _render(folder / str(city), people, 100 * seed + city, (256, 128)[city % 2], processes)
-    return _shuffled(every, seed, count)
 
 
 def _shuffled(examples: list[Example], seed: int, count: int) -> list[Example]:
@@ -135,7 +130,7 @@ def _move(picture: np.ndarray, keypoints: np.ndarray, rng: np.random.Generator) 
     zoom = np.exp(rng.uniform(-0.25, 0.12))
     shift = rng.uniform(-0.06, 0.06, 2) * (width, height) + (1 - zoom) / 2 * np.array([width - 1, height - 1])
     matrix = np.array([[zoom, 0, shift[0]], [0, zoom, shift[1]]])
-    border = PADDING_COLOUR if rng.random() < 0.5 else tuple(rng.integers(0, 256, 3).tolist())
+    border = PADDING_COLOUR if rng.random() < 0.5 else rng.integers(0, 256, 3).tolist()
     picture = cv2.warpAffine(picture, matrix, (width, height), borderMode=cv2.BORDER_CONSTANT, borderValue=border)
     if rng.random() < 0.5:
         detail = rng.uniform(0.35, 0.9)
