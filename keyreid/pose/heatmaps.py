@@ -96,9 +96,8 @@ def _gaussian(radius: int) -> NDArray[np.float32]:
 def _canvases(keypoints: NDArray, width: int, height: int, parts: int) -> Iterator[NDArray[np.float32]]:
     """Render frame after frame on one canvas: yields float32 [P, H, W], valid until the next one is asked for."""
     columns, rows, present = _centres(keypoints, width, height)
-    radius = int(width / 11)
+    radius, part_of = int(width / 11), joint_parts(parts)
     gaussian = _gaussian(radius)
-    part_of = joint_parts(parts)
     # A margin of the kernel's radius lets every window be whole; it is drawn on and never read.
     canvas = np.zeros((len(part_joints(parts)), height + 2 * radius, width + 2 * radius), np.float32)
     picture = canvas[:, radius : radius + height, radius : radius + width]

@@ -62,8 +62,7 @@ def import_heatmaps(
 ) -> Moved:
     """Read a tree of `.npy` heatmaps into heatmap files; a frame without one gets [6, 1, 1] zeros.
 
-    Args:
-        dtype: of the stored heatmaps, `float16`, `float32` or `float64`; None keeps each file's.
+    `dtype` of what is stored is `float16`, `float32` or `float64`; None keeps each file's.
     """
     moved, nobody = Moved(), np.zeros((6, 1, 1))
     provenance = {"tool": "import of .npy heatmaps", "dtype": dtype}

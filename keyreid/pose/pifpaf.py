@@ -76,7 +76,13 @@ def load_network(checkpoint: str, trust: bool = False) -> tuple[torch.nn.Module,
                 f"{path} is a pickled network, which can run any code when loaded. If you trust where it comes from, "
                 "say so with --trust; `keyreid pose-convert` then makes a weights file of it that needs no trust"
             )
-        network = _load_pickled(path)
+        pifpaf = import_openpifpaf()
+        try:
+            network = torch.load(path, map_location="cpu", weights_only=False)["model"]
+        except Exception as error:  # unpickling runs what the file says, so anything may be raised
+            raise CheckpointError(f"{path}: not a checkpoint of OpenPifPaf ({type(error).__name__}: {error})") from None
+        pifpaf.network.model_migration.model_migration(network)
+        network.set_head_nets(list(network.head_nets)[:2])  # CIF, CAF
     keypoints = network.head_metas[0].keypoints
     if tuple(keypoints) != KEYPOINT_NAMES:
         raise CheckpointError(f"{path}: finds {len(keypoints)} joints {keypoints[:3]}..., not the 17 of COCO")
@@ -84,11 +90,9 @@ def load_network(checkpoint: str, trust: bool = False) -> tuple[torch.nn.Module,
 
 
 def build_network(base: str, upsample: int = 1) -> torch.nn.Module:
-    """A network with random weights and the two heads (CIF, CAF) of the COCO person.
+    """A network with random weights on `base` (`walkers`, or one of OpenPifPaf's) and the COCO person's CIF and CAF.
 
-    Args:
-        base: `walkers`, or the name of one of OpenPifPaf's base networks.
-        upsample: factor by which the heads' grid is finer than the base network's.
+    `upsample` is the factor by which the heads' grid is finer than the base network's.
     """
     pifpaf = import_openpifpaf()
     if base == WALKERS:
@@ -217,18 +221,6 @@ def _load_weights(path: Path) -> torch.nn.Module:
         network.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: does not fit the base network {metadata['base']}: {str(error)[:300]}") from None
-    return network
-
-
-def _load_pickled(path: Path) -> torch.nn.Module:
-    """One of OpenPifPaf's own checkpoints; of its heads, the first two are kept (CIF, CAF)."""
-    pifpaf = import_openpifpaf()
-    try:
-        network = torch.load(path, map_location="cpu", weights_only=False)["model"]
-    except Exception as error:  # unpickling runs what the file says, so anything may be raised
-        raise CheckpointError(f"{path}: not a checkpoint of OpenPifPaf ({type(error).__name__}: {error})") from None
-    pifpaf.network.model_migration.model_migration(network)
-    network.set_head_nets(list(network.head_nets)[:2])
     return network
 
 

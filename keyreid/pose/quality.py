@@ -43,10 +43,8 @@ def write_quality(
     """Write `report.html`, `statistics.png`, `contact.png` and `report.json`, whose numbers it gives.
 
     Args:
-        files: folder of keypoint files.
-        samples: crops on the contact sheet: half of them drawn at random, the other half those of the lowest scores,
-            one for each tracklet.
-        truth: folder of keypoint files to judge these by.
+        samples: crops on the contact sheet: half at random, half those of the lowest scores, one for each tracklet.
+        truth: folder of keypoint files to judge these, in the folder `files`, by.
 
     Raises:
         DataError: there is no keypoint file for any of the dataset's tracklets, or one is damaged.

@@ -47,8 +47,7 @@ def dress(rng: np.random.Generator) -> Person:
     person = Person(Build.draw(rng), Gait.draw(rng))
     skin = _vary(MATERIALS["skins"][rng.integers(len(MATERIALS["skins"]))], rng, 0.04)
     _dress_legs(person, skin, rng)
-    sleeve_cloth = _dress_torso(person, skin, rng)
-    _dress_arms(person, skin, sleeve_cloth, rng)
+    _dress_arms(person, skin, _dress_torso(person, skin, rng), rng)
     _dress_head(person, skin, rng)
     _hand_bags(person, rng)
     return person

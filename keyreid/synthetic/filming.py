@@ -10,13 +10,10 @@ from keyreid.synthetic.clothes import Person, dress
 
 
 class Rendered(NamedTuple):
-    """What one tracklet is: JPEG bytes of each frame, and the true keypoints.
+    """What one tracklet is."""
 
-    Keypoints are float32 [T, 17, 3]: x, y in pixels; confidence 1 seen, 0.5 behind the person's own body, 0 hidden by
-    something else or outside the picture.
-    """
-
-    pictures: list[bytes]
+    pictures: list[bytes]  # JPEGs, one for each frame
+    # float32 [T, 17, 3]: x, y in pixels; confidence 1 seen, 0.5 behind the own body, 0 hidden otherwise or outside
     keypoints: np.ndarray
 
 

@@ -92,8 +92,8 @@ def draw(canvas: np.ndarray, owner: np.ndarray, sprites: dict[str, Sprite], poin
     """
     nearness = {name: points[SPANS[name][0], 2] + points[SPANS[name][1], 2] + 2 * SPANS[name][2] for name in sprites}
     for name in sorted(sprites, key=nearness.__getitem__):
-        first, last, _, _ = SPANS[name]
-        _stamp(canvas, owner, OWNER[name], sprites[name], points[first, :2] * scale, points[last, :2] * scale, crop)
+        start, end = (points[point, :2] * scale for point in SPANS[name][:2])
+        _stamp(canvas, owner, OWNER[name], sprites[name], start, end, crop)
 
 
 def _stamp(canvas, owner, number: int, sprite: Sprite, start, end, crop) -> None:
