@@ -89,10 +89,8 @@ def pose_report(
     out = out or keypoints / "report"
     data = open_dataset(dataset, root, **parse_options(option or []))
     numbers = write_quality(data, keypoints, out, samples, truth)
-    typer.echo(
-        f"{out}/report.html: a person in {numbers['frames_with_person']:.1%} of {numbers['frames']} frames, "
-        f"{numbers['joints_a_frame']:.1f} joints each"
-    )
+    found = f"a person in {numbers['frames_with_person']:.1%} of {numbers['frames']} frames"
+    typer.echo(f"{out}/report.html: {found}, {numbers['joints_a_frame']:.1f} joints each")
     if accuracy := numbers.get("accuracy"):
         typer.echo(describe(accuracy))
 

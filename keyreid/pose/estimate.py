@@ -31,8 +31,6 @@ from keyreid.pose.pictures import Fitted, Pose, Selection, choose, decode, fit
 from keyreid.processes import end_with_parent
 from keyreid.progress import track
 
-RUN_FILE = "pose.json"  # beside the keypoint files: what made them
-
 
 @dataclass(frozen=True)
 class PoseSettings:
@@ -82,9 +80,7 @@ class Summary:
 def estimate(
     dataset: Dataset, out: Path, settings: PoseSettings, work: PoseWork, share: tuple[int, int] = (0, 1)
 ) -> Summary:
-    """Write into `out` the keypoint file of every tracklet that has none yet.
-
-    With a share (i, n), this is task i, from 0, of n that cut the dataset between them.
+    """Write into `out` the keypoint file of each tracklet without one; share (i, n): as task i, from 0, of n.
 
     Raises:
         ConfigError: `out` holds keypoints of other settings, or there is no such share or device.
@@ -151,7 +147,7 @@ def _estimate_on(
 
 def _claim(out: Path, provenance: dict[str, Any]) -> None:
     """Say in the folder what makes its files; refuse to mix them with those of other settings."""
-    path = out / RUN_FILE
+    path = out / "pose.json"  # beside the keypoint files: what made them
     out.mkdir(parents=True, exist_ok=True)
     if path.exists():
         earlier = json.loads(path.read_text())

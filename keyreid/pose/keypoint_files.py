@@ -60,11 +60,9 @@ def path_of(directory: Path, key: str) -> Path:
 
 
 def save(path: Path, file: KeypointFile, dtype: str = "float32", durable: bool = True) -> None:
-    """Write a keypoint file; it is either whole or absent, whenever the process is killed.
+    """Write a keypoint file, keypoints as `float32` or `float16`; it is whole or absent, whenever it is killed.
 
-    Args:
-        dtype: of the stored keypoints, `float32` or `float16`.
-        durable: wait, milliseconds a file, until it is on the disk and so outlives a machine that loses its power.
+    With `durable`, wait (milliseconds) until it is on the disk, so that it outlives a machine that loses its power.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("wb") as stream:

@@ -195,9 +195,8 @@ def fields_of_targets(cif: torch.Tensor, caf: torch.Tensor) -> tuple[torch.Tenso
 
 def check() -> float:
     """Encode a standing person, decode the fields with the C++ decoder, and give the largest error in pixels."""
-    pifpaf = import_openpifpaf()
     network = build_network(WALKERS)
-    upright = np.array(pifpaf.plugins.coco.constants.COCO_UPRIGHT_POSE, np.float32)
+    upright = np.array(import_openpifpaf().plugins.coco.constants.COCO_UPRIGHT_POSE, np.float32)
     keypoints = upright * [16, -22, 1] + [64, 228, 0]
     (poses,) = PoseDecoder(network).fields([fields_of_targets(*Encoder(network)(keypoints, 129, 257))])
     if len(poses) != 1 or not (poses[0].keypoints[:, 2] > 0).all():

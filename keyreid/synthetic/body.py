@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from keyreid.synthetic.materials import MATERIALS
+from keyreid.synthetic import MATERIALS
 
 # The 17 COCO keypoints, in COCO's order, then the points that only drawing needs.
 NOSE, LEFT_EYE, RIGHT_EYE, LEFT_EAR, RIGHT_EAR, LEFT_SHOULDER, RIGHT_SHOULDER, LEFT_ELBOW, RIGHT_ELBOW = range(9)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from keyreid.synthetic import MATERIALS, pick
 from keyreid.synthetic.body import Build, Gait
-from keyreid.synthetic.materials import MATERIALS, pick
 
 ROWS, COLUMNS = 64, 96
 V, U = np.meshgrid(

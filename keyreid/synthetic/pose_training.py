@@ -176,9 +176,7 @@ def _optimise(network, pictures: torch.Tensor, targets: list[torch.Tensor], sett
 def mirror(targets: Sequence[torch.Tensor], skeleton: np.ndarray) -> list[torch.Tensor]:
     """The fields of the mirrored pictures: columns and left and right change places, x turns round.
 
-    Args:
-        targets: CIF [N, 17, 5, h, w] and CAF [N, bones, 9, h, w] as the encoder gives them.
-        skeleton: int [bones, 2], the joints that each of CAF's fields joins.
+    Fields are CIF [N, 17, 5, h, w] and CAF [N, bones, 9, h, w]; the skeleton [bones, 2] has the joints of each bone.
     """
     cif, caf = (target.flip(-1) for target in targets)
     cif = cif[:, KEYPOINT_FLIP]
@@ -194,12 +192,10 @@ def mirror(targets: Sequence[torch.Tensor], skeleton: np.ndarray) -> list[torch.
 def _loss(field: torch.Tensor, target: torch.Tensor, positive_weight: float) -> torch.Tensor:
     """Loss of one head, a picture's mean.
 
-    Args:
-        field: [N, fields, 2 + 3 V, h, w] as a head gives it in training: width (unused), confidence, vectors, scales.
-        target: [N, fields, 1 + 4 V, h, w] as the encoder gives it; NaN is undefined.
+    In training it gives [N, fields, 2 + 3 V, h, w]: width (unused), confidence, vectors, scales. The encoder's target
+    is [N, fields, 1 + 4 V, h, w]; NaN is undefined.
     """
-    vectors = (field.shape[2] - 2) // 3
-    confidence = target[:, :, 0]
+    vectors, confidence = (field.shape[2] - 2) // 3, target[:, :, 0]
     known, weight = ~confidence.isnan(), torch.tensor(positive_weight, device=field.device)
     weighed = {"reduction": "none", "pos_weight": weight}
     entropy = F.binary_cross_entropy_with_logits(field[:, :, 1], confidence.nan_to_num(0.0), **weighed)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from keyreid.synthetic.materials import MATERIALS, pick
+from keyreid.synthetic import MATERIALS, pick
 
 LOOKS, DIRECTIONS = MATERIALS["looks"], MATERIALS["directions"]
 
@@ -125,8 +125,7 @@ def _pave(ground: np.ndarray, rng: np.random.Generator, width: int, base: np.nda
     ground *= (0.9 + 0.2 * depth)[:, None, None]
     kind = rng.integers(4)
     if kind <= 1:
-        slabs = rng.uniform(3, 7)
-        ground[(1 / (1.25 - depth) * slabs) % 1 < 0.12] *= 0.8
+        ground[(1 / (1.25 - depth) * rng.uniform(3, 7)) % 1 < 0.12] *= 0.8  # joints of slabs
         if kind == 1:
             ground[:, :: max(int(width * rng.uniform(0.2, 0.6)), 2)] *= 0.82
     elif kind == 2:

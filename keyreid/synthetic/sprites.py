@@ -9,9 +9,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from keyreid.synthetic import body
+from keyreid.synthetic import MATERIALS, body
 from keyreid.synthetic.clothes import COLUMNS, ROWS, Person, Piece
-from keyreid.synthetic.materials import MATERIALS
 
 OCCLUDER = 255
 # Piece: its two ends, how much nearer to the camera than its middle it is drawn (in body heights), and its keypoints.
@@ -35,13 +34,9 @@ class Sprite(NamedTuple):
 
 
 def bake(person: Person, yaw: float, light: np.ndarray, ambient: float, scale: float) -> dict[str, Sprite]:
-    """Bake all pieces of a person for one tracklet.
+    """Bake all pieces of a person for one tracklet, a camera at `yaw` radians and `scale` pixels of a body's height.
 
-    Args:
-        yaw: the camera's, radians.
-        light: unit vector towards the light in picture axes (right, down, near).
-        ambient: light from everywhere, as a share.
-        scale: pixels of a body's height.
+    `light` is the unit vector towards the light in picture axes (right, down, near); a share `ambient` is everywhere.
     """
     resting, baked = body.walk(person.build, person.gait, np.zeros(1))[0], {}
     for name, (start, end, _, _) in SPANS.items():

@@ -34,7 +34,6 @@ from keyreid.synthetic import scene
 from keyreid.synthetic.clothes import dress
 from keyreid.synthetic.filming import random_stream, render_tracklet
 
-SETTINGS_FILE = "walkers.json"
 VERSION = 3  # of the drawing: raised whenever the same settings give other pictures
 _PERSON, _CAMERA, _VISITS, _TRACKLET, _DISTRACTOR, _JUNK = range(1, 7)  # random streams
 
@@ -108,7 +107,7 @@ def render(
     root = Path(root)
     walkers = Walkers(identities=identities, cameras=cameras, seed=seed, **settings)
     description = json.dumps({"version": VERSION, **asdict(walkers)}, indent=1)
-    done = root / SETTINGS_FILE
+    done = root / "walkers.json"
     if done.is_file():
         if done.read_text() != description:
             raise DataError(f"{root} holds walkers of other settings ({done}); choose another folder or remove it")
