@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -17,7 +18,7 @@ from keyreid.errors import ConfigError, DataError
 from keyreid.pose import keypoint_files, pifpaf
 from keyreid.pose.estimate import PoseSettings, PoseWork, estimate
 
-pytestmark = pytest.mark.skipif(not pifpaf.is_installed(), reason="OpenPifPaf is not there: run launch/install-pose")
+pytestmark = pytest.mark.skipif(find_spec("openpifpaf") is None, reason="no OpenPifPaf: run launch/install-pose")
 SETTINGS = PoseSettings(long_edge=128)
 ONE_PROCESS = PoseWork(batch_size=4, workers=0)
 

@@ -1,6 +1,7 @@
 """OpenPifPaf's encoder and decoder, and how checkpoints are loaded."""
 
 import pickle
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from keyreid.errors import CheckpointError
 from keyreid.pose import pifpaf
 from keyreid.pose.pictures import Pose, choose, fit
 
-pytestmark = pytest.mark.skipif(not pifpaf.is_installed(), reason="OpenPifPaf is not there: run launch/install-pose")
+pytestmark = pytest.mark.skipif(find_spec("openpifpaf") is None, reason="no OpenPifPaf: run launch/install-pose")
 
 
 @pytest.fixture(scope="module")

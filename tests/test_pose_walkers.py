@@ -1,5 +1,7 @@
 """The small network for rendered walkers: the weights in the repository, and the script that makes such."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from keyreid.pose.parts import KEYPOINT_FLIP
 from keyreid.pose.small_net import SmallNet
 from keyreid.synthetic import pose_training as walkers_training
 
-needs_pifpaf = pytest.mark.skipif(not pifpaf.is_installed(), reason="OpenPifPaf is not there: run launch/install-pose")
+needs_pifpaf = pytest.mark.skipif(find_spec("openpifpaf") is None, reason="no OpenPifPaf: run launch/install-pose")
 
 
 def test_grid_is_the_one_that_openpifpaf_expects():

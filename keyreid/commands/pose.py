@@ -11,6 +11,9 @@ from keyreid.datasets import open_dataset, parse_options
 KeypointType = Annotated[
     Literal["float32", "float16"], typer.Option(help="of stored keypoints; float16 moves 6 % of joints by a pixel")
 ]
+Kind = Annotated[Literal["pose", "npy"], typer.Option(help="keypoints (.pose) or heatmaps (.npy, 1.6 MB a frame)")]
+Out = Annotated[Path, typer.Option(help="folder of the files, one a tracklet; `pose` keeps those that are there")]
+Weights = Annotated[Path, typer.Argument(help="weights file to write (.safetensors)")]
 Trust = Annotated[
     bool, typer.Option(help="load a pickled checkpoint, which may run code: you trust it; weights files need no trust")
 ]
@@ -19,9 +22,7 @@ Trust = Annotated[
 def pose(
     dataset: DatasetName,
     root: Root,
-    out: Annotated[
-        Path, typer.Option(help="folder of the keypoint files, one for each tracklet; those that are there are kept")
-    ],
+    out: Out,
     checkpoint: Annotated[
         str,
         typer.Option(
@@ -31,24 +32,18 @@ def pose(
     ] = "walkers",
     trust: Trust = False,
     device: Annotated[
-        str,
-        typer.Option(
-            help="auto: every visible GPU, else the CPU; or a list such as cuda:0,cuda:1 or cpu,cpu: a process for each"
-        ),
+        str, typer.Option(help="auto: every visible GPU, else the CPU; or a list, a process for each: cuda:0,cuda:1")
     ] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="frames in a batch; all of one tracklet")] = 32,
     workers: Annotated[int, typer.Option(min=0, help="reading processes beside each device's")] = 2,
     long_edge: Annotated[
-        int | None,
-        typer.Option(min=17, help="resize frames to so many pixels; default: 128 for walkers, else as they are"),
+        int | None, typer.Option(min=17, help="pixels to resize frames to; default 128 for walkers, else as they are")
     ] = None,
     threshold: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="confidence below which a joint is missing; default OpenPifPaf's 0.15"),
+        float | None, typer.Option(min=0, max=1, help="a joint below it is missing; default OpenPifPaf's 0.15")
     ] = None,
     select: Annotated[
-        Literal["score", "centre"],
-        typer.Option(help="of several people in a frame: the best score, or nearest to the middle"),
+        Literal["score", "centre"], typer.Option(help="of several people: the best score, or nearest to the middle")
     ] = "score",
     dtype: KeypointType = "float32",
     share: Share = "0/1",
@@ -64,6 +59,9 @@ def pose(
 
     settings = PoseSettings(checkpoint, long_edge, threshold, select, dtype)
     work = PoseWork(batch_size, workers, parse_devices(device), trust, max_unreadable)
+    number, _, shares = share.partition("/")
+    if not (number.isdigit() and shares.isdigit()):
+        raise ConfigError(f"--share {share}: write I/N, I from 0 to N - 1, for example 0/8")
     data = open_dataset(dataset, root, **parse_options(option or []))
     summary = estimate(data, out, settings, work, parse_share(share))
     for fault in summary.unreadable:
@@ -77,9 +75,7 @@ def pose_report(
     keypoints: Annotated[Path, typer.Argument(help="folder of keypoint files")],
     out: Annotated[Path | None, typer.Option(help="folder of the report; default KEYPOINTS/report")] = None,
     samples: Annotated[int, typer.Option(min=2, help="crops on the contact sheet")] = 24,
-    truth: Annotated[
-        Path | None, typer.Option(help="true keypoint files, for example a folder of walkers' keypoints")
-    ] = None,
+    truth: Annotated[Path | None, typer.Option(help="true keypoint files, for example walkers' keypoints")] = None,
     option: ReaderOptions = None,
 ) -> None:
     """Say how good keypoints are: joints found, confidences, a contact sheet; PCK where the truth is known."""
@@ -88,10 +84,8 @@ def pose_report(
     out = out or keypoints / "report"
     data = open_dataset(dataset, root, **parse_options(option or []))
     numbers = write_quality(data, keypoints, out, samples, truth)
-    typer.echo(
-        f"{out}/report.html: a person in {numbers['frames_with_person']:.1%} of {numbers['frames']} frames, "
-        f"{numbers['joints_a_frame']:.1f} joints each"
-    )
+    found = f"a person in {numbers['frames_with_person']:.1%} of {numbers['frames']} frames"
+    typer.echo(f"{out}/report.html: {found}, {numbers['joints_a_frame']:.1f} joints each")
     if accuracy := numbers.get("accuracy"):
         typer.echo(describe(accuracy))
 
@@ -100,8 +94,8 @@ def pose_import(
     dataset: DatasetName,
     root: Root,
     tree: Annotated[Path, typer.Argument(help="folder that mirrors ROOT's, with a .pose or .npy for each picture")],
-    out: Annotated[Path, typer.Option(help="folder of the keypoint or heatmap files, one for each tracklet")],
-    kind: Annotated[Literal["pose", "npy"], typer.Option(help="keypoints (.pose) or heatmaps (.npy)")] = "pose",
+    out: Out,
+    kind: Kind = "pose",
     dtype: Annotated[
         Literal["float16", "float32", "float64"] | None,
         typer.Option(help="of what is stored; default float32 for keypoints, for heatmaps that of their files"),
@@ -113,13 +107,10 @@ def pose_import(
     from keyreid.pose import imports
 
     data = open_dataset(dataset, root, **parse_options(option or []))
-    if kind == "pose":
-        moved = imports.import_poses(data, root.expanduser(), tree, out, dtype or "float32", max_missing)
-    else:
-        moved = imports.import_heatmaps(data, root.expanduser(), tree, out, dtype, max_missing)
-    typer.echo(
-        f"{out}: {moved.tracklets} tracklets, {moved.frames} frames, {len(moved.missing)} of them without a file"
-    )
+    read = imports.import_poses if kind == "pose" else imports.import_heatmaps
+    moved = read(data, root.expanduser(), tree, out, dtype, max_missing)
+    missing = f"{len(moved.missing)} of them without a file"
+    typer.echo(f"{out}: {moved.tracklets} tracklets, {moved.frames} frames, {missing}")
 
 
 def pose_export(
@@ -127,9 +118,7 @@ def pose_export(
     root: Root,
     files: Annotated[Path, typer.Argument(help="folder of keypoint files, or of imported heatmaps")],
     tree: Annotated[Path, typer.Argument(help="folder to write, a file for each picture")],
-    kind: Annotated[
-        Literal["pose", "npy"], typer.Option(help="keypoints (.pose) or heatmaps (.npy, 1.6 MB a frame)")
-    ] = "pose",
+    kind: Kind = "pose",
     option: ReaderOptions = None,
 ) -> None:
     """Write the published pipeline's files: one .pose (JSON) or .npy (heatmaps) for each picture."""
@@ -142,7 +131,7 @@ def pose_export(
 
 def pose_convert(
     checkpoint: Annotated[str, typer.Argument(help="an OpenPifPaf checkpoint: a file, or the name of a published one")],
-    out: Annotated[Path, typer.Argument(help="weights file to write (.safetensors)")],
+    out: Weights,
     trust: Trust = False,
 ) -> None:
     """Make a weights file, which holds no code, of an OpenPifPaf checkpoint."""
@@ -155,7 +144,7 @@ def pose_convert(
 
 
 def pose_train(
-    out: Annotated[Path, typer.Argument(help="weights file to write (.safetensors)")],
+    out: Weights,
     pictures: Annotated[int, typer.Option(min=16, help="rendered for training")] = 4800,
     epochs: Annotated[int, typer.Option(min=1)] = 8,
     seed: Annotated[int, typer.Option(help="of the pictures and the training")] = 0,

@@ -25,18 +25,8 @@ def walkers(
     """Draw pedestrians: a dataset in the layout of MARS, with true keypoints in OUT/keypoints."""
     from keyreid.synthetic.walkers import render
 
-    render(
-        out,
-        identities,
-        cameras,
-        seed,
-        processes=processes or len(os.sched_getaffinity(0)),
-        tracklets=tracklets,
-        frames=frames,
-        test_share=test_share,
-        distractors=distractors,
-        junk=junk,
-        height=size[0],
-        width=size[1],
-    )
+    drawn = {"frames": frames, "test_share": test_share, "distractors": distractors, "junk": junk}
+    picture = {"height": size[0], "width": size[1]}
+    processes = processes or len(os.sched_getaffinity(0))
+    render(out, identities, cameras, seed, processes=processes, tracklets=tracklets, **drawn, **picture)
     typer.echo(f"{out}: walkers of {identities} identities in MARS's layout; true keypoints in {out}/keypoints")

@@ -15,15 +15,9 @@ PART_COLOURS = np.array(
 
 
 def draw_skeleton(picture: np.ndarray, keypoints: np.ndarray, scale: float = 1.0) -> np.ndarray:
-    """Draw bones and joints.
+    """Draw bones and joints on a copy, enlarged by `scale`, of a picture (uint8 [H, W, 3], RGB).
 
-    Args:
-        picture: uint8 [H, W, 3], RGB.
-        keypoints: [17, 3] in pixels of the picture; joints at confidence <= 0.1 are left out, as heatmaps leave them.
-        scale: enlarges the picture first.
-
-    Returns:
-        A new picture.
+    Keypoints are [17, 3] in pixels of the picture; joints at confidence <= 0.1 are left out, as heatmaps leave them.
     """
     canvas = _enlarge(picture, scale)
     shown = keypoints[:, 2] > MIN_CONFIDENCE
@@ -33,9 +27,8 @@ def draw_skeleton(picture: np.ndarray, keypoints: np.ndarray, scale: float = 1.0
         if shown[one] and shown[other]:
             cv2.line(canvas, places[one].tolist(), places[other].tolist(), (255, 255, 255), 1, cv2.LINE_AA, 4)
     for joint in np.flatnonzero(shown):
-        centre = places[joint].tolist()
-        cv2.circle(canvas, centre, 3 * 16, colours[joint], -1, cv2.LINE_AA, 4)
-        cv2.circle(canvas, centre, 3 * 16, (0, 0, 0), 1, cv2.LINE_AA, 4)
+        for colour, thickness in ((colours[joint], -1), ((0, 0, 0), 1)):
+            cv2.circle(canvas, places[joint].tolist(), 3 * 16, colour, thickness, cv2.LINE_AA, 4)
     return canvas
 
 

@@ -6,9 +6,11 @@ beside it: a run that was killed, or cut into shares, gives the same files as on
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import groupby
 from multiprocessing import get_context
 from operator import itemgetter
@@ -22,14 +24,12 @@ import torch
 from keyreid.datasets.frames import read_frame
 from keyreid.datasets.tracklet import Dataset, Frame, Tracklet
 from keyreid.errors import ConfigError, DataError
-from keyreid.files import replacing
+from keyreid.files import replace_text
 from keyreid.pose import keypoint_files, pifpaf
 from keyreid.pose.parts import NUM_KEYPOINTS
 from keyreid.pose.pictures import Fitted, Pose, Selection, choose, decode, fit
 from keyreid.processes import end_with_parent
 from keyreid.progress import track
-
-RUN_FILE = "pose.json"  # beside the keypoint files: what made them
 
 
 @dataclass(frozen=True)
@@ -69,26 +69,18 @@ class Summary:
     empty: int = 0  # readable frames without a person
     unreadable: list[str] = field(default_factory=list)  # frames and why; their keypoints are zeros
 
-    def __iadd__(self, other: "Summary") -> "Summary":
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
-        return self
+    def __add__(self, other: "Summary") -> "Summary":
+        return Summary(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def __str__(self) -> str:
-        return (
-            f"{self.tracklets} tracklets written, {self.there} were there; {self.frames} frames, "
-            f"{self.empty} without a person, {len(self.unreadable)} not readable"
-        )
+        found = f"{self.frames} frames, {self.empty} without a person, {len(self.unreadable)} not readable"
+        return f"{self.tracklets} tracklets written, {self.there} were there; {found}"
 
 
 def estimate(
     dataset: Dataset, out: Path, settings: PoseSettings, work: PoseWork, share: tuple[int, int] = (0, 1)
 ) -> Summary:
-    """Write the keypoint file of every tracklet that has none yet.
-
-    Args:
-        out: folder of the keypoint files.
-        share: (i, n): this is task i, from 0, of n that cut the dataset between them.
+    """Write into `out` the keypoint file of each tracklet without one; share (i, n): as task i, from 0, of n.
 
     Raises:
         ConfigError: `out` holds keypoints of other settings, or there is no such share or device.
@@ -102,8 +94,7 @@ def estimate(
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
             raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    processes = len(work.devices)
-    mine = dataset.tracklets[number::shares]
+    processes, mine = len(work.devices), dataset.tracklets[number::shares]
     if processes == 1:
         return _estimate_on(work.devices[0], mine, out, settings, work)
     # A process for each device, started afresh: CUDA does not survive a fork, and OpenPifPaf would otherwise spread one
@@ -113,10 +104,7 @@ def estimate(
             pool.submit(_estimate_on, device, mine[position::processes], out, settings, work, quiet=position > 0)
             for position, device in enumerate(work.devices)
         ]
-        total = Summary()
-        for job in jobs:
-            total += job.result()
-    return total
+        return sum((job.result() for job in jobs), Summary())
 
 
 def parse_devices(text: str) -> tuple[str, ...]:
@@ -131,29 +119,19 @@ def _estimate_on(
 ) -> Summary:
     network, sha256 = pifpaf.load_network(settings.checkpoint, work.trust)
     decoder = pifpaf.PoseDecoder(network, device, settings.threshold)
-    provenance = {
-        "tool": f"OpenPifPaf {pifpaf.import_openpifpaf().__version__}",
-        "checkpoint_sha256": sha256,
-        **asdict(settings),
-        "checkpoint": Path(settings.checkpoint).name,
-    }
+    tool, checkpoint = f"OpenPifPaf {pifpaf.import_openpifpaf().__version__}", Path(settings.checkpoint).name
+    provenance = {"tool": tool, "checkpoint_sha256": sha256, **asdict(settings), "checkpoint": checkpoint}
     _claim(out, provenance)
 
     todo = [tracklet for tracklet in mine if not keypoint_files.path_of(out, tracklet.key).exists()]
-    summary = Summary(there=len(mine) - len(todo))
-    reader = _Reader(todo, work.batch_size, settings.long_edge)
-    total = sum(len(tracklet.frames) for tracklet in todo)
-    found = track(
-        _find(reader, work.workers, decoder, settings.select), total, "keypoints", "frames", not total or quiet
-    )
+    summary, total = Summary(there=len(mine) - len(todo)), sum(len(tracklet.frames) for tracklet in todo)
+    found = track(_find(todo, settings, work, decoder), total, "keypoints", "frames", not total or quiet)
     for number, frames in groupby(found, key=itemgetter(0)):
         poses, faults = zip(*((pose, fault) for _, pose, fault in frames), strict=True)
         summary.unreadable += filter(None, faults)
         if len(summary.unreadable) > work.max_unreadable:
-            raise DataError(
-                f"{len(summary.unreadable)} frames cannot be read, more than --max-unreadable allows; the last: "
-                + "; ".join(summary.unreadable[-3:])
-            )
+            count, last = len(summary.unreadable), "; ".join(summary.unreadable[-3:])
+            raise DataError(f"{count} frames cannot be read, more than --max-unreadable allows; the last: {last}")
         file = keypoint_files.KeypointFile(
             keypoints=np.stack([pose.keypoints for pose in poses]),
             scores=np.array([pose.score for pose in poses], np.float32),
@@ -169,71 +147,55 @@ def _estimate_on(
 
 def _claim(out: Path, provenance: dict[str, Any]) -> None:
     """Say in the folder what makes its files; refuse to mix them with those of other settings."""
-    path = out / RUN_FILE
+    path = out / "pose.json"  # beside the keypoint files: what made them
     out.mkdir(parents=True, exist_ok=True)
     if path.exists():
         earlier = json.loads(path.read_text())
-        changed = [key for key in sorted(earlier | provenance) if earlier.get(key) != provenance.get(key)]
-        if changed:
-            changes = ", ".join(f"{key} was {earlier.get(key)!r}, now {provenance.get(key)!r}" for key in changed)
+        pairs = {key: (earlier.get(key), provenance.get(key)) for key in sorted(earlier | provenance)}
+        if changes := ", ".join(f"{key} was {a!r}, now {b!r}" for key, (a, b) in pairs.items() if a != b):
             raise ConfigError(f"{out} holds keypoints of other settings ({changes}); give another --out")
         return
     if any(out.glob("*.npz")):
         raise ConfigError(f"{out} holds keypoint files that were not made by `keyreid pose`; give another --out")
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(provenance, indent=1, sort_keys=True) + "\n")
+    replace_text(path, json.dumps(provenance, indent=1, sort_keys=True) + "\n")
 
 
-class _Reader(torch.utils.data.Dataset):
-    """What the reader processes do: read, decode and fit up to `size` frames in a row, all of one tracklet.
-
-    An item is the tracklet's number, and for each frame a picture, or why it could not be read.
-    """
-
-    def __init__(self, tracklets: Sequence[Tracklet], size: int, long_edge: int | None) -> None:
-        self.chunks = [
-            (number, tracklet.frames[start : start + size])
-            for number, tracklet in enumerate(tracklets)
-            for start in range(0, len(tracklet.frames), size)
-        ]
-        self.long_edge = long_edge
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, position: int) -> tuple[int, list[Fitted | str]]:
-        number, frames = self.chunks[position]
-        return number, [self._read(frame) for frame in frames]
-
-    def _read(self, frame: Frame) -> Fitted | str:
+def _read(long_edge: int | None, chunk: tuple[int, Sequence[Frame]]) -> tuple[int, list[Fitted | str]]:
+    """What the reader processes do: the chunk's number, and for each frame a picture, or why it could not be read."""
+    pictures: list[Fitted | str] = []
+    for frame in chunk[1]:
         try:
-            return fit(decode(read_frame(frame)[0]), self.long_edge)
+            pictures.append(fit(decode(read_frame(frame)[0]), long_edge))
         except (DataError, OSError, cv2.error) as error:
             place = f"{frame.path}" + ("" if frame.video_frame is None else f" frame {frame.video_frame}")
-            return str(error) if str(frame.path) in str(error) else f"{place}: {error}"
+            pictures.append(str(error) if str(frame.path) in str(error) else f"{place}: {error}")
+    return chunk[0], pictures
 
 
 def _find(
-    reader: _Reader, workers: int, decoder: pifpaf.PoseDecoder, select: Selection
+    tracklets: Sequence[Tracklet], settings: PoseSettings, work: PoseWork, decoder: pifpaf.PoseDecoder
 ) -> Iterator[tuple[int, Pose, str | None]]:
     """Frame after frame, in order: the tracklet's number, what was found, and why it could not be read.
 
-    Pictures of one size in a chunk go through the network together.
+    A chunk is up to `batch_size` frames of one tracklet; those of one size go through the network together.
     """
     nobody = Pose(np.zeros((NUM_KEYPOINTS, 3), np.float32), 0.0)
-    options = {"batch_size": None, "num_workers": workers, "worker_init_fn": _one_thread}
-    for number, pictures in torch.utils.data.DataLoader(reader, **options) if len(reader) else ():
+    size = work.batch_size
+    chunks = [(i, t.frames[at : at + size]) for i, t in enumerate(tracklets) for at in range(0, len(t.frames), size)]
+    options = {"batch_size": None, "num_workers": work.workers, "worker_init_fn": _one_thread}
+    read = partial(_read, settings.long_edge)
+    for number, pictures in torch.utils.data.DataLoader(chunks, collate_fn=read, **options) if chunks else ():
         results = [nobody] * len(pictures)
-        by_size: dict[tuple[int, ...], list[int]] = {}
+        by_size = defaultdict(list)
         for position, picture in enumerate(pictures):
             if isinstance(picture, Fitted):
-                by_size.setdefault(picture.pixels.shape, []).append(position)
+                by_size[picture.pixels.shape].append(position)
         for positions in by_size.values():
             found = decoder.pictures(np.stack([pictures[position].pixels for position in positions]))
             for position, poses in zip(positions, found, strict=True):
                 picture = pictures[position]
                 people = [picture.to_picture(pose) for pose in poses]
-                results[position] = choose(people, picture.size, select) or nobody
+                results[position] = choose(people, picture.size, settings.select) or nobody
         for picture, pose in zip(pictures, results, strict=True):
             yield number, pose, picture if isinstance(picture, str) else None
 

@@ -2,8 +2,7 @@
 
 keyreid itself keeps keypoints and renders heatmaps from them. This is for heatmaps that come without keypoints: the
 published pipeline writes one float64 file of 6 x H x W a frame, 1.57 MB at 256 x 128, almost all of it zeros.
-`KEY.heatmaps.npz` holds `frame_names`, `provenance` and `heatmap_0000`, ... [P, H, W], deflated, read frame by
-frame.
+`KEY.heatmaps.npz` holds `frame_names`, `provenance` and `heatmap_0000`, ... [P, H, W], read frame by frame.
 """
 
 import json
@@ -24,11 +23,7 @@ def path_of(directory: Path, key: str) -> Path:
 
 
 def save(path: Path, heatmaps: Iterable[np.ndarray], frame_names: Iterable[str], provenance: dict[str, Any]) -> None:
-    """Write a heatmap file, one frame in memory at a time; it is either whole or absent.
-
-    Args:
-        heatmaps: [P, H, W] of each frame, of any size; stored with the type they have.
-    """
+    """Write a whole heatmap file, one frame in memory at a time: [P, H, W] of any size, stored with its own type."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, zipfile.ZipFile(partial, "w") as archive:
         for i, heatmap in enumerate(heatmaps):
@@ -38,11 +33,7 @@ def save(path: Path, heatmaps: Iterable[np.ndarray], frame_names: Iterable[str],
 
 
 def load(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Read a heatmap file: yields each frame's name and heatmaps [P, H, W].
-
-    Raises:
-        DataError: it is missing or damaged.
-    """
+    """Read each frame's name and heatmaps [P, H, W]; DataError where the file is missing or damaged."""
     with reading(path, "heatmap file", "make it with `keyreid pose-import --kind npy`") as arrays:
         for i, name in enumerate(arrays["frame_names"].tolist()):
             yield name, arrays[f"heatmap_{i:04d}"]

@@ -28,14 +28,7 @@ _CELL = PICTURE_HEIGHT // TILE_HEIGHT
 
 
 def render_heatmaps(keypoints: NDArray, width: int, height: int, parts: int = 6) -> NDArray[np.float32]:
-    """Render part heatmaps at the pictures' own size.
-
-    Args:
-        keypoints: [N, 17, 3], x and y in pixels of a picture of `width` x `height`, confidence.
-
-    Returns:
-        float32 [N, P, H, W] in [0, 1].
-    """
+    """Part heatmaps float32 [N, P, H, W] in [0, 1], at the size of the pictures that keypoints [N, 17, 3] lie in."""
     heatmaps = np.empty((len(keypoints), len(part_joints(parts)), height, width), np.float32)
     for heatmap, canvas in zip(heatmaps, _canvases(keypoints, width, height, parts), strict=True):
         heatmap[:] = canvas
@@ -43,14 +36,11 @@ def render_heatmaps(keypoints: NDArray, width: int, height: int, parts: int = 6)
 
 
 def render_tiles(keypoints: NDArray, width: ArrayLike, height: ArrayLike, parts: int = 6) -> NDArray[np.uint8]:
-    """Render the tiles that shards store (defined above).
+    """The tiles that shards store (defined above), uint8 [N, P, 64, 32]; 255 is 1.
 
     Args:
         keypoints: [N, 17, 3] in pixels of frames of `width` x `height`.
         width, height: one number, or one a frame [N].
-
-    Returns:
-        uint8 [N, P, 64, 32]; 255 is 1.
     """
     scaled = scale_keypoints(keypoints, width, height, PICTURE_WIDTH, PICTURE_HEIGHT)
     tiles = np.empty((len(scaled), len(part_joints(parts)), TILE_HEIGHT, TILE_WIDTH), np.uint8)
@@ -66,11 +56,7 @@ def render_tiles(keypoints: NDArray, width: ArrayLike, height: ArrayLike, parts:
 
 
 def visibility(keypoints: NDArray, width: ArrayLike, height: ArrayLike, parts: int = 6) -> NDArray[np.bool_]:
-    """bool [N, P]: whether a part has a joint that is drawn, that is whether its heatmap is not all zero.
-
-    Args:
-        keypoints: [N, 17, 3] in pixels of frames of `width` x `height` (one number, or one a frame [N]).
-    """
+    """bool [N, P]: whether a part has a joint that is drawn; arguments as for `render_tiles`."""
     present = _centres(keypoints, width, height)[2]
     return np.stack([present[:, list(joints)].any(1) for joints in part_joints(parts)], axis=1)
 
@@ -110,9 +96,8 @@ def _gaussian(radius: int) -> NDArray[np.float32]:
 def _canvases(keypoints: NDArray, width: int, height: int, parts: int) -> Iterator[NDArray[np.float32]]:
     """Render frame after frame on one canvas: yields float32 [P, H, W], valid until the next one is asked for."""
     columns, rows, present = _centres(keypoints, width, height)
-    radius = int(width / 11)
+    radius, part_of = int(width / 11), joint_parts(parts)
     gaussian = _gaussian(radius)
-    part_of = joint_parts(parts)
     # A margin of the kernel's radius lets every window be whole; it is drawn on and never read.
     canvas = np.zeros((len(part_joints(parts)), height + 2 * radius, width + 2 * radius), np.float32)
     picture = canvas[:, radius : radius + height, radius : radius + width]

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from keyreid.datasets.frames import read_frame
-from keyreid.datasets.tracklet import Dataset, Frame, Tracklet
+from keyreid.datasets.tracklet import Dataset, Tracklet
 from keyreid.errors import DataError
 from keyreid.pose import heatmap_files, keypoint_files
 from keyreid.pose.heatmaps import render_heatmaps
@@ -35,7 +35,7 @@ class Moved:
 
 
 def import_poses(
-    dataset: Dataset, root: Path, tree: Path, out: Path, dtype: str = "float32", max_missing: int = 0
+    dataset: Dataset, root: Path, tree: Path, out: Path, dtype: str | None = None, max_missing: int = 0
 ) -> Moved:
     """Read a tree of `.pose` files into keypoint files; a frame without one gets zeros.
 
@@ -43,19 +43,17 @@ def import_poses(
 
     Args:
         root: the dataset's folder, which the tree mirrors.
-        dtype: of the stored keypoints, `float32` or `float16`.
+        dtype: of the stored keypoints, `float16` or, without one, `float32`.
         max_missing: frames without a file before it is an error.
 
     Raises:
         DataError: a file is not a pose, frames are not picture files, or too many have none.
     """
-    moved, nobody = Moved(), np.zeros((NUM_KEYPOINTS, 3), np.float32)
+    moved, nobody, made = Moved(), np.zeros((NUM_KEYPOINTS, 3), np.float32), {"tool": "import of .pose files"}
     for tracklet, paths in _walk(dataset, root, tree, ".pose", "importing poses", moved):
         keypoints = np.stack(list(_read(paths, _read_pose, nobody, moved, max_missing)))
-        file = KeypointFile(
-            keypoints, keypoints[..., 2].mean(1), frame_names(tracklet), {"tool": "import of .pose files"}
-        )
-        keypoint_files.save(keypoint_files.path_of(out, tracklet.key), file, dtype)
+        file = KeypointFile(keypoints, keypoints[..., 2].mean(1), frame_names(tracklet), made)
+        keypoint_files.save(keypoint_files.path_of(out, tracklet.key), file, dtype or "float32")
     return moved
 
 
@@ -64,8 +62,7 @@ def import_heatmaps(
 ) -> Moved:
     """Read a tree of `.npy` heatmaps into heatmap files; a frame without one gets [6, 1, 1] zeros.
 
-    Args:
-        dtype: of the stored heatmaps, `float16`, `float32` or `float64`; None keeps each file's.
+    `dtype` of what is stored is `float16`, `float32` or `float64`; None keeps each file's.
     """
     moved, nobody = Moved(), np.zeros((6, 1, 1))
     provenance = {"tool": "import of .npy heatmaps", "dtype": dtype}
@@ -77,10 +74,7 @@ def import_heatmaps(
 
 
 def export_tree(dataset: Dataset, root: Path, files: Path, tree: Path, kind: Literal["pose", "npy"]) -> Moved:
-    """Write a tree of `.pose` files from keypoint files, or of float64 `.npy` heatmaps.
-
-    Heatmaps come from heatmap files where there are, else they are rendered from keypoints.
-    """
+    """Write a tree of `.pose` files, or of float64 `.npy` from heatmap files or else rendered from keypoint files."""
     moved = Moved()
     for tracklet, paths in _walk(dataset, root, tree, f".{kind}", "exporting", moved):
         frames = _keypoints(files, tracklet) if kind == "pose" else _heatmaps(files, tracklet)
@@ -98,18 +92,14 @@ def _walk(
 ) -> Iterator[tuple[Tracklet, list[Path]]]:
     """Each tracklet with its frames' files in the tree; counts those that were dealt with."""
     for tracklet in track(dataset.tracklets, len(dataset.tracklets), doing, "tracklets"):
-        yield tracklet, [_place(frame, root, tree, suffix) for frame in tracklet.frames]
+        for frame in tracklet.frames:
+            if frame.box is not None or frame.video_frame is not None:
+                raise DataError(f"{frame.path}: the published layout has one file a picture file; this is part of one")
+            if not frame.path.is_relative_to(root):
+                raise DataError(f"{frame.path} does not lie in {root}, whose folders the tree mirrors")
+        yield tracklet, [(tree / frame.path.relative_to(root)).with_suffix(suffix) for frame in tracklet.frames]
         moved.tracklets += 1
         moved.frames += len(tracklet.frames)
-
-
-def _place(frame: Frame, root: Path, tree: Path, suffix: str) -> Path:
-    if frame.box is not None or frame.video_frame is not None:
-        raise DataError(f"{frame.path}: the published layout has one file a picture file; this frame is a part of one")
-    try:
-        return (tree / frame.path.relative_to(root)).with_suffix(suffix)
-    except ValueError:
-        raise DataError(f"{frame.path} does not lie in {root}, whose folders the tree mirrors") from None
 
 
 def _read(
@@ -119,12 +109,11 @@ def _read(
     for path in paths:
         if path.is_file():
             yield read(path)
-            continue
-        moved.missing.append(str(path))
-        before = len(moved.missing) - 1
-        if before >= max_missing:
+        elif (before := len(moved.missing)) >= max_missing:
             raise DataError(f"{path} is missing, with {before} before it; --max-missing allows {max_missing}")
-        yield nobody
+        else:
+            moved.missing.append(str(path))
+            yield nobody
 
 
 def _read_pose(path: Path) -> np.ndarray:
@@ -159,7 +148,7 @@ def _heatmaps(files: Path, tracklet: Tracklet) -> Iterator[np.ndarray]:
     stored = heatmap_files.path_of(files, tracklet.key)
     if stored.exists():
         yield from (heatmap for _, heatmap in heatmap_files.load(stored))
-        return
-    for frame, joints in zip(tracklet.frames, _keypoints(files, tracklet), strict=True):
-        height, width = decode(read_frame(frame)[0]).shape[:2]
-        yield render_heatmaps(joints[None], width, height)[0]
+    else:
+        for frame, joints in zip(tracklet.frames, _keypoints(files, tracklet), strict=True):
+            height, width = decode(read_frame(frame)[0]).shape[:2]
+            yield render_heatmaps(joints[None], width, height)[0]

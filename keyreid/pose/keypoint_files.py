@@ -33,12 +33,10 @@ class KeypointFile:
     provenance: dict[str, Any] = field(default_factory=dict)  # tool, checkpoint and its hash, settings
 
     def __post_init__(self) -> None:
-        frames = len(self.frame_names)
-        if self.keypoints.shape != (frames, NUM_KEYPOINTS, 3) or self.scores.shape != (frames,):
-            raise DataError(
-                f"keypoints {self.keypoints.shape} and scores {self.scores.shape} do not fit {frames} frame names; "
-                f"expected [T, {NUM_KEYPOINTS}, 3] and [T]"
-            )
+        frames, shapes = len(self.frame_names), (self.keypoints.shape, self.scores.shape)
+        if shapes != ((frames, NUM_KEYPOINTS, 3), (frames,)):
+            given = f"keypoints {shapes[0]} and scores {shapes[1]} do not fit {frames} frame names"
+            raise DataError(f"{given}; expected [T, {NUM_KEYPOINTS}, 3] and [T]")
 
 
 def frame_name(frame: Frame) -> str:
@@ -62,12 +60,9 @@ def path_of(directory: Path, key: str) -> Path:
 
 
 def save(path: Path, file: KeypointFile, dtype: str = "float32", durable: bool = True) -> None:
-    """Write a keypoint file; it is either whole or absent, whenever the process is killed.
+    """Write a keypoint file, keypoints as `float32` or `float16`; it is whole or absent, whenever it is killed.
 
-    Args:
-        dtype: of the stored keypoints, `float32` or `float16`.
-        durable: wait until the file is on the disk, so that it also outlives a machine that loses its power; costs
-            milliseconds a file, for files that took longer to make.
+    With `durable`, wait (milliseconds) until it is on the disk, so that it outlives a machine that loses its power.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("wb") as stream:
@@ -84,11 +79,7 @@ def save(path: Path, file: KeypointFile, dtype: str = "float32", durable: bool =
 
 
 def load(path: Path) -> KeypointFile:
-    """Read a keypoint file.
-
-    Raises:
-        DataError: it is missing, damaged or not a keypoint file.
-    """
+    """Read a keypoint file; DataError where it is missing, damaged or not one."""
     with reading(path, "keypoint file", "make it with `keyreid pose`") as arrays:
         return KeypointFile(
             keypoints=arrays["keypoints"].astype(np.float32),

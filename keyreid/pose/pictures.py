@@ -36,11 +36,7 @@ class Fitted:
     size: tuple[int, int]  # width and height of the picture
 
     def to_picture(self, pose: Pose) -> Pose:
-        """A pose found in `pixels`, in pixels of the picture.
-
-        A joint found outside the picture becomes zeros, that is missing. Rendering leaves it out in any case; so no
-        coordinate leads out of the picture.
-        """
+        """A pose found in `pixels`, in pixels of the picture; joints found outside it become zeros, that is missing."""
         width, height = self.size
         moved = pose.keypoints.copy()
         moved[:, :2] = (moved[:, :2] - self.offset) / self.scale
@@ -52,11 +48,7 @@ class Fitted:
 
 
 def decode(data: bytes) -> np.ndarray:
-    """An encoded picture to uint8 [H, W, 3], RGB.
-
-    Raises:
-        DataError: it is not a picture, or too small to hold a person.
-    """
+    """An encoded picture to uint8 [H, W, 3], RGB; DataError where it is none, or too small to hold a person."""
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
     if pixels is None:
         raise DataError("not a picture that can be decoded")
@@ -66,14 +58,9 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def fit(picture: np.ndarray, long_edge: int | None) -> Fitted:
-    """Resize and pad a picture, uint8 [H, W, 3].
-
-    Args:
-        long_edge: pixels of the longer side after resizing; None leaves the picture's size.
-    """
+    """Resize a picture, uint8 [H, W, 3], to `long_edge` pixels on the longer side (None: as it is), and pad it."""
     height, width = picture.shape[:2]
-    scale = (1.0, 1.0)
-    resized = picture
+    scale, resized = (1.0, 1.0), picture
     if long_edge is not None:
         ratio = long_edge / max(height, width)
         new_width = max(2, int(width * ratio)) if height > width else long_edge
@@ -82,20 +69,15 @@ def fit(picture: np.ndarray, long_edge: int | None) -> Fitted:
         scale = ((new_width - 1) / (width - 1), (new_height - 1) / (height - 1))
     pad_x, pad_y = (math.ceil((size - 1) / 16) * 16 + 1 - size for size in (resized.shape[1], resized.shape[0]))
     left, top = pad_x // 2, pad_y // 2
-    pixels = cv2.copyMakeBorder(
-        resized, top, pad_y - top, left, pad_x - left, cv2.BORDER_CONSTANT, value=PADDING_COLOUR
-    )
+    pads = top, pad_y - top, left, pad_x - left
+    pixels = cv2.copyMakeBorder(resized, *pads, cv2.BORDER_CONSTANT, value=PADDING_COLOUR)
     return Fitted(pixels, scale, (left, top), (width, height))
 
 
 def choose(people: Sequence[Pose], size: tuple[int, int], selection: Selection) -> Pose | None:
-    """Which of the people found in a crop is the one it was cut for; None where there is nobody.
+    """Which of the people found in a crop of that width and height it was cut for; None where there is nobody.
 
-    Args:
-        people: in pixels of the crop.
-        size: width and height of the crop.
-        selection: `score` takes the best score (the published rule); `centre` the one whose joints' box has its middle
-            nearest to the crop's.
+    `score` selects the best score (the published rule); `centre` the middle of whose joints' box is nearest the crop's.
     """
 
     def distance(person: Pose) -> float:

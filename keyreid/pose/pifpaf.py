@@ -37,19 +37,10 @@ WEIGHTS_FORMAT = "keyreid-pose-1"
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1], as OpenPifPaf normalises
 
 
-def is_installed() -> bool:
-    """Whether OpenPifPaf is there; it is not imported."""
-    return find_spec("openpifpaf") is not None
-
-
 @cache
 def import_openpifpaf() -> ModuleType:
-    """Import OpenPifPaf.
-
-    Raises:
-        KeyreidError: it is not installed, or was compiled for another PyTorch.
-    """
-    if not is_installed():
+    """Import OpenPifPaf; KeyreidError where it is not installed, or was compiled for another PyTorch."""
+    if find_spec("openpifpaf") is None:
         raise KeyreidError("OpenPifPaf is not installed; `launch/install-pose` compiles and installs it (minutes)")
     import matplotlib.cm
 
@@ -58,9 +49,8 @@ def import_openpifpaf() -> ModuleType:
     try:
         import openpifpaf
     except (ImportError, OSError) as error:
-        raise KeyreidError(
-            f"OpenPifPaf does not load beside torch {torch.__version__} ({error}); run `launch/install-pose` again"
-        ) from None
+        beside = f"beside torch {torch.__version__} ({error})"
+        raise KeyreidError(f"OpenPifPaf does not load {beside}; run `launch/install-pose` again") from None
     torch.ops.openpifpaf.set_quiet(True)  # it reports every growth of a buffer
     return openpifpaf
 
@@ -86,7 +76,13 @@ def load_network(checkpoint: str, trust: bool = False) -> tuple[torch.nn.Module,
                 f"{path} is a pickled network, which can run any code when loaded. If you trust where it comes from, "
                 "say so with --trust; `keyreid pose-convert` then makes a weights file of it that needs no trust"
             )
-        network = _load_pickled(path)
+        pifpaf = import_openpifpaf()
+        try:
+            network = torch.load(path, map_location="cpu", weights_only=False)["model"]
+        except Exception as error:  # unpickling runs what the file says, so anything may be raised
+            raise CheckpointError(f"{path}: not a checkpoint of OpenPifPaf ({type(error).__name__}: {error})") from None
+        pifpaf.network.model_migration.model_migration(network)
+        network.set_head_nets(list(network.head_nets)[:2])  # CIF, CAF
     keypoints = network.head_metas[0].keypoints
     if tuple(keypoints) != KEYPOINT_NAMES:
         raise CheckpointError(f"{path}: finds {len(keypoints)} joints {keypoints[:3]}..., not the 17 of COCO")
@@ -94,11 +90,9 @@ def load_network(checkpoint: str, trust: bool = False) -> tuple[torch.nn.Module,
 
 
 def build_network(base: str, upsample: int = 1) -> torch.nn.Module:
-    """A network with random weights and the two heads (CIF, CAF) of the COCO person.
+    """A network with random weights on `base` (`walkers`, or one of OpenPifPaf's) and the COCO person's CIF and CAF.
 
-    Args:
-        base: `walkers`, or the name of one of OpenPifPaf's base networks.
-        upsample: factor by which the heads' grid is finer than the base network's.
+    `upsample` is the factor by which the heads' grid is finer than the base network's.
     """
     pifpaf = import_openpifpaf()
     if base == WALKERS:
@@ -135,27 +129,17 @@ def save_weights(network: torch.nn.Module, path: Path) -> None:
 class PoseDecoder:
     """OpenPifPaf's C++ decoder for one network: from pictures or fields to poses."""
 
-    def __init__(self, network: torch.nn.Module, device: torch.device | str = "cpu", threshold: float | None = None):
-        """Set the decoder up.
-
-        Args:
-            threshold: confidence below which a joint counts as not found; OpenPifPaf's own is 0.15. It is a setting of
-                the whole process, as OpenPifPaf keeps it.
-        """
+    def __init__(self, network: torch.nn.Module, device: str = "cpu", threshold: float | None = None):
+        """`threshold`: confidence below which a joint is missing, else 0.15; OpenPifPaf keeps one for the process."""
         pifpaf = import_openpifpaf()
-        self.device = torch.device(device)
-        self.network = network.to(self.device)
+        self.device, self.network = device, network.to(device)
         if threshold is not None:
             torch.classes.openpifpaf_decoder.CifCaf.set_keypoint_threshold(threshold)
             pifpaf.decoder.utils.nms.Keypoints.set_keypoint_threshold(threshold)
         self._new_decoder = lambda: pifpaf.decoder.factory(network.head_metas)
 
     def pictures(self, pictures: np.ndarray) -> list[list[Pose]]:
-        """Find the people in pictures of one size; what is found depends on these pictures alone.
-
-        Args:
-            pictures: uint8 [N, H, W, 3], RGB.
-        """
+        """Find the people in pictures of one size, uint8 [N, H, W, 3], RGB; depends on these pictures alone."""
         batch = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2)
         with torch.inference_mode():
             heads = [head.float().cpu() for head in self.network(normalise(batch))]
@@ -165,9 +149,8 @@ class PoseDecoder:
         """Decode the fields of pictures: for each, CIF [17, 5, h, w] and CAF [19, 8, h, w]."""
         # A decoder's rounding drifts with the number of pictures that it has seen, so none outlives a batch.
         decoder = self._new_decoder()
-        return [
-            [Pose(pose.data.astype(np.float32), float(pose.score)) for pose in decoder(list(heads))] for heads in fields
-        ]
+        people = [decoder(list(heads)) for heads in fields]
+        return [[Pose(pose.data.astype(np.float32), float(pose.score)) for pose in poses] for poses in people]
 
 
 class Encoder:
@@ -182,8 +165,7 @@ class Encoder:
     def __call__(self, keypoints: np.ndarray, width: int, height: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode one person's keypoints [17, 3] (confidence 0: not there) in a picture of `width` x `height`.
 
-        Returns:
-            CIF [17, 5, h, w] and CAF [19, 9, h, w]: confidence, vectors, least widths, scales; NaN where undefined.
+        Gives CIF [17, 5, h, w] and CAF [19, 9, h, w]: confidence, vectors, least widths, scales; NaN where undefined.
         """
         annotation = {"keypoints": np.where(keypoints[:, 2:] > 0, keypoints * [1, 1, 0] + [0, 0, 2], 0)}
         picture = torch.empty(3, height, width)
@@ -213,9 +195,8 @@ def fields_of_targets(cif: torch.Tensor, caf: torch.Tensor) -> tuple[torch.Tenso
 
 def check() -> float:
     """Encode a standing person, decode the fields with the C++ decoder, and give the largest error in pixels."""
-    pifpaf = import_openpifpaf()
     network = build_network(WALKERS)
-    upright = np.array(pifpaf.plugins.coco.constants.COCO_UPRIGHT_POSE, np.float32)
+    upright = np.array(import_openpifpaf().plugins.coco.constants.COCO_UPRIGHT_POSE, np.float32)
     keypoints = upright * [16, -22, 1] + [64, 228, 0]
     (poses,) = PoseDecoder(network).fields([fields_of_targets(*Encoder(network)(keypoints, 129, 257))])
     if len(poses) != 1 or not (poses[0].keypoints[:, 2] > 0).all():
@@ -239,18 +220,6 @@ def _load_weights(path: Path) -> torch.nn.Module:
         network.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: does not fit the base network {metadata['base']}: {str(error)[:300]}") from None
-    return network
-
-
-def _load_pickled(path: Path) -> torch.nn.Module:
-    """One of OpenPifPaf's own checkpoints; of its heads, the first two are kept (CIF, CAF)."""
-    pifpaf = import_openpifpaf()
-    try:
-        network = torch.load(path, map_location="cpu", weights_only=False)["model"]
-    except Exception as error:  # unpickling runs what the file says, so anything may be raised
-        raise CheckpointError(f"{path}: not a checkpoint of OpenPifPaf ({type(error).__name__}: {error})") from None
-    pifpaf.network.model_migration.model_migration(network)
-    network.set_head_nets(list(network.head_nets)[:2])
     return network
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,11 @@ class _Found:
 def write_quality(
     dataset: Dataset, files: Path, out: Path, samples: int = 24, truth: Path | None = None, seed: int = 0
 ) -> dict:
-    """Write `report.html`, `report.json`, `statistics.png` and `contact.png`.
+    """Write `report.html`, `statistics.png`, `contact.png` and `report.json`, whose numbers it gives.
 
     Args:
-        files: folder of keypoint files.
-        samples: crops on the contact sheet: half of them drawn at random, the other half those of the lowest scores,
-            one for each tracklet.
-        truth: folder of keypoint files to judge these by.
-
-    Returns:
-        The numbers of `report.json`.
+        samples: crops on the contact sheet: half at random, half those of the lowest scores, one for each tracklet.
+        truth: folder of keypoint files to judge these, in the folder `files`, by.
 
     Raises:
         DataError: there is no keypoint file for any of the dataset's tracklets, or one is damaged.
@@ -73,10 +69,8 @@ def _gather(dataset: Dataset, files: Path) -> _Found:
             absent.append(tracklet.key)
             continue
         file = keypoint_files.load(path)
-        if len(file.frame_names) != len(tracklet.frames):
-            raise DataError(
-                f"{path}: keypoints of {len(file.frame_names)} frames; its tracklet has {len(tracklet.frames)}"
-            )
+        if (count := len(file.frame_names)) != len(tracklet.frames):
+            raise DataError(f"{path}: keypoints of {count} frames; its tracklet has {len(tracklet.frames)}")
         starts.append(len(frames))
         keypoints.append(file.keypoints)
         scores.append(file.scores)
@@ -91,6 +85,8 @@ def _numbers(found: _Found) -> dict:
     shown = found.keypoints[..., 2] > MIN_CONFIDENCE
     person = shown.any(1)
     empty_tracklets = ~np.logical_or.reduceat(person, found.tracklet_starts)
+    parts = zip(part_names(6), part_joints(6), strict=True)
+    scores = found.scores[person] if person.any() else np.zeros(1)
     return {
         "tracklets": len(found.tracklet_starts),
         "tracklets_without_file": len(found.absent),
@@ -98,14 +94,9 @@ def _numbers(found: _Found) -> dict:
         "frames": len(found.frames),
         "frames_with_person": float(person.mean()),
         "joints_a_frame": float(shown[person].sum(1).mean()) if person.any() else 0.0,
-        "score_quantiles": {
-            f"{q:.2f}": float(np.quantile(found.scores[person], q)) if person.any() else 0.0 for q in (0.05, 0.5, 0.95)
-        },
+        "score_quantiles": {f"{q:.2f}": float(np.quantile(scores, q)) for q in (0.05, 0.5, 0.95)},
         "joint_visible": {name: float(shown[:, j].mean()) for j, name in enumerate(KEYPOINT_NAMES)},
-        "part_visible": {
-            name: float(shown[:, list(joints)].any(1).mean())
-            for name, joints in zip(part_names(6), part_joints(6), strict=True)
-        },
+        "part_visible": {name: float(shown[:, list(joints)].any(1).mean()) for name, joints in parts},
     }
 
 
@@ -120,13 +111,11 @@ def _accuracy(found: _Found, dataset: Dataset, truth: Path) -> dict:
 
 
 def _draw_statistics(found: _Found, numbers: dict, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 3, width_ratios=(1.25, 1, 1))
     joint_names = [name.replace("_", " ") for name in KEYPOINT_NAMES]
     edges = np.linspace(0, 1, 41)
@@ -143,8 +132,8 @@ def _draw_statistics(found: _Found, numbers: dict, path: Path) -> None:
 
     axes = figure.add_subplot(grid[0, 1])
     axes.hist(found.scores[found.scores > 0], edges, color="0.35")
-    people = f"scores; a person in {numbers['frames_with_person']:.1%} of frames"
-    axes.set(xlabel="score", ylabel="frames", title=people)
+    person = f"a person in {numbers['frames_with_person']:.1%} of frames"
+    axes.set(xlabel="score", ylabel="frames", title=f"scores; {person}")
 
     axes = figure.add_subplot(grid[0, 2])
     counts = (found.keypoints[..., 2] > MIN_CONFIDENCE).sum(1)
@@ -165,8 +154,7 @@ def _draw_statistics(found: _Found, numbers: dict, path: Path) -> None:
 def _draw_contact_sheet(found: _Found, samples: int, rng: np.random.Generator, path: Path) -> list[str]:
     """Crops with skeletons, each beside its part heatmaps; gives what each shows."""
     random = rng.permutation(len(found.frames))[: samples - samples // 2]
-    ends = [*found.tracklet_starts[1:], len(found.scores)]
-    spans = zip(found.tracklet_starts, ends, strict=True)
+    spans = pairwise([*found.tracklet_starts, len(found.scores)])
     lowest = [start + int(found.scores[start:end].argmin()) for start, end in spans]  # of each tracklet
     worst = sorted(lowest, key=lambda i: found.scores[i])[: samples // 2]
     cells, captions = [], []
@@ -178,16 +166,13 @@ def _draw_contact_sheet(found: _Found, samples: int, rng: np.random.Generator, p
                 picture = np.full((CELL_HEIGHT, CELL_WIDTH, 3), 200, np.uint8)
             scale = min(CELL_HEIGHT / picture.shape[0], CELL_WIDTH / picture.shape[1])
             pair = [draw(picture, found.keypoints[i], scale) for draw in (draw_skeleton, draw_heatmaps)]
-            cells.append(_label(np.hstack(pair), f"{len(cells) + 1}"))
+            cells.append(np.hstack(pair))
+            for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
+                font, number = cv2.FONT_HERSHEY_SIMPLEX, str(len(cells))
+                cv2.putText(cells[-1], number, (4, 14), font, 0.42, colour, thickness, cv2.LINE_AA)
             captions.append(f"{kind}: {keypoint_files.frame_name(found.frames[i])}, score {found.scores[i]:.2f}")
     Image.fromarray(sheet(cells, 6, (CELL_HEIGHT, 2 * CELL_WIDTH))).save(path)
     return captions
-
-
-def _label(cell: np.ndarray, text: str) -> np.ndarray:
-    for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
-        cv2.putText(cell, text, (4, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.42, colour, thickness, cv2.LINE_AA)
-    return cell
 
 
 def _sections(files: Path, numbers: dict, found: _Found, captions: list[str]) -> list[Section]:
@@ -213,9 +198,7 @@ def _table(head: str, values: dict) -> list[tuple[str, str]]:
 def judge_keypoints(found: np.ndarray, true: np.ndarray, heights: np.ndarray) -> dict[str, Any]:
     """PCK of all true joints, of those in plain sight (true confidence 1) and of each; median error of the found ones.
 
-    Args:
-        found, true: [N, 17, 3] in the same pixels; confidence 0 is missing.
-        heights: [N], of the pictures in pixels.
+    `found` and `true` are [N, 17, 3] in the same pixels, confidence 0 is missing; `heights` [N] are the pictures'.
     """
     distance = errors(found, true)
     near = distance[np.isfinite(distance)]
@@ -230,19 +213,13 @@ def judge_keypoints(found: np.ndarray, true: np.ndarray, heights: np.ndarray) ->
 
 def describe(accuracy: dict[str, Any]) -> str:
     """What `judge_keypoints` gives, in a line."""
-    median = accuracy["median_pixels"]
-    return (
-        f"PCK@0.05 of the height {accuracy['pck_0.05']:.3f} of all true joints, "
-        f"{accuracy['pck_0.05_in_plain_sight']:.3f} of those in plain sight; "
-        f"median error {float('nan') if median is None else median:.2f} pixels"
-    )
+    every, plain, median = (accuracy[name] for name in ("pck_0.05", "pck_0.05_in_plain_sight", "median_pixels"))
+    joints = f"PCK@0.05 of the height {every:.3f} of all true joints, {plain:.3f} of those in plain sight"
+    return f"{joints}; median error {float('nan') if median is None else median:.2f} pixels"
 
 
 def errors(found: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Distance of each found joint from the true one, pixels [N, 17].
-
-    Infinite where a joint was not found, NaN where there is no true one.
-    """
+    """Pixels [N, 17] from each found joint to the true one: infinite if not found, NaN where there is no true one."""
     distance = np.linalg.norm(found[..., :2].astype(np.float64) - true[..., :2], axis=-1)
     distance[found[..., 2] <= 0] = np.inf
     distance[true[..., 2] <= 0] = np.nan
@@ -250,13 +227,10 @@ def errors(found: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 
 def pck(distance: np.ndarray, heights: np.ndarray, share: float = 0.05) -> float:
-    """Percentage of correct keypoints, as a share in [0, 1]: joints found within `share` of the picture's height.
+    """Percentage of correct keypoints, as a share in [0, 1]: joints found within `share` of the pictures' heights [N].
 
-    Args:
-        distance: [N, 17] of `errors`; what was not found counts as wrong, what has no truth not at all.
-        heights: [N], of the pictures in pixels.
+    `distance` is of `errors`: what was not found counts as wrong, what has no truth not at all (NaN if all is so).
     """
     judged = ~np.isnan(distance)
-    if not judged.any():
-        return float("nan")
-    return float((distance <= share * np.asarray(heights, np.float64)[:, None])[judged].mean())
+    near = (distance <= share * np.asarray(heights, np.float64)[:, None])[judged]
+    return float(near.mean()) if judged.any() else float("nan")

@@ -23,7 +23,7 @@ class SmallNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = _convolution(3, WIDTHS[0], kernel=5, stride=2)
+        self.first = Conv2dNormActivation(3, WIDTHS[0], 5, stride=2)
         self.second = _Block(WIDTHS[0], WIDTHS[1], stride=2)
         self.third = _Block(WIDTHS[1], WIDTHS[2], stride=2)
         self.body = nn.Sequential(*(_Block(WIDTHS[2], WIDTHS[2], dilation=dilation) for dilation in DILATIONS))
@@ -38,17 +38,11 @@ class _Block(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> None:
         super().__init__()
-        self.first = _convolution(inputs, outputs, stride=stride, dilation=dilation)
-        self.second = _convolution(outputs, outputs, dilation=dilation, activate=False)
-        same = inputs == outputs and stride == 1
-        self.skip = nn.Identity() if same else _convolution(inputs, outputs, kernel=1, stride=stride, activate=False)
+        self.first = Conv2dNormActivation(inputs, outputs, stride=stride, dilation=dilation)
+        self.second = Conv2dNormActivation(outputs, outputs, dilation=dilation, activation_layer=None)
+        self.skip = nn.Identity()
+        if inputs != outputs or stride != 1:
+            self.skip = Conv2dNormActivation(inputs, outputs, 1, stride, activation_layer=None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.relu(self.skip(x) + self.second(self.first(x)))
-
-
-def _convolution(
-    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dilation: int = 1, activate: bool = True
-) -> nn.Sequential:
-    activation = nn.ReLU if activate else None
-    return Conv2dNormActivation(inputs, outputs, kernel, stride, dilation=dilation, activation_layer=activation)

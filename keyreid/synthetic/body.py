@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from keyreid.synthetic.materials import MATERIALS
+from keyreid.synthetic import MATERIALS
 
 # The 17 COCO keypoints, in COCO's order, then the points that only drawing needs.
 NOSE, LEFT_EYE, RIGHT_EYE, LEFT_EAR, RIGHT_EAR, LEFT_SHOULDER, RIGHT_SHOULDER, LEFT_ELBOW, RIGHT_ELBOW = range(9)
@@ -48,28 +48,18 @@ class Gait:
     def draw(rng: np.random.Generator) -> "Gait":
         """A random walk; one in eight people stands or strolls."""
         pace = rng.uniform(0.7, 1.15) if rng.random() < 0.87 else rng.uniform(0.05, 0.3)
-        return Gait(
-            stride=0.48 * pace,
-            swing=rng.uniform(0.25, 0.6) * pace,
-            elbow=rng.uniform(0.1, 0.55),
-            lean=rng.uniform(0.0, 0.09),
-            cadence=rng.uniform(0.32, 0.5) * (0.4 + 0.6 * pace),
-        )
+        swing, elbow, lean = rng.uniform(0.25, 0.6) * pace, rng.uniform(0.1, 0.55), rng.uniform(0.0, 0.09)
+        return Gait(0.48 * pace, swing, elbow, lean, cadence=rng.uniform(0.32, 0.5) * (0.4 + 0.6 * pace))
 
 
 def walk(build: Build, gait: Gait, phase: np.ndarray) -> np.ndarray:
-    """Points of the body at each phase of the gait.
+    """Points [T, POINTS, 3] of the body in body axes, the lower foot on z = 0, at each phase [T] of the gait.
 
-    Args:
-        phase: radians [T]; the left leg is farthest forward at pi/2.
-
-    Returns:
-        [T, POINTS, 3] in body axes; the lower foot stands on z = 0.
+    Phases are radians; the left leg is farthest forward at pi/2.
     """
-    points = np.zeros((len(phase), POINTS, 3))
+    points, shoulder = np.zeros((len(phase), POINTS, 3)), 0.815
     shank = 0.47 * (build.legs - 0.05)
     thigh = build.legs - 0.05 - shank
-    shoulder = 0.815
     for side, sign, offset in ((0, 1.0, 0.0), (1, -1.0, np.pi)):
         forward = gait.stride * np.sin(phase + offset)
         flexion = 0.08 + 1.5 * gait.stride * np.maximum(0.0, np.cos(phase + offset)) ** 1.5
@@ -90,8 +80,7 @@ def walk(build: Build, gait: Gait, phase: np.ndarray) -> np.ndarray:
     _trunk(points, build, shoulder)
     upper = points[..., 2] > build.legs
     points[..., 1] += np.where(upper, np.tan(gait.lean) * (points[..., 2] - build.legs), 0.0)
-    lowest = points[:, [LEFT_HEEL, RIGHT_HEEL, LEFT_TOE, RIGHT_TOE], 2].min(axis=1)
-    points[..., 2] -= lowest[:, None]
+    points[..., 2] -= points[:, [LEFT_HEEL, RIGHT_HEEL, LEFT_TOE, RIGHT_TOE], 2].min(axis=1, keepdims=True)
     return points
 
 
@@ -116,14 +105,9 @@ def _trunk(points: np.ndarray, build: Build, shoulder: float) -> None:
 
 
 def look(points: np.ndarray, yaw: np.ndarray, pitch: float) -> np.ndarray:
-    """Turn body axes into picture axes: x right, y down, and nearness to the camera.
+    """Turn points [T, POINTS, 3] from body axes to picture axes: right, down (0 at the ground), near to the camera.
 
-    Args:
-        points: [T, POINTS, 3].
-        yaw: radians [T].
-
-    Returns:
-        [T, POINTS, 3] in units of the person's height; y is 0 at the ground.
+    Yaw [T] and pitch of the camera are radians; the unit stays the person's height.
     """
     cosine, sine = np.cos(yaw)[:, None], np.sin(yaw)[:, None]
     across = points[..., 0] * cosine + points[..., 1] * sine

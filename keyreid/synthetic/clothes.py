@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from keyreid.synthetic import MATERIALS, pick
 from keyreid.synthetic.body import Build, Gait
-from keyreid.synthetic.materials import MATERIALS, pick
 
 ROWS, COLUMNS = 64, 96
 V, U = np.meshgrid(
@@ -47,8 +47,7 @@ def dress(rng: np.random.Generator) -> Person:
     person = Person(Build.draw(rng), Gait.draw(rng))
     skin = _vary(MATERIALS["skins"][rng.integers(len(MATERIALS["skins"]))], rng, 0.04)
     _dress_legs(person, skin, rng)
-    sleeve_cloth = _dress_torso(person, skin, rng)
-    _dress_arms(person, skin, sleeve_cloth, rng)
+    _dress_arms(person, skin, _dress_torso(person, skin, rng), rng)
     _dress_head(person, skin, rng)
     _hand_bags(person, rng)
     return person
@@ -99,19 +98,18 @@ def _pattern(kind: str, rng: np.random.Generator) -> np.ndarray:
         "sash": lambda: np.abs(V - 0.5 - rng.choice([-1, 1]) * 0.28 * np.sin(U)) < 0.12,
         "fade": lambda: V,
         "band": lambda: np.abs(V - rng.uniform(0.3, 0.7)) < rng.uniform(0.08, 0.16),
-        "camouflage": lambda: (
-            sum(np.sin(rng.normal(0, 12) * V + rng.integers(-6, 7) * U + 6 * rng.random()) for _ in range(5)) > 0.4
-        ),
+        "camouflage": lambda: sum(_wave(rng, 12, 6) for _ in range(5)) > 0.4,
     }
     return shapes[kind]().astype(float)
 
 
+def _wave(rng: np.random.Generator, steep: float, turns: int) -> np.ndarray:
+    return np.sin(rng.normal(0, steep) * V + rng.integers(-turns, turns + 1) * U + 6 * rng.random())
+
+
 def _fold(texture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Darken and lighten along a few creases."""
-    creases = sum(
-        np.sin(rng.normal(0, 9) * V + rng.integers(-4, 5) * U + 6 * rng.random()) * rng.uniform(0.01, 0.035)
-        for _ in range(4)
-    )
+    creases = sum(_wave(rng, 9, 4) * rng.uniform(0.01, 0.035) for _ in range(4))
     return np.clip(texture * (1 + creases[..., None]), 0, 1).astype(np.float32)
 
 
@@ -237,15 +235,11 @@ def _dress_head(person: Person, skin: np.ndarray, rng: np.random.Generator) -> N
 def _hand_bags(person: Person, rng: np.random.Generator) -> None:
     kind = pick(rng, "bags")
     cloth = _cloth(rng, patterned=0.35)
-    torso, straps = person.pieces["torso"], None
-    if kind == "backpack":
-        person.pieces["backpack"] = Piece(cloth, (0.06, 0.078, 0.08, 0.082, 0.075), 0.75)
-        straps = _near(np.abs(U), 0.75, 0.16) & (V < 0.55)
-    elif kind == "shoulder bag":
-        person.pieces["shoulder_bag"] = Piece(cloth, (0.045, 0.055, 0.06, 0.058), 0.7, round=False)
-        straps = np.abs(V - 0.5 - 0.42 * np.sin(-U)) < 0.05
-    elif kind == "hand bag":
-        person.pieces["hand_bag"] = Piece(cloth, (0.02, 0.05, 0.062, 0.06), 0.5, round=False)
-    if straps is not None:
-        texture = _paint(torso.texture, straps, cloth.mean((0, 1)) * 0.8)
-        person.pieces["torso"] = replace(torso, texture=texture)
+    if kind == "none":
+        return
+    person.pieces[kind.replace(" ", "_")] = Piece(cloth, **MATERIALS["bag_shapes"][kind])
+    if kind != "hand bag":
+        across = np.abs(V - 0.5 - 0.42 * np.sin(-U)) < 0.05
+        straps = _near(np.abs(U), 0.75, 0.16) & (V < 0.55) if kind == "backpack" else across
+        torso = person.pieces["torso"]
+        person.pieces["torso"] = replace(torso, texture=_paint(torso.texture, straps, cloth.mean((0, 1)) * 0.8))

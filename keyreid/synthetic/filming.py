@@ -1,6 +1,6 @@
 """One rendered tracklet: a person of `clothes` walks past a camera of `scene`."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -9,20 +9,15 @@ from keyreid.synthetic import body, scene, sprites
 from keyreid.synthetic.clothes import Person, dress
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """What one tracklet is: JPEG bytes of each frame, and the true keypoints.
+class Rendered(NamedTuple):
+    """What one tracklet is."""
 
-    Keypoints are float32 [T, 17, 3]: x, y in pixels; confidence 1 seen, 0.5 behind the person's own body, 0 hidden by
-    something else or outside the picture.
-    """
-
-    pictures: list[bytes]
+    pictures: list[bytes]  # JPEGs, one for each frame
+    # float32 [T, 17, 3]: x, y in pixels; confidence 1 seen, 0.5 behind the own body, 0 hidden otherwise or outside
     keypoints: np.ndarray
 
 
-@dataclass(frozen=True)
-class _Figure:
+class _Figure(NamedTuple):
     """A person set in motion before the camera: what drawing a frame needs."""
 
     sprites: dict[str, sprites.Sprite]
@@ -31,7 +26,6 @@ class _Figure:
     scale: float
 
     def draw(self, canvas: np.ndarray, owner: np.ndarray, t: int) -> None:
-        """Draw frame `t`; see `sprites.draw`."""
         sprites.draw(canvas, owner, self.sprites, self.points[t], self.crops[t], self.scale)
 
 
@@ -43,11 +37,7 @@ def random_stream(*numbers: int) -> np.random.Generator:
 def render_tracklet(
     person: Person | None, camera: scene.Camera, frames: int, rng: np.random.Generator, height: int, width: int
 ) -> Rendered:
-    """Draw a tracklet.
-
-    Args:
-        person: who walks; None gives a detection that shows no one, or too little of someone (MARS's junk).
-    """
+    """Draw a tracklet of `person`; None gives a detection of no one, or of too little of someone (MARS's junk)."""
     junk = person is None
     yaw = camera.yaw + rng.choice([0.0, np.pi]) + rng.normal(0, 0.17)
     figure = _enter(person or dress(rng), camera, yaw, frames, rng, height, width, junk)
@@ -61,8 +51,7 @@ def render_tracklet(
     pictures, keypoints = [], np.zeros((frames, body.KEYPOINTS, 3), np.float32)
     owner = np.empty((height, width), np.uint8)
     empty = junk and rng.random() < 0.4
-    for t in range(frames):
-        canvas = next(backdrop)
+    for t, canvas in enumerate(backdrop):
         owner[:] = 0
         if company and not company_in_front:
             company.draw(canvas, owner, t)

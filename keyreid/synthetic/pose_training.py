@@ -26,6 +26,7 @@ from keyreid.pose.quality import judge_keypoints
 from keyreid.progress import track
 from keyreid.synthetic import walkers
 
+LEARNING_RATE, WEIGHT_DECAY = 3e-3, 1e-4
 UPSAMPLE = 2  # the heads' grid has a stride of 4 pixels
 # Of confidence where a joint (CIF) or an association (CAF) is. OpenPifPaf's decoder drops associations below 0.3 and
 # joints below 0.15, and what it dropped was most of what was wrong; with one person in the picture, a joint too many
@@ -47,22 +48,15 @@ class TrainingSettings:
     pictures: int = 4800
     epochs: int = 8
     batch: int = 8
-    lr: float = 3e-3
-    weight_decay: float = 1e-4
     seed: int = 0
 
 
 def train(
     out: Path, settings: TrainingSettings, device: str = "cpu", processes: int = 1, held_out: int = 400
 ) -> dict[int, dict[str, Any]]:
-    """Train the network and write its pose weights file.
+    """Train the network with pictures that `processes` render, and write its pose weights file.
 
-    Args:
-        processes: how many render.
-        held_out: pictures of each height that it is judged on.
-
-    Returns:
-        What `judge_keypoints` says of held-out walkers, by the height that they were rendered at.
+    Gives what `judge_keypoints` says of `held_out` other walkers, by the height that they were rendered at.
     """
     pifpaf.check_weights_name(out)
     if device == "cpu":
@@ -70,7 +64,11 @@ def train(
     torch.manual_seed(settings.seed)
     network = pifpaf.build_network(pifpaf.WALKERS, UPSAMPLE)
     with tempfile.TemporaryDirectory(prefix="keyreid-pose-") as folder:
-        examples = _training_examples(Path(folder), settings.pictures, settings.seed, processes)
+        people, examples = max(2, round(settings.pictures / CITIES / PICTURES_A_PERSON) + 1), []
+        for city in range(CITIES):  # of every one and both heights
+            seed, height = 100 * settings.seed + city, (256, 128)[city % 2]
+            examples += _render(Path(folder) / str(city), people, seed, height, processes)
+        examples = _shuffled(examples, settings.seed, settings.pictures)
         pictures, targets = _encode(examples, pifpaf.Encoder(network), np.random.default_rng(settings.seed))
     average = _optimise(network, pictures, targets, settings, device)
     pifpaf.save_weights(average, out)
@@ -79,8 +77,7 @@ def train(
 
 def judge(weights: Path, height: int, pictures: int = 400, processes: int = 1) -> dict[str, Any]:
     """Find held-out walkers with the real decoder and compare with the truth."""
-    network, _ = pifpaf.load_network(str(weights))
-    decoder = pifpaf.PoseDecoder(network)
+    decoder = pifpaf.PoseDecoder(pifpaf.load_network(str(weights))[0])
     found, true = [], []
     with tempfile.TemporaryDirectory(prefix="keyreid-pose-") as folder:
         people = round(pictures / PICTURES_A_PERSON) + 2
@@ -92,15 +89,6 @@ def judge(weights: Path, height: int, pictures: int = 400, processes: int = 1) -
             found.append(np.zeros((17, 3)) if person is None else person.keypoints)
             true.append(keypoints)
     return judge_keypoints(np.stack(found), np.stack(true), np.full(len(true), height))
-
-
-def _training_examples(folder: Path, count: int, seed: int, processes: int) -> list[Example]:
-    """Of every city and both heights, `count` in all."""
-    people = max(2, round(count / CITIES / PICTURES_A_PERSON) + 1)
-    every = []
-    for city in range(CITIES):
-        every += _render(folder / str(city), people, 100 * seed + city, (256, 128)[city % 2], processes)
-    return _shuffled(every, seed, count)
 
 
 def _shuffled(examples: list[Example], seed: int, count: int) -> list[Example]:
@@ -142,7 +130,7 @@ def _move(picture: np.ndarray, keypoints: np.ndarray, rng: np.random.Generator) 
     zoom = np.exp(rng.uniform(-0.25, 0.12))
     shift = rng.uniform(-0.06, 0.06, 2) * (width, height) + (1 - zoom) / 2 * np.array([width - 1, height - 1])
     matrix = np.array([[zoom, 0, shift[0]], [0, zoom, shift[1]]])
-    border = PADDING_COLOUR if rng.random() < 0.5 else tuple(rng.integers(0, 256, 3).tolist())
+    border = PADDING_COLOUR if rng.random() < 0.5 else rng.integers(0, 256, 3).tolist()
     picture = cv2.warpAffine(picture, matrix, (width, height), borderMode=cv2.BORDER_CONSTANT, borderValue=border)
     if rng.random() < 0.5:
         detail = rng.uniform(0.35, 0.9)
@@ -154,21 +142,14 @@ def _move(picture: np.ndarray, keypoints: np.ndarray, rng: np.random.Generator) 
     return picture, moved
 
 
-def _optimise(
-    network: torch.nn.Module,
-    pictures: torch.Tensor,
-    targets: list[torch.Tensor],
-    settings: TrainingSettings,
-    device: str,
-) -> torch.nn.Module:
+def _optimise(network, pictures: torch.Tensor, targets: list[torch.Tensor], settings: TrainingSettings, device: str):
+    """The network's average over the last steps."""
     network = network.to(device, memory_format=torch.channels_last).train()
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     skeleton = np.array(network.head_metas[1].skeleton) - 1
     steps = len(pictures) // settings.batch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.lr, epochs=settings.epochs, steps_per_epoch=steps, pct_start=0.15
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, settings.epochs * steps, pct_start=0.15)
     for epoch in range(settings.epochs):
         order, total = torch.randperm(len(pictures)), 0.0
         for step in track(range(steps), steps, f"epoch {epoch + 1} of {settings.epochs}", "batches"):
@@ -179,10 +160,8 @@ def _optimise(
             batch = _develop(batch)
             with torch.autocast(torch.device(device).type, torch.bfloat16):
                 heads = network(batch.contiguous(memory_format=torch.channels_last))
-            loss = sum(
-                _loss(head.float(), target.float(), weight)
-                for head, target, weight in zip(heads, wanted, POSITIVE_WEIGHTS, strict=True)
-            )
+            judged = zip(heads, wanted, POSITIVE_WEIGHTS, strict=True)
+            loss = sum(_loss(head.float(), target.float(), weight) for head, target, weight in judged)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 100.0)
@@ -197,16 +176,12 @@ def _optimise(
 def mirror(targets: Sequence[torch.Tensor], skeleton: np.ndarray) -> list[torch.Tensor]:
     """The fields of the mirrored pictures: columns and left and right change places, x turns round.
 
-    Args:
-        targets: CIF [N, 17, 5, h, w] and CAF [N, bones, 9, h, w] as the encoder gives them.
-        skeleton: int [bones, 2], the joints that each of CAF's fields joins.
+    Fields are CIF [N, 17, 5, h, w] and CAF [N, bones, 9, h, w]; the skeleton [bones, 2] has the joints of each bone.
     """
-    joints = KEYPOINT_FLIP
-    bones = [tuple(bone) for bone in skeleton.tolist()]
     cif, caf = (target.flip(-1) for target in targets)
-    cif = cif[:, joints]
+    cif = cif[:, KEYPOINT_FLIP]
     cif[:, :, 1] *= -1
-    partners = [tuple(joints[list(bone)].tolist()) for bone in bones]
+    bones, partners = ([tuple(bone) for bone in joints.tolist()] for joints in (skeleton, KEYPOINT_FLIP[skeleton]))
     turned = torch.tensor([partner not in bones for partner in partners])
     caf = caf[:, [bones.index(p[::-1] if t else p) for p, t in zip(partners, turned, strict=True)]]
     caf[:, turned] = caf[:, turned][:, :, [0, 3, 4, 1, 2, 6, 5, 8, 7]]
@@ -217,17 +192,14 @@ def mirror(targets: Sequence[torch.Tensor], skeleton: np.ndarray) -> list[torch.
 def _loss(field: torch.Tensor, target: torch.Tensor, positive_weight: float) -> torch.Tensor:
     """Loss of one head, a picture's mean.
 
-    Args:
-        field: [N, fields, 2 + 3 V, h, w] as a head gives it in training: width (unused), confidence, vectors, scales.
-        target: [N, fields, 1 + 4 V, h, w] as the encoder gives it; NaN is undefined.
+    In training it gives [N, fields, 2 + 3 V, h, w]: width (unused), confidence, vectors, scales. The encoder's target
+    is [N, fields, 1 + 4 V, h, w]; NaN is undefined.
     """
-    vectors = (field.shape[2] - 2) // 3
-    confidence = target[:, :, 0]
-    weight = torch.tensor(positive_weight, device=field.device)
-    entropy = F.binary_cross_entropy_with_logits(
-        field[:, :, 1], confidence.nan_to_num(0.0), reduction="none", pos_weight=weight
-    )
-    total = entropy[~confidence.isnan()].sum()
+    vectors, confidence = (field.shape[2] - 2) // 3, target[:, :, 0]
+    known, weight = ~confidence.isnan(), torch.tensor(positive_weight, device=field.device)
+    weighed = {"reduction": "none", "pos_weight": weight}
+    entropy = F.binary_cross_entropy_with_logits(field[:, :, 1], confidence.nan_to_num(0.0), **weighed)
+    total = entropy[known].sum()
     n, f, y, x = (confidence > 0).nonzero(as_tuple=True)
     field, target = field[n, f, :, y, x], target[n, f, :, y, x]
     for v in range(vectors):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from keyreid.synthetic.materials import MATERIALS, pick
+from keyreid.synthetic import MATERIALS, pick
 
 LOOKS, DIRECTIONS = MATERIALS["looks"], MATERIALS["directions"]
 
@@ -76,15 +76,12 @@ def _street(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     rows, columns = int(1.25 * height), 9 * width
     horizon = int(rows * rng.uniform(0.45, 0.75))
     strip = np.empty((rows, columns, 3), np.float32)
-    wall, ground = (
-        rng.uniform(0.25, 0.8) * np.array([1, 1, 1]) + rng.normal(0, 0.07, (2, 3)) + [[0], [rng.uniform(-0.15, 0.1)]]
-    )
+    wall, ground = rng.uniform(0.25, 0.8) + rng.normal(0, 0.07, (2, 3)) + [[0], [rng.uniform(-0.15, 0.1)]]
     strip[:horizon], strip[horizon:] = wall, ground
     _build(strip[:horizon], rng, width, wall)
     _pave(strip[horizon:], rng, width, ground)
-    strip *= (
-        1 + 0.05 * _noise(rng, rows, columns, 0.09 * width) + 0.035 * _noise(rng, rows, columns, 0.02 * width + 1)
-    )[..., None]
+    stains, dirt = (_noise(rng, rows, columns, grain) for grain in (0.09 * width, 0.02 * width + 1))
+    strip *= (1 + 0.05 * stains + 0.035 * dirt)[..., None]
     return (np.clip(strip, 0.02, 0.98) * 255).astype(np.uint8)
 
 
@@ -107,8 +104,8 @@ def _build(wall: np.ndarray, rng: np.random.Generator, width: int, base: np.ndar
             w, h = int(width * rng.uniform(0.2, 0.5)), int(rows * rng.uniform(0.2, 0.5))
             for x in range(int(0.1 * width), wide, int(1.6 * w) + 1):
                 for y in range(int(0.08 * rows), rows, int(1.5 * h) + 1):
-                    cv2.rectangle(house, (x, y), (x + w, y + h), tuple(map(float, glass)), -1)
-                    cv2.rectangle(house, (x, y), (x + w, y + h), tuple(map(float, base * 0.75)), max(width // 64, 1))
+                    for tone, thickness in ((glass, -1), (base * 0.75, max(width // 64, 1))):
+                        cv2.rectangle(house, (x, y), (x + w, y + h), tone.tolist(), thickness)
         elif kind == 3:  # a tree or a hedge
             leaf = np.array([0.15, 0.4, 0.2]) + rng.normal(0, 0.08, 3)
             for _ in range(60):
@@ -128,9 +125,7 @@ def _pave(ground: np.ndarray, rng: np.random.Generator, width: int, base: np.nda
     ground *= (0.9 + 0.2 * depth)[:, None, None]
     kind = rng.integers(4)
     if kind <= 1:
-        slabs = rng.uniform(3, 7)
-        joints = (1 / (1.25 - depth) * slabs) % 1 < 0.12
-        ground[joints] *= 0.8
+        ground[(1 / (1.25 - depth) * rng.uniform(3, 7)) % 1 < 0.12] *= 0.8  # joints of slabs
         if kind == 1:
             ground[:, :: max(int(width * rng.uniform(0.2, 0.6)), 2)] *= 0.82
     elif kind == 2:

@@ -4,14 +4,13 @@ Baking unrolls a piece's texture as the camera at this yaw sees it, shades it by
 A frame then costs one small affine warp for each piece.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from keyreid.synthetic import body
+from keyreid.synthetic import MATERIALS, body
 from keyreid.synthetic.clothes import COLUMNS, ROWS, Person, Piece
-from keyreid.synthetic.materials import MATERIALS
 
 OCCLUDER = 255
 # Piece: its two ends, how much nearer to the camera than its middle it is drawn (in body heights), and its keypoints.
@@ -25,8 +24,7 @@ for _name, (_, _, _, _joints) in SPANS.items():
     SHOWS[OWNER[_name], _joints] = True
 
 
-@dataclass(frozen=True)
-class Sprite:
+class Sprite(NamedTuple):
     """A baked piece: premultiplied BGRA and where the axis begins and ends in it."""
 
     pixels: np.ndarray
@@ -36,23 +34,16 @@ class Sprite:
 
 
 def bake(person: Person, yaw: float, light: np.ndarray, ambient: float, scale: float) -> dict[str, Sprite]:
-    """Bake all pieces of a person for one tracklet.
+    """Bake all pieces of a person for one tracklet, a camera at `yaw` radians and `scale` pixels of a body's height.
 
-    Args:
-        yaw: the camera's, radians.
-        light: unit vector towards the light in picture axes (right, down, near).
-        ambient: light from everywhere, as a share.
-        scale: pixels of a body's height.
+    `light` is the unit vector towards the light in picture axes (right, down, near); a share `ambient` is everywhere.
     """
-    resting = body.walk(person.build, person.gait, np.zeros(1))[0]
-    lengths = {
-        name: np.linalg.norm(resting[end] - resting[start], axis=-1) for name, (start, end, _, _) in SPANS.items()
-    }
-    return {
-        name: _bake(person.pieces[name], yaw, light, ambient, scale * max(lengths[name], 0.02), scale)
-        for name in SPANS
-        if name in person.pieces
-    }
+    resting, baked = body.walk(person.build, person.gait, np.zeros(1))[0], {}
+    for name, (start, end, _, _) in SPANS.items():
+        if name in person.pieces:
+            length = scale * max(np.linalg.norm(resting[end] - resting[start], axis=-1), 0.02)
+            baked[name] = _bake(person.pieces[name], yaw, light, ambient, length, scale)
+    return baked
 
 
 def _bake(piece: Piece, yaw: float, light: np.ndarray, ambient: float, length: float, scale: float) -> Sprite:
@@ -77,37 +68,27 @@ def _bake(piece: Piece, yaw: float, light: np.ndarray, ambient: float, length: f
     cover = np.clip(radius[:, None] - np.abs(across) + 0.5, 0, 1) * edge[:, None]
     azimuth = np.arcsin(sine) - turned
     columns = ((azimuth / (2 * np.pi) + 0.5) % 1 * COLUMNS - 0.5).astype(np.float32)
-    rows = np.broadcast_to((share * ROWS - 0.5).astype(np.float32)[:, None], columns.shape)
-    colour = cv2.remap(
-        piece.texture, columns, np.ascontiguousarray(rows), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-    )
+    rows = np.tile((share * ROWS - 0.5).astype(np.float32)[:, None], columns.shape[1])
+    colour = cv2.remap(piece.texture, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     facing = light[0] * sine + light[2] * np.sqrt(1 - sine**2) + light[1] * (share[:, None] - 0.5) * 0.5
     shade = ambient + (1 - ambient) * np.clip(facing, 0, 1)
     pixels = np.dstack([colour * (shade * cover)[..., None], cover])
     return Sprite(np.clip(pixels * 255 + 0.5, 0, 255).astype(np.uint8), half, 1.5 + caps[0], 1.5 + caps[0] + length)
 
 
-def draw(
-    canvas: np.ndarray,
-    owner: np.ndarray,
-    sprites: dict[str, Sprite],
-    points: np.ndarray,
-    crop: np.ndarray,
-    scale: float,
-) -> None:
-    """Draw one pose, farthest piece first.
+def draw(canvas: np.ndarray, owner: np.ndarray, sprites: dict[str, Sprite], points, crop, scale: float) -> None:
+    """Draw one pose, farthest piece first, with what `bake` made.
 
     Args:
         canvas: uint8 [H, W, 3], drawn on.
         owner: uint8 [H, W], gets the number of the piece that covers each pixel.
-        sprites: from `bake`.
         points: [POINTS, 3], picture axes in body heights (`body.look`).
         crop: [2, 3] affine from (right, down) in pixels at `scale` to the canvas.
     """
     nearness = {name: points[SPANS[name][0], 2] + points[SPANS[name][1], 2] + 2 * SPANS[name][2] for name in sprites}
     for name in sorted(sprites, key=nearness.__getitem__):
-        start, end, _, _ = SPANS[name]
-        _stamp(canvas, owner, OWNER[name], sprites[name], points[start, :2] * scale, points[end, :2] * scale, crop)
+        start, end = (points[point, :2] * scale for point in SPANS[name][:2])
+        _stamp(canvas, owner, OWNER[name], sprites[name], start, end, crop)
 
 
 def _stamp(canvas, owner, number: int, sprite: Sprite, start, end, crop) -> None:
@@ -121,11 +102,8 @@ def _stamp(canvas, owner, number: int, sprite: Sprite, start, end, crop) -> None
     a, b, c, d = uy, stretch * ux, -ux, stretch * uy
     e = start[0] - sprite.centre * a - sprite.start * b
     f = start[1] - sprite.centre * c - sprite.start * d
-    (p, q, r), (s, t, u) = crop
-    matrix = np.array(
-        [[p * a + q * c, p * b + q * d, p * e + q * f + r], [s * a + t * c, s * b + t * d, s * e + t * f + u]],
-        np.float64,
-    )
+    x_row, y_row = [[m * a + n * c, m * b + n * d, m * e + n * f + shift] for m, n, shift in crop]
+    matrix = np.array([x_row, y_row], np.float64)
     height, width = sprite.pixels.shape[:2]
     across, down = matrix[:, 0] * width, matrix[:, 1] * height
     xs, ys = matrix[:, 2:] + np.stack([np.zeros(2), across, down, across + down], axis=1)

@@ -34,7 +34,6 @@ from keyreid.synthetic import scene
 from keyreid.synthetic.clothes import dress
 from keyreid.synthetic.filming import random_stream, render_tracklet
 
-SETTINGS_FILE = "walkers.json"
 VERSION = 3  # of the drawing: raised whenever the same settings give other pictures
 _PERSON, _CAMERA, _VISITS, _TRACKLET, _DISTRACTOR, _JUNK = range(1, 7)  # random streams
 
@@ -91,38 +90,24 @@ class _Job:
 
     @property
     def key(self) -> str:
-        """The tracklet's name, which begins its frames' file names."""
         return f"{self.name}C{self.camera}T{self.number:04d}"
 
     def picture(self, frame: int) -> str:
-        """File name of a frame, counted from 0."""
         return f"{self.key}F{frame + 1:03d}.jpg"
 
 
 def render(
-    root: Path | str,
-    identities: int,
-    cameras: int = 6,
-    seed: int = 0,
-    *,
-    processes: int = 1,
-    quiet: bool = False,
-    **settings,
+    root: Path | str, identities: int, cameras: int = 6, seed: int = 0, *, processes=1, quiet=False, **settings
 ) -> Walkers:
-    """Draw a dataset; what is already there with the same settings is kept.
+    """Draw a dataset into `root`, new or from an earlier call: what is there with the same settings is kept.
 
-    Args:
-        root: folder to write; new, or from an earlier call.
-        processes: how many draw; the pictures do not depend on it.
-        settings: the other fields of `Walkers`.
-
-    Raises:
-        DataError: a setting is out of range, or `root` holds something else.
+    Pictures do not depend on `processes`; `settings` are the other fields of `Walkers`. DataError where a setting is
+    out of range, or `root` holds something else.
     """
     root = Path(root)
     walkers = Walkers(identities=identities, cameras=cameras, seed=seed, **settings)
     description = json.dumps({"version": VERSION, **asdict(walkers)}, indent=1)
-    done = root / SETTINGS_FILE
+    done = root / "walkers.json"
     if done.is_file():
         if done.read_text() != description:
             raise DataError(f"{root} holds walkers of other settings ({done}); choose another folder or remove it")
@@ -142,10 +127,9 @@ def _plan(walkers: Walkers) -> tuple[list[_Job], list[_Job]]:
     first_test = walkers.train_identities + 1
     train = [job for identity in range(1, first_test) for job in _visits(walkers, identity)]
     test = [job for identity in range(first_test, walkers.identities + 1) for job in _visits(walkers, identity)]
-    distractors, junk = walkers.distractors, walkers.junk
-    if distractors is None:
-        distractors = 2 * (walkers.identities - walkers.train_identities)
-    test += _extras(walkers, JUNK_IDENTITY, _JUNK, distractors // 4 if junk is None else junk)
+    many = 2 * (walkers.identities - walkers.train_identities)
+    distractors = many if walkers.distractors is None else walkers.distractors
+    test += _extras(walkers, JUNK_IDENTITY, _JUNK, distractors // 4 if walkers.junk is None else walkers.junk)
     test += _extras(walkers, DISTRACTOR_IDENTITY, _DISTRACTOR, distractors)
     return train, sorted(test, key=lambda job: (job.identity, job.camera, job.number))
 
@@ -197,9 +181,9 @@ def _render_person(walkers: Walkers, root: Path, folder: str, jobs: list[_Job]) 
         rendered = render_tracklet(person, camera, job.frames, stream, walkers.height, walkers.width)
         directory = root / folder / job.name
         directory.mkdir(parents=True, exist_ok=True)
-        for frame, picture in enumerate(rendered.pictures):
-            (directory / job.picture(frame)).write_bytes(picture)
         names = tuple(job.picture(frame) for frame in range(job.frames))
+        for name, picture in zip(names, rendered.pictures, strict=True):
+            (directory / name).write_bytes(picture)
         scores = rendered.keypoints[..., 2].mean(axis=1)
         provenance = {"tool": "keyreid walkers", "version": VERSION, "seed": walkers.seed}
         truth = keypoint_files.KeypointFile(rendered.keypoints, scores, names, provenance)
