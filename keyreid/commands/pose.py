@@ -59,9 +59,6 @@ def pose(
 
     settings = PoseSettings(checkpoint, long_edge, threshold, select, dtype)
     work = PoseWork(batch_size, workers, parse_devices(device), trust, max_unreadable)
-    number, _, shares = share.partition("/")
-    if not (number.isdigit() and shares.isdigit()):
-        raise ConfigError(f"--share {share}: write I/N, I from 0 to N - 1, for example 0/8")
     data = open_dataset(dataset, root, **parse_options(option or []))
     summary = estimate(data, out, settings, work, parse_share(share))
     for fault in summary.unreadable:
