@@ -10,7 +10,9 @@ from keyreid.config import ClipConfig, ModelConfig
 __all__ = ["FAMILIES", "Backbone", "LastStage", "PatchGrid", "build_backbone", "family", "patch_grid"]
 
 # How the names of a family begin; the longest beginning that fits decides.
-FAMILIES: dict[str, type[Backbone]] = {"": ViT}  # whatever else timm calls a VisionTransformer
+FAMILIES: dict[str, type[Backbone]] = {
+    "": ViT,  # whatever else timm calls a VisionTransformer
+}
 
 
 def family(name: str) -> type[Backbone]:

@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from keyreid.datasets.tracklet import Dataset
 
 # Name of the dataset: the module with its `open_NAME`, which is imported when it is asked for.
-READERS = {"mars": "mars", "ilids_vid": "two_cameras", "prid2011": "two_cameras", "folder": "folder", "mot": "mot"}
+READERS = {
+    "mars": "mars",
+    "ilids_vid": "two_cameras",
+    "prid2011": "two_cameras",
+    "folder": "folder",
+    "mot": "mot",
+}
 
 
 def open_dataset(name: str, root: Path | str, **options: Any) -> "Dataset":

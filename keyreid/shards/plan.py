@@ -17,7 +17,11 @@ from keyreid.shards.batch import ClipPlan
 from keyreid.shards.sampling import FRAMES, ByCamera, ByFrames, EachInTurn, Sampler, TrainingTracklets, random_numbers
 from keyreid.shards.shard_set import ShardSet
 
-SAMPLERS: dict[str, Callable[..., Sampler]] = {"identity": EachInTurn, "frames": ByFrames, "camera": ByCamera}
+SAMPLERS: dict[str, Callable[..., Sampler]] = {
+    "identity": EachInTurn,
+    "frames": ByFrames,
+    "camera": ByCamera,
+}
 _BLOCK_STEPS = 64  # steps whose frames are drawn together, for speed
 _ERASE_TRIES = 8
 

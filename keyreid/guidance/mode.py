@@ -1,12 +1,6 @@
-"""How part heatmaps lead the network, by the name that `model.guidance` gives.
+"""What a guidance mode decides, and the two that there are."""
 
-A mode of your own is a class made from `Guidance`, and its place in `MODES`.
-"""
-
-import difflib
 from typing import TYPE_CHECKING
-
-from keyreid.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -99,18 +93,3 @@ class Released(Guidance):
         if places > patches:  # the published code stops here; the repeated row takes the guidance of the last place
             guidance = guidance[..., [min(place, patches - 1) for place in range(places)]]
         return branch.block(rows, scale=guidance)
-
-
-MODES: dict[str, Guidance] = {mode.name: mode for mode in (Aligned(), Released())}
-
-
-def named(name: str) -> Guidance:
-    """The mode of this name.
-
-    Raises:
-        ConfigError: there is none; the nearest name is given.
-    """
-    if name not in MODES:
-        near = difflib.get_close_matches(name, MODES, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"no guidance is called {name!r}; the nearest is {near!r} (there are {', '.join(MODES)})")
-    return MODES[name]
