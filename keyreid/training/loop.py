@@ -196,8 +196,8 @@ class Trainer:
                 if self.on_evaluation and self.state.evaluated_step == step + 1:
                     self.writer.wait()
                     folder = self.root / checkpoints.folder_name(step + 1)
-                    numbers = {**self._numbers, **result["metrics"]}
-                    if not self.ranks.from_first(self.ranks.first and self.on_evaluation(epoch, numbers, folder)):
+                    said = {**self._numbers, **result["metrics"]}
+                    if not self.ranks.from_first(self.ranks.first and self.on_evaluation(epoch, said, folder)):
                         raise Interrupted("ended after an evaluation")
         return result
 
