@@ -6,8 +6,6 @@ import threading
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-import fsspec
-
 from keyreid.errors import DataError
 
 AGAIN = "pack the dataset again, whole shards are kept"
@@ -80,6 +78,8 @@ class StreamedShardFiles:
         try:
             if number != self._number or offset < self._start:
                 self.close()
+                import fsspec  # a stream alone needs it
+
                 self._stream, self._number = fsspec.open(location, "rb").open(), number
             while self._start + len(self._kept) < offset + size:
                 more = self._stream.read(_STREAM_BYTES)

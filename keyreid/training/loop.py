@@ -18,7 +18,6 @@ from keyreid.distributed.ranks import Ranks
 from keyreid.errors import CheckpointError, KeyreidError
 from keyreid.losses import Criterion
 from keyreid.model import KeyReID, build_model
-from keyreid.progress import track
 from keyreid.shards import open_reader
 from keyreid.shards.batch import ClipBatch
 from keyreid.shards.plan import TrainingPlan
@@ -170,10 +169,13 @@ class Trainer:
         factor = mfu_factor(self.network, self.config, self.ranks.world_size) if measurable else None
         meter = Meter(self.plan.batch_size, self.total_steps, factor)
         numbers = range(self.state.step, self.total_steps)
-        bar = sys.stderr.isatty() and self.ranks.first
+        if sys.stderr.isatty() and self.ranks.first:
+            from keyreid.progress import track
+
+            numbers = track(numbers, len(numbers), self.config.name, "steps")
         self.engine.train()
         with profiled(self.config, self.ranks, self.tracker, self.state.step) as profiler:
-            for step in track(numbers, len(numbers), self.config.name, "steps", quiet=not bar):
+            for step in numbers:
                 batch = next(self.reader)
                 self.schedule.step_update(step)
                 outcome = self.stepper.step(batch, step)
