@@ -35,7 +35,7 @@ NETWORKS = (
 
 
 def efficiency(network: Network, nodes: int, clips: int) -> float:
-    """Share of a step that computes, for `clips` clips a GPU; 1 on a single GPU without communication."""
+    """Share of a step that computes, for `clips` clips per GPU; 1 on a single GPU without communication."""
     gpus = nodes * GPUS_A_NODE
     compute = 3 * network.forward_flop * clips / (MFU * MATRIX_FLOPS)
     backward = compute * 2 / 3
@@ -60,7 +60,7 @@ def _link(nodes: int) -> float:
 def main() -> None:
     """Print the table of docs/scaling.md."""
     columns = [(network, clips) for network in NETWORKS for clips in (16, 64)]
-    print("| nodes (GPUs) | " + " | ".join(f"{network.name}, {clips} clips a GPU" for network, clips in columns) + " |")
+    print("| nodes (GPUs) | " + " | ".join(f"{network.name}, {clips} clips per GPU" for network, clips in columns) + " |")
     print("|---|" + "---|" * len(columns))
     for nodes in (1, 2, 4, 8, 16, 32, 64):
         cells = [f"{efficiency(network, nodes, clips):.0%}" for network, clips in columns]

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
     overrides = [f"data.shards={arguments.shards}", "schedule.epochs=1000"]
-    print("| ranks | ZeRO | steps/s | clips/s | data wait | communicated a step | save stall | save in all |")
+    print("| ranks | ZeRO | steps/s | clips/s | data wait | communicated per step | save stall | save in all |")
     print("|---|---|---|---|---|---|---|---|")
     for ranks, stage in [(1, 0), *((arguments.ranks, stage) for stage in (0, 1, 2, 3))]:
         row = measure(arguments.config, [*overrides, f"training.zero_stage={stage}"], ranks, arguments.steps)

@@ -1,4 +1,4 @@
-"""The `keyreid` command: one verb a job, each in `keyreid/commands/`."""
+"""The `keyreid` command: one verb per job, each in `keyreid/commands/`."""
 
 import sys
 from typing import Annotated
@@ -51,12 +51,12 @@ def keyreid(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print version and commit.")
     ] = False,
 ) -> None:
-    """Distributed training of keypoint-guided video person re-identification."""
+    """Distributed training for keypoint-guided video person re-identification."""
     # DeepSpeed's launcher puts --local_rank before the words of the command; LOCAL_RANK says the same.
 
 
 def main() -> None:
-    """Run the command line; an error that a user can mend becomes one message and exit status 1."""
+    """Run the command line; an error a user can fix becomes one message and exit status 1."""
     try:
         app()
     except KeyreidError as error:

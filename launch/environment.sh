@@ -1,5 +1,5 @@
-# Sourced by the scripts beside it: makes .venv in the repository and installs keyreid into it, with the versions of
-# constraints.txt, again whenever what is to be installed changes. Usage: make_environment EXTRA[,EXTRA...]; afterwards
+# Sourced by the other scripts here: makes .venv in the repository and installs keyreid into it, with the versions of
+# constraints.txt, and again whenever they change. Usage: make_environment EXTRA[,EXTRA...]; afterwards
 # $python and the PATH are set.
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -1,7 +1,7 @@
 # What the batch files share; they source it. Needs: a batch job, the folder KEYREID_HOME with slurm/ in it.
 #
-# Why one srun task a GPU and not torchrun: Slurm's signals reach the ranks themselves (torchrun's agents die of USR2 and
-# leave their workers behind), rank r is the same place at each start, and a rank that fails ends the job in a second.
+# Why one srun task per GPU and not torchrun: Slurm's signals reach the ranks themselves (torchrun's agents die of USR2 and
+# leave their workers behind), rank r is in the same place at each start, and a failing rank ends the job in a second.
 
 say() { printf '%s keyreid: %s\n' "$(date '+%F %T')" "$*"; }
 stop() { say "$*" >&2; exit 1; }
@@ -70,8 +70,8 @@ start_ranks() {
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
     export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus_a_rank}
-    # Slurm goes on for minutes to send a lost node what it was told to send it: "end step 0 of this job", which would be
-    # the ranks of the next start. So each start's ranks are a step of another number.
+    # For minutes Slurm keeps sending a lost node the messages meant for it: "end step 0 of this job", which would hit the
+    # ranks of the next start. So each start's ranks are a step with a different number.
     for ((n = 0; n < ${SLURM_RESTART_COUNT:-0}; n++)); do
         srun --export=ALL --overlap --nodes=1 --ntasks=1 --quiet true || say "step $n did not run" >&2
     done
@@ -92,13 +92,13 @@ wait_for() {
     wait "$1"
 }
 
-# first_end: how the first rank that failed ended, in srun's words: "Exited with exit code 1", "Killed" ... The status of
-# srun does not tell it: when a rank fails, srun ends the others, and their ends count too.
+# first_end: how the first rank that failed ended, in srun's words: "Exited with exit code 1", "Killed" ... srun's
+# own status does not tell: when a rank fails, srun ends the others, and their ends count too.
 first_end() {
     tail --bytes="+$((errors_begin + 1))" "/proc/$$/fd/2" | sed -n 's/^srun: error: .*: tasks\{0,1\} [0-9,-]*: //p' | head -n 1
 }
 
-# job_state: RUNNING; COMPLETING or CANCELLED while somebody else ends or requeues this job.
+# job_state: RUNNING; COMPLETING or CANCELLED while someone else ends or requeues this job.
 job_state() { scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p' | tail -n 1; }
 
 # all_nodes_answer: whether a task can be started on each node of this job. Slurm itself takes minutes (SlurmdTimeout) to
@@ -116,7 +116,7 @@ log_folder() { dirname "$(readlink "/proc/$$/fd/1")"; }
 
 newest_checkpoint() { cat "$run_dir/checkpoints/latest" 2>/dev/null || echo none; }
 
-# refuse_restart RESTARTS: prints why this job may not run once more; prints nothing when it may.
+# refuse_restart RESTARTS: prints why this job may not run again; prints nothing when it may.
 # $starts has a line for each start of this job: the newest checkpoint then, the number of nodes, the time.
 refuse_restart() {
     local stalls newest
@@ -136,7 +136,7 @@ note_start() { echo "$(newest_checkpoint) $SLURM_JOB_NUM_NODES $(date '+%FT%T')"
 
 # --- Arrays ----------------------------------------------------------------------------------------------------------
 
-# share: "i/n", the part of the work that is this array task's. n is the number of array tasks unless KEYREID_SHARES says
+# share: "i/n", this array task's part of the work. n is the number of array tasks unless KEYREID_SHARES says
 # otherwise (to run a few tasks of a larger array again). Without an array: everything.
 share() {
     local task=${SLURM_ARRAY_TASK_ID:-0} shares=${KEYREID_SHARES:-${SLURM_ARRAY_TASK_COUNT:-1}}
@@ -145,7 +145,7 @@ share() {
     echo "$task/$shares"
 }
 
-# requeue_before_limit: for work that goes on where it stopped, so that no time limit is too short for it.
+# requeue_before_limit: for work that resumes where it stopped, so no time limit is too short for it.
 requeue_before_limit() {
     trap '[ "${SLURM_RESTART_COUNT:-0}" -ge "$KEYREID_MAX_RESTARTS" ] || scontrol requeue "$SLURM_JOB_ID"' USR2
 }

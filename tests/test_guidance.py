@@ -79,8 +79,8 @@ def test_an_own_mode_decides_tokens_and_parts():
 
 @pytest.mark.slow
 def test_an_own_mode_is_trained_judged_and_exported(tmp_path):
-    from keyreid.checkpoints.trained import load_trained
     from keyreid.export.onnx import export_onnx
+    from keyreid.export.source import open_source
 
     config = toy_config(
         toy_shards(tmp_path / "data"), tmp_path, model={"guidance": NAME}, schedule={"epochs": 2}, seed=3
@@ -93,4 +93,4 @@ def test_an_own_mode_is_trained_judged_and_exported(tmp_path):
     assert not torch.equal(newest_tensors(config)["weights.safetensors:prompts.linear.weight"], begun)
     assert (config.run_dir / "result.json").is_file()
     pytest.importorskip("onnxruntime")
-    assert export_onnx(load_trained(config.run_dir)[0], tmp_path / "pooled.onnx", {}) < 1e-4
+    assert export_onnx(open_source(config.run_dir), tmp_path / "pooled.onnx") < 1e-4

@@ -10,10 +10,10 @@ def checkpoints(
     run: Annotated[Path, typer.Argument(help="A run's folder, or its folder `checkpoints`.")],
     verify: Annotated[bool, typer.Option(help="Compare every file with its SHA-256.")] = False,
     prune: Annotated[
-        int | None, typer.Option(min=1, help="Keep the newest N, the best and those kept for ever; remove the rest.")
+        int | None, typer.Option(min=1, help="Keep the newest N, the best and those kept forever; remove the rest.")
     ] = None,
 ) -> None:
-    """List checkpoints with step, best score and size; exit status 1 when one of them is damaged."""
+    """List checkpoints with step, best score and size; exit status 1 if any is damaged."""
     from rich.console import Console
     from rich.table import Table
 

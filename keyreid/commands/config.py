@@ -9,9 +9,9 @@ import typer
 def config(
     path: Annotated[Path | None, typer.Argument(help="Configuration file.", show_default=False)] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)] = None,
-    show_list: Annotated[bool, typer.Option("--list", help="Name the configurations that come with keyreid.")] = False,
+    show_list: Annotated[bool, typer.Option("--list", help="List the configurations that come with keyreid.")] = False,
 ) -> None:
-    """Print a configuration as it is used: with all it extends, overrides and defaults, checked."""
+    """Check a configuration and print it as used: with everything it extends, overrides and defaults."""
     import yaml
 
     from keyreid import resources

@@ -1,4 +1,4 @@
-"""`keyreid doctor`: what works on this machine, and the command that mends what does not."""
+"""`keyreid doctor`: what works on this machine, and the command that fixes what does not."""
 
 from typing import Annotated
 
@@ -8,12 +8,12 @@ import typer
 def doctor(
     require: Annotated[
         list[str] | None,
-        typer.Option(help="Also fail without this: gpu, dali, pose, slurm, video, tune, search, export, remote."),
+        typer.Option(help="Also fail if this is missing: gpu, dali, pose, slurm, video, tune, search, export, remote."),
     ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Check this alone; repeat it for several.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Check only this; repeat for several.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Check versions, GPU, DALI, DeepSpeed, NCCL/gloo, Slurm, MLflow, pose and disk by using each a little.
+    """Check versions, GPU, DALI, DeepSpeed, NCCL/gloo, Slurm, MLflow, pose and disk by briefly using each.
 
     Exit status 1 when something that training needs, or that --require names, is missing or broken.
     """

@@ -18,9 +18,9 @@ Out = Annotated[Path, typer.Option(help="Vector file to write (.parquet).")]
 Selection = Literal["all", "train", "query", "gallery", "junk"]
 Dataset = Annotated[str | None, typer.Option(help="Reader of a source that is not shards: folder, mot, mars, ...")]
 Tracks = Annotated[Path | None, typer.Option(help="Tracks of a video or of a folder of its pictures.")]
-Camera = Annotated[str | None, typer.Option(help="Name of the video's camera; default the file's.")]
-Keypoints = Annotated[Path | None, typer.Option(help="Keypoint files of a folder or video; default SOURCE/keypoints.")]
-Features = Annotated[Literal["whole", "global"], typer.Option(help="global: that feature alone, 25 times smaller.")]
+Camera = Annotated[str | None, typer.Option(help="Name of the video's camera; default: the file's name.")]
+Keypoints = Annotated[Path | None, typer.Option(help="Keypoint files of a folder or video; default: SOURCE/keypoints.")]
+Features = Annotated[Literal["whole", "global"], typer.Option(help="global: only that feature, 25 times smaller.")]
 
 
 def embed(
@@ -35,15 +35,15 @@ def embed(
     camera: Camera = None,
     keypoints: Keypoints = None,
     features: Features = "whole",
-    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Of the stored vectors.")] = "float32",
+    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Type of the stored vectors.")] = "float32",
     pictures: Annotated[bool, typer.Option(help="Keep a small picture of each tracklet for ranked lists.")] = True,
     ranks: RankCount = None,
     verify: Verify = True,
 ) -> None:
     """Embed tracklets: one row each, with key, camera, times, vector and visibility.
 
-    Run it again after an interruption, on any number of ranks: what is done is kept. Under torchrun or srun each rank
-    takes its share; the last one to end joins them.
+    Run it again after an interruption, on any number of ranks: finished work is kept. Under torchrun or srun each rank
+    takes its share; the last one to finish joins them.
     """
     from keyreid.distributed.launch import default_ranks, is_launched, run_ranks
     from keyreid.distributed.ranks import position

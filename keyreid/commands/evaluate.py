@@ -1,4 +1,4 @@
-"""`keyreid evaluate`: judge a model, or any distance matrix, by named protocols."""
+"""`keyreid evaluate`: evaluate a model, or any distance matrix, by named protocols."""
 
 import sys
 import tempfile
@@ -10,14 +10,14 @@ import typer
 from keyreid.commands.options import Configuration, Overrides, RankCount, Shards, Verify
 from keyreid.errors import ConfigError
 
-_WEIGHTS = "A run, a checkpoint, exported .safetensors, or a published .pth; {split} is the number with --all-splits."
+_WEIGHTS = "A run, a checkpoint, exported .safetensors, or a published .pth; with --all-splits {split} is the number."
 Weights = Annotated[str | None, typer.Argument(help=_WEIGHTS, show_default=False)]
 _PROTOCOLS = "torchreid, official, inclusive or released; repeat it for several. Default: the configuration's."
 Protocols = Annotated[list[str] | None, typer.Option(help=_PROTOCOLS, show_default=False)]
-Distance = Annotated[Path | None, typer.Option(help="Judge the distance matrix in this .npz file; needs no model.")]
-Json = Annotated[Path | None, typer.Option(help="Write the scores as JSON to this file too.")]
-VectorFile = Annotated[Path | None, typer.Option(help="What `evaluate` or `embed` wrote, instead of embedding again.")]
-Out = Annotated[Path | None, typer.Option(help="Folder for all that is written. Default: one beside the weights.")]
+Distance = Annotated[Path | None, typer.Option(help="Evaluate the distance matrix in this .npz file; needs no model.")]
+Json = Annotated[Path | None, typer.Option(help="Also write the scores to this file, as JSON.")]
+VectorFile = Annotated[Path | None, typer.Option(help="Vectors of `evaluate` or `embed`, to avoid embedding again.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for all output. Default: one beside the weights.")]
 SplitNumber = Annotated[int | None, typer.Option(min=0, help="Split of the dataset (iLIDS-VID, PRID2011: 0 to 9).")]
 AllSplits = Annotated[bool, typer.Option(help="Mean and standard deviation over all splits of the dataset.")]
 
@@ -37,10 +37,10 @@ def evaluate(
     all_splits: AllSplits = False,
     verify: Verify = True,
 ) -> None:
-    """Evaluate: mAP, mINP and CMC by named protocols, with ranked lists, curves, guidance and attention as pictures.
+    """Report mAP, mINP and CMC by named protocols, with ranked lists, curves, guidance and attention as pictures.
 
     Prints one table with the protocol and the data set beside each number; JSON values are fractions from 0 to 1.
-    Several machines: start it with torchrun or slurm/evaluate.sbatch; the ranks come from their variables.
+    On several machines, start it with torchrun or slurm/evaluate.sbatch, whose variables name the ranks.
     """
     from keyreid.evaluation.protocols import protocol_named
 

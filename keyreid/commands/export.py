@@ -1,4 +1,4 @@
-"""`keyreid export`: give a trained network away in a form that others read."""
+"""`keyreid export`: write a trained network in a form that others can read."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,10 +9,10 @@ from keyreid.commands.options import Verify, Weights
 
 app = typer.Typer(help="Write a trained network for others to use.", no_args_is_help=True)
 
-Best = Annotated[bool, typer.Option("--best/--newest", help="Which checkpoint of a run.")]
+Best = Annotated[bool, typer.Option("--best/--newest", help="Which checkpoint of the run.")]
 Averaged = Annotated[
     bool | None,
-    typer.Option("--ema/--no-ema", help="Averaged weights or the raw ones; default averaged where there are any."),
+    typer.Option("--ema/--no-ema", help="Averaged weights or the raw ones; default: averaged if there are any."),
 ]
 
 
@@ -24,7 +24,7 @@ def weights(
     averaged: Averaged = None,
     verify: Verify = True,
 ) -> None:
-    """Write a network as one safetensors file, with a model card: `keyreid evaluate`, `embed` and `export` take it."""
+    """Write a network as one safetensors file, with a model card, for `keyreid evaluate`, `embed` and `export`."""
     from keyreid.export.source import export_weights, open_source, write_card
 
     exported = open_source(source, best, averaged, verify)
@@ -44,7 +44,7 @@ def onnx(
     averaged: Averaged = None,
     verify: Verify = True,
 ) -> None:
-    """Write the clip embedding as ONNX, any number of clips at a time, compared with torch; with a model card."""
+    """Write the clip embedding as ONNX, for any number of clips at a time, checked against torch, with a model card."""
     from keyreid.export.onnx import TOLERANCE, export_onnx
     from keyreid.export.source import open_source, write_card
 
@@ -61,7 +61,7 @@ def onnx(
 def released(
     source: Weights, out: Annotated[Path, typer.Argument(help="File to write, .pth.")], verify: Verify = True
 ) -> None:
-    """Write a checkpoint with the keys of the published KeyRe-ID code, of training with model.guidance=released."""
+    """Write a checkpoint with the published KeyRe-ID code's keys, from training with model.guidance=released."""
     import torch
 
     from keyreid.checkpoints.released import to_released

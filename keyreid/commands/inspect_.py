@@ -1,4 +1,4 @@
-"""`keyreid inspect`: what is in a set of shards, and whether all of it is whole."""
+"""`keyreid inspect`: what is in a set of shards, and whether it is intact."""
 
 import os
 import sys
@@ -21,14 +21,14 @@ _SHOWN = 200  # problems that are printed
 def inspect_(
     shards: Annotated[str, typer.Argument(help="folder (or URL) that `keyreid shard` wrote")],
     verify: Annotated[bool, typer.Option("--verify", help="check every hash, header and member of a folder")] = False,
-    against: Annotated[Path | None, typer.Option(help="compare with this folder's dataset, which was packed")] = None,
+    against: Annotated[Path | None, typer.Option(help="compare with the dataset in this folder, the source")] = None,
     keypoints: Annotated[
-        Path | None, typer.Option(help="with --against: the keypoint files that were packed; default ROOT/keypoints")
+        Path | None, typer.Option(help="with --against: the keypoint files that were packed; default: ROOT/keypoints")
     ] = None,
     sheet: Annotated[Path | None, typer.Option(help="write a contact sheet (PNG) of some tracklets")] = None,
     tracklet: Annotated[str | None, typer.Option(help="print the JSON of the tracklet with this key")] = None,
 ) -> None:
-    """Say what is in a set of shards; check it, compare it with its source, draw it. Status 1: something is wrong."""
+    """Show what is in a set of shards; check it, compare it with its source, draw it. Status 1 if anything is wrong."""
     from keyreid.shards.members import JSON
     from keyreid.shards.shard_set import ShardSet
     from keyreid.visualization.canvas import save_picture

@@ -1,4 +1,4 @@
-"""Arguments and options that mean the same in several verbs."""
+"""Arguments and options shared by several verbs."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,18 +15,18 @@ Overrides = Annotated[
 Configuration = Annotated[Path | None, typer.Option(help="Configuration. Default: the run's own, or the defaults.")]
 Shards = Annotated[str | None, typer.Option(help="Shards. Default: those of the configuration.")]
 RankCount = Annotated[
-    int | None, typer.Option(min=1, help="Processes on this machine. Default: one for each GPU, else one.")
+    int | None, typer.Option(min=1, help="Processes on this machine. Default: one per GPU, else one.")
 ]
 Metric = Annotated[
     Literal["euclidean", "cosine", "visible"],
-    typer.Option(help="visible: parts count by how much both sides see of them."),
+    typer.Option(help="visible: parts count by how much of them both tracklets show."),
 ]
-Verify = Annotated[bool, typer.Option(help="Check the weights' hash first; --no-verify saves the seconds.")]
+Verify = Annotated[bool, typer.Option(help="Check the weights' hash first; --no-verify saves a few seconds.")]
 DatasetName = Annotated[str, typer.Argument(help=f"{', '.join(READERS)}; rendered walkers are read as mars")]
 Root = Annotated[Path, typer.Argument(help="the dataset's folder (or manifest)")]
 ReaderOptions = Annotated[list[str] | None, typer.Option("--option", help="NAME=VALUE, for the dataset's reader")]
 Share = Annotated[
-    str, typer.Option("--share", "--shard", help="I/N: task I (from 0) of N that share the work, as in a job array")
+    str, typer.Option("--share", "--shard", help="I/N: task I (from 0) of N sharing the work, as in a job array")
 ]
 
 

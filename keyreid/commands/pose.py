@@ -9,13 +9,13 @@ from keyreid.commands.options import DatasetName, ReaderOptions, Root, Share, pa
 from keyreid.datasets import open_dataset, parse_options
 
 KeypointType = Annotated[
-    Literal["float32", "float16"], typer.Option(help="of stored keypoints; float16 moves 6 % of joints by a pixel")
+    Literal["float32", "float16"], typer.Option(help="type of stored keypoints; float16 moves 6 % of joints by a pixel")
 ]
 Kind = Annotated[Literal["pose", "npy"], typer.Option(help="keypoints (.pose) or heatmaps (.npy, 1.6 MB a frame)")]
-Out = Annotated[Path, typer.Option(help="folder of the files, one a tracklet; `pose` keeps those that are there")]
+Out = Annotated[Path, typer.Option(help="folder for the files, one per tracklet; `pose` keeps existing ones")]
 Weights = Annotated[Path, typer.Argument(help="weights file to write (.safetensors)")]
 Trust = Annotated[
-    bool, typer.Option(help="load a pickled checkpoint, which may run code: you trust it; weights files need no trust")
+    bool, typer.Option(help="trust a pickled checkpoint, which may run code when loaded; weights files do not need it")
 ]
 
 
@@ -32,28 +32,28 @@ def pose(
     ] = "walkers",
     trust: Trust = False,
     device: Annotated[
-        str, typer.Option(help="auto: every visible GPU, else the CPU; or a list, a process for each: cuda:0,cuda:1")
+        str, typer.Option(help="auto: every visible GPU, else the CPU; or a list, one process each: cuda:0,cuda:1")
     ] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="frames in a batch; all of one tracklet")] = 32,
-    workers: Annotated[int, typer.Option(min=0, help="reading processes beside each device's")] = 2,
+    batch_size: Annotated[int, typer.Option(min=1, help="frames per batch, all from one tracklet")] = 32,
+    workers: Annotated[int, typer.Option(min=0, help="reading processes per device")] = 2,
     long_edge: Annotated[
-        int | None, typer.Option(min=17, help="pixels to resize frames to; default 128 for walkers, else as they are")
+        int | None, typer.Option(min=17, help="pixels to resize frames to; default: 128 for walkers, else no resizing")
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(min=0, max=1, help="a joint below it is missing; default OpenPifPaf's 0.15")
+        float | None, typer.Option(min=0, max=1, help="joints below it are missing; default: OpenPifPaf's 0.15")
     ] = None,
     select: Annotated[
-        Literal["score", "centre"], typer.Option(help="of several people: the best score, or nearest to the middle")
+        Literal["score", "centre"], typer.Option(help="of several people: the best score, or the nearest to the middle")
     ] = "score",
     dtype: KeypointType = "float32",
     share: Share = "0/1",
-    max_unreadable: Annotated[int, typer.Option(min=0, help="frames that cannot be read before the run stops")] = 100,
+    max_unreadable: Annotated[int, typer.Option(min=0, help="unreadable frames allowed before the run stops")] = 100,
     option: ReaderOptions = None,
 ) -> None:
     """Find the keypoints of every frame with OpenPifPaf (install it with launch/install-pose).
 
-    Run it again after an interruption: whole tracklets are kept. The files do not depend on how often it was stopped
-    nor on how the work was shared.
+    Run it again after an interruption: finished tracklets are kept. The files do not depend on how often it was stopped
+    or how the work was shared.
     """
     from keyreid.pose.estimate import PoseSettings, PoseWork, estimate, parse_devices
 
@@ -70,12 +70,12 @@ def pose_report(
     dataset: DatasetName,
     root: Root,
     keypoints: Annotated[Path, typer.Argument(help="folder of keypoint files")],
-    out: Annotated[Path | None, typer.Option(help="folder of the report; default KEYPOINTS/report")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the report; default: KEYPOINTS/report")] = None,
     samples: Annotated[int, typer.Option(min=2, help="crops on the contact sheet")] = 24,
     truth: Annotated[Path | None, typer.Option(help="true keypoint files, for example walkers' keypoints")] = None,
     option: ReaderOptions = None,
 ) -> None:
-    """Say how good keypoints are: joints found, confidences, a contact sheet; PCK where the truth is known."""
+    """Report how good keypoints are: joints found, confidences, a contact sheet; PCK if the truth is known."""
     from keyreid.pose.quality import describe, write_quality
 
     out = out or keypoints / "report"
@@ -90,14 +90,14 @@ def pose_report(
 def pose_import(
     dataset: DatasetName,
     root: Root,
-    tree: Annotated[Path, typer.Argument(help="folder that mirrors ROOT's, with a .pose or .npy for each picture")],
+    tree: Annotated[Path, typer.Argument(help="folder that mirrors ROOT's, with one .pose or .npy per picture")],
     out: Out,
     kind: Kind = "pose",
     dtype: Annotated[
         Literal["float16", "float32", "float64"] | None,
-        typer.Option(help="of what is stored; default float32 for keypoints, for heatmaps that of their files"),
+        typer.Option(help="type to store; default: float32 for keypoints, the files' own for heatmaps"),
     ] = None,
-    max_missing: Annotated[int, typer.Option(min=0, help="pictures without a file; they get zeros")] = 0,
+    max_missing: Annotated[int, typer.Option(min=0, help="allowed pictures without a file; they get zeros")] = 0,
     option: ReaderOptions = None,
 ) -> None:
     """Read the published pipeline's files: one .pose (JSON) or .npy (heatmaps) for each picture."""
@@ -114,7 +114,7 @@ def pose_export(
     dataset: DatasetName,
     root: Root,
     files: Annotated[Path, typer.Argument(help="folder of keypoint files, or of imported heatmaps")],
-    tree: Annotated[Path, typer.Argument(help="folder to write, a file for each picture")],
+    tree: Annotated[Path, typer.Argument(help="folder to write, one file per picture")],
     kind: Kind = "pose",
     option: ReaderOptions = None,
 ) -> None:
@@ -131,7 +131,7 @@ def pose_convert(
     out: Weights,
     trust: Trust = False,
 ) -> None:
-    """Make a weights file, which holds no code, of an OpenPifPaf checkpoint."""
+    """Convert an OpenPifPaf checkpoint into a weights file, which contains no code."""
     from keyreid.pose import pifpaf
 
     pifpaf.check_weights_name(out)
@@ -142,13 +142,13 @@ def pose_convert(
 
 def pose_train(
     out: Weights,
-    pictures: Annotated[int, typer.Option(min=16, help="rendered for training")] = 4800,
+    pictures: Annotated[int, typer.Option(min=16, help="pictures rendered for training")] = 4800,
     epochs: Annotated[int, typer.Option(min=1)] = 8,
-    seed: Annotated[int, typer.Option(help="of the pictures and the training")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the pictures and the training")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    processes: Annotated[int, typer.Option(min=1, help="that render")] = 2,
+    processes: Annotated[int, typer.Option(min=1, help="processes that render")] = 2,
 ) -> None:
-    """Train the small pose network for rendered walkers, and judge it on held-out ones."""
+    """Train the small pose network for rendered walkers, and evaluate it on held-out ones."""
     from keyreid.pose.quality import describe
     from keyreid.synthetic.pose_training import TrainingSettings, train
 

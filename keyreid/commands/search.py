@@ -11,16 +11,16 @@ from keyreid.errors import ConfigError
 TABLES = 10  # queries whose hits are printed
 PICTURE_ROWS = 24  # queries in the ranked picture
 
-Gallery = Annotated[list[Path], typer.Argument(help="The gallery: what `embed` or `evaluate` wrote, or folders of it.")]
-Query = Annotated[list[str], typer.Option(help="A tracklet's key, or a vector file: all its rows. Repeat for several.")]
-Index = Annotated[Path | None, typer.Option(help="Search by this index, not exactly; built where absent or outdated.")]
-Probes = Annotated[int | None, typer.Option(min=1, help="Lists of the index that are searched; default a sixteenth.")]
+Gallery = Annotated[list[Path], typer.Argument(help="The gallery: `embed` or `evaluate` files, or folders of them.")]
+Query = Annotated[list[str], typer.Option(help="A tracklet's key, or a vector file (all rows). Repeat for several.")]
+Index = Annotated[Path | None, typer.Option(help="Search with this index, approximately; built if absent or outdated.")]
+Probes = Annotated[int | None, typer.Option(min=1, help="Lists of the index to search; default: a sixteenth of them.")]
 
 
 def search(
     vectors: Gallery,
     query: Query,
-    top: Annotated[int, typer.Option(min=1, help="Hits of each query.")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="Hits per query.")] = 10,
     metric: Metric = "euclidean",
     other_cameras: Annotated[bool, typer.Option(help="Leave out tracklets of the query's own camera.")] = False,
     rerank: Annotated[bool, typer.Option(help="k-reciprocal re-ranking of each query's 200 nearest.")] = False,
@@ -28,11 +28,11 @@ def search(
     probes: Probes = None,
     json: Annotated[Path | None, typer.Option(help="Write all results to this file.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the ranked picture (.png).")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default a GPU where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
 ) -> None:
-    """Find the nearest tracklets of some: a table, JSON and a ranked picture.
+    """Find the tracklets nearest to the queries, as a table, JSON and a ranked picture.
 
-    A tracklet never finds itself. Names of persons are compared where both are known.
+    A tracklet never finds itself. People's names are compared if both are known.
     """
     import torch
     from rich.console import Console

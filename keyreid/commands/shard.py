@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 def shard(
     dataset: DatasetName,
     root: Root,
-    out: Annotated[Path | None, typer.Option(help="folder of the shards; default shards/DATASET")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the shards; default: shards/DATASET")] = None,
     keypoints: Annotated[
-        Path | None, typer.Option(help="folder of keypoint files, as `keyreid pose` writes; default ROOT/keypoints")
+        Path | None, typer.Option(help="folder of keypoint files from `keyreid pose`; default: ROOT/keypoints")
     ] = None,
     heatmaps: Annotated[
-        Path | None, typer.Option(help="folder of published heatmap files (.npy, named as the frames), or of imports")
+        Path | None, typer.Option(help="folder of published heatmaps (.npy, named like the frames), or imported ones")
     ] = None,
-    image: Annotated[Literal["keep", "jpeg"], typer.Option(help="jpeg: make JPEGs of pictures that are none")] = "keep",
-    quality: Annotated[int, typer.Option(min=1, max=100, help="of JPEGs that are made")] = 95,
-    parts: Annotated[int, typer.Option(help="body parts: 6 serves models of 3, 4 and 6")] = 6,
+    image: Annotated[Literal["keep", "jpeg"], typer.Option(help="jpeg: convert other pictures to JPEG")] = "keep",
+    quality: Annotated[int, typer.Option(min=1, max=100, help="quality of converted JPEGs")] = 95,
+    parts: Annotated[int, typer.Option(help="body parts; 6 also serves models with 3 or 4")] = 6,
     option: ReaderOptions = None,
     target_megabytes: Annotated[float, typer.Option(min=0.001, help="size of a shard")] = 256.0,
-    processes: Annotated[int, typer.Option(min=0, help="0: one for each CPU core")] = 0,
+    processes: Annotated[int, typer.Option(min=0, help="0: one per CPU core")] = 0,
     share: Share = "0/1",
-    finish: Annotated[bool, typer.Option(help="pack nothing; check that all shards are there, write the card")] = False,
-    dry_run: Annotated[bool, typer.Option(help="only say what would be written")] = False,
+    finish: Annotated[bool, typer.Option(help="pack nothing; check that all shards exist, write the card")] = False,
+    dry_run: Annotated[bool, typer.Option(help="only show what would be written")] = False,
 ) -> None:
     """Pack a dataset into shards: tars of whole tracklets with heatmaps, an index beside each, and a dataset card.
 
-    Run it again after an interruption: whole shards are kept. Output depends on the dataset and these options alone.
+    Run it again after an interruption: finished shards are kept. Output depends only on the dataset and these options.
     """
     from keyreid.shards import pack as packing
     from keyreid.shards.writer import PackSettings

@@ -28,22 +28,22 @@ class Job(NamedTuple):
 def submit(
     verb: Annotated[Verb, typer.Argument(help="The job; pipeline is pose, shard, train and evaluate in a row.")],
     arguments: Annotated[
-        list[str], typer.Argument(help="What `keyreid VERB` takes, as CONFIG section.key=value ...; -- before options.")
+        list[str], typer.Argument(help="Arguments of `keyreid VERB`: CONFIG section.key=value ...; -- before options.")
     ],
     nodes: Annotated[str | None, typer.Option(help="Number of nodes, or LEAST-MOST.")] = None,
-    gpus_per_node: Annotated[str | None, typer.Option(help="GPUs of each node, 8 or TYPE:8; a rank on each.")] = None,
-    tasks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on each node without GPUs.")] = None,
-    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="CPUs of each rank.")] = None,
-    mem: Annotated[str | None, typer.Option(help="Memory of each node; 0: all of it.")] = None,
-    time: Annotated[str | None, typer.Option(help="Time limit, as 1-00:00:00; training resumes after it.")] = None,
-    partition: Annotated[str | None, typer.Option(help="As for sbatch, and so are the next four.")] = None,
+    gpus_per_node: Annotated[str | None, typer.Option(help="GPUs per node, 8 or TYPE:8; one rank per GPU.")] = None,
+    tasks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks per node without GPUs.")] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="CPUs per rank.")] = None,
+    mem: Annotated[str | None, typer.Option(help="Memory per node; 0: all of it.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit, like 1-00:00:00; training resumes after it.")] = None,
+    partition: Annotated[str | None, typer.Option(help="As for sbatch, like the next four.")] = None,
     account: Annotated[str | None, typer.Option()] = None,
     qos: Annotated[str | None, typer.Option()] = None,
     constraint: Annotated[str | None, typer.Option()] = None,
     exclude: Annotated[str | None, typer.Option()] = None,
-    array: Annotated[str | None, typer.Option(help="As 0-9%2: shares of pose, shard; %a in train's arguments.")] = None,
-    dependency: Annotated[str | None, typer.Option(help="As afterok:JOB.")] = None,
-    job_name: Annotated[str | None, typer.Option(help="Name in the queue. Default keyreid-VERB.")] = None,
+    array: Annotated[str | None, typer.Option(help="Like 0-9%2: shares of pose, shard; %a in train arguments.")] = None,
+    dependency: Annotated[str | None, typer.Option(help="Like afterok:JOB.")] = None,
+    job_name: Annotated[str | None, typer.Option(help="Name in the queue. Default: keyreid-VERB.")] = None,
     container: Annotated[str | None, typer.Option(help="Image to run in; see slurm/site.env.example.")] = None,
     extra: Annotated[str, typer.Option(help="More options of sbatch: '--reservation=r --nice=10'.")] = "",
     dataset: Annotated[str | None, OfPipeline(help="Dataset, as for `keyreid shard`.")] = None,
@@ -53,12 +53,12 @@ def submit(
     pose_options: Annotated[str, OfPipeline(help="More options of pose.")] = "",
     shard_options: Annotated[str, OfPipeline(help="More options of shard.")] = "",
     dry_run: Annotated[bool, typer.Option(help="Print the exact command and batch file; queue nothing.")] = False,
-    test_only: Annotated[bool, typer.Option(help="Ask Slurm when and where it would run; queue nothing.")] = False,
+    test_only: Annotated[bool, typer.Option(help="Ask Slurm when and where the job would run; queue nothing.")] = False,
     follow: Annotated[bool, typer.Option(help="Print the logs until the job ends; Ctrl-C leaves it running.")] = False,
 ) -> None:
-    """Queue a job on a Slurm cluster, after checking here what can be checked.
+    """Queue a job on a Slurm cluster, after checking here whatever can be checked.
 
-    The same by hand: sbatch OPTIONS slurm/VERB.sbatch ARGUMENTS. docs/slurm.md goes through it step by step.
+    The same by hand: sbatch OPTIONS slurm/VERB.sbatch ARGUMENTS. docs/slurm.md explains it step by step.
     """
     ranks = _number_of(gpus_per_node) if gpus_per_node else tasks_per_node
     size = {"nodes": nodes, "gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task}

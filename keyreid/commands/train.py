@@ -17,13 +17,13 @@ def train(
     ] = None,
     overrides: Overrides = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Processes. Default: one for each GPU (of the Ray cluster), else one.")
+        int | None, typer.Option(min=1, help="Processes. Default: one per GPU (of the Ray cluster), else one.")
     ] = None,
     ray: Annotated[
         str | None, typer.Option(help="HOST:PORT or auto: this Ray cluster places the ranks. local: start Ray here.")
     ] = None,
     resume: Annotated[
-        Literal["auto", "never"], typer.Option(help="auto: from the run's newest whole checkpoint. never: start anew.")
+        Literal["auto", "never"], typer.Option(help="auto: from the newest complete checkpoint. never: start over.")
     ] = "auto",
     dataset_name: Annotated[
         str | None, typer.Option(help="MARS, iLIDS-VID or PRID2011: use its configuration from configs/.")
@@ -37,7 +37,7 @@ def train(
 ) -> None:
     """Train a model. Run again with the same configuration, it resumes where it stopped.
 
-    Several machines: --ray, or start it with torchrun, deepspeed or slurm/train.sbatch, whose variables name the ranks.
+    On several machines, use --ray, or torchrun, deepspeed or slurm/train.sbatch, whose variables name the ranks.
     """
     from keyreid.config import load_config
     from keyreid.distributed.launch import default_ranks, is_launched, run_ranks

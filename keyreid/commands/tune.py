@@ -10,16 +10,16 @@ from keyreid.commands.options import Overrides
 
 
 def tune(
-    search: Annotated[Path, typer.Argument(help="The search, as configs/tune/alpha.yaml.", show_default=False)],
+    search: Annotated[Path, typer.Argument(help="The search, such as configs/tune/alpha.yaml.", show_default=False)],
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the search in its folder, if there is one.")] = False,
-    address: Annotated[str | None, typer.Option(help="HOST:PORT of a Ray cluster. Default: on this machine.")] = None,
+    address: Annotated[str | None, typer.Option(help="HOST:PORT of a Ray cluster. Default: this machine.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Check the search, print its points, train nothing.")] = False,
 ) -> None:
-    """Search hyperparameters: many trainings, judged by training identities that were held out, never by the test set.
+    """Search hyperparameters: many training runs, judged on held-out training identities, never on the test set.
 
-    Overrides change the search: trials=8 budget.epochs=6 settings.data.shards=DIR. Writes best.yaml, which
-    `keyreid train` takes, a table and pictures to OUTPUT/NAME, and everything to MLflow.
+    Overrides change the search: trials=8 budget.epochs=6 settings.data.shards=DIR. Writes best.yaml (for
+    `keyreid train`), a table and pictures to OUTPUT/NAME, and everything to MLflow.
     """
     from keyreid.tuning.search import load_search
 

@@ -9,13 +9,13 @@ from keyreid.commands.options import Configuration, Metric, Overrides, Shards, V
 
 app = typer.Typer(help="Draw ranked lists, guidance, attention and curves.", no_args_is_help=True)
 
-Keys = Annotated[list[str] | None, typer.Option("--key", help="A tracklet to show; repeat it for several.")]
-Count = Annotated[int, typer.Option(min=1, help="How many tracklets, evenly spaced, where no --key is given.")]
+Keys = Annotated[list[str] | None, typer.Option("--key", help="A tracklet to show; repeat for several.")]
+Count = Annotated[int, typer.Option(min=1, help="Number of tracklets, evenly spaced, without --key.")]
 
 
 @app.command("ranked")
 def ranked(
-    vectors: Annotated[Path, typer.Argument(help="What `evaluate` or `embed` wrote.")],
+    vectors: Annotated[Path, typer.Argument(help="Vectors from `evaluate` or `embed`.")],
     shards: Annotated[str, typer.Option(help="Shards with the tracklets' pictures.")],
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("ranked.png"),
     protocol: Annotated[str, typer.Option(help="torchreid, official, inclusive or released.")] = "torchreid",
@@ -23,10 +23,10 @@ def ranked(
     rerank: Annotated[bool, typer.Option(help="Re-rank by k-reciprocal neighbours.")] = False,
     count: Annotated[int, typer.Option(min=1, help="Queries of each kind: best, worst, random.")] = 8,
     key: Keys = None,
-    seed: Annotated[int, typer.Option(help="Draws the random queries.")] = 1234,
+    seed: Annotated[int, typer.Option(help="Seed of the random queries.")] = 1234,
     split_number: Annotated[int, typer.Option(min=0, help="Which split of the dataset.")] = 0,
 ) -> None:
-    """Queries and what was found for them: green frames are right, red ones wrong."""
+    """Draw queries and their matches: green frames are right, red ones wrong."""
     from keyreid.config import EvaluationConfig
     from keyreid.embedding.vectors import Vectors
     from keyreid.evaluation.pictures import ranked_picture
@@ -47,9 +47,9 @@ def guidance(
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("guidance.png"),
     key: Keys = None,
     count: Count = 4,
-    frames: Annotated[int, typer.Option(min=1, help="Frames of each tracklet, evenly spaced.")] = 6,
+    frames: Annotated[int, typer.Option(min=1, help="Frames per tracklet, evenly spaced.")] = 6,
 ) -> None:
-    """Part heatmaps of tracklets over their frames, as they are packed."""
+    """Draw the packed part heatmaps of tracklets over their frames."""
     from keyreid.shards.shard_set import ShardSet
     from keyreid.visualization.guidance import guidance_picture
 
@@ -68,7 +68,7 @@ def attention(
     count: Count = 4,
     verify: Verify = True,
 ) -> None:
-    """Where the last block's class token, and each part's token, look."""
+    """Draw where the last block's class token and each part's token look."""
     import torch
 
     from keyreid.checkpoints.trained import open_trained
@@ -84,11 +84,11 @@ def attention(
 
 @app.command("curves")
 def curves(
-    scores: Annotated[list[Path], typer.Argument(help="scores.json of evaluations, or what --json wrote.")],
+    scores: Annotated[list[Path], typer.Argument(help="scores.json of evaluations, or files from --json.")],
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("cmc.png"),
-    title: Annotated[str, typer.Option(help="Stands above the curves.")] = "CMC",
+    title: Annotated[str, typer.Option(help="Title above the curves.")] = "CMC",
 ) -> None:
-    """CMC curves of several evaluations in one picture, each named by its folder, data set and protocol."""
+    """Draw CMC curves of several evaluations in one picture, each named by its folder, dataset and protocol."""
     from keyreid.evaluation.scores import read_scores
     from keyreid.visualization.curves import draw_cmc
 
