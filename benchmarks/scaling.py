@@ -60,7 +60,9 @@ def _link(nodes: int) -> float:
 def main() -> None:
     """Print the table of docs/scaling.md."""
     columns = [(network, clips) for network in NETWORKS for clips in (16, 64)]
-    print("| nodes (GPUs) | " + " | ".join(f"{network.name}, {clips} clips per GPU" for network, clips in columns) + " |")
+    print(
+        "| nodes (GPUs) | " + " | ".join(f"{network.name}, {clips} clips per GPU" for network, clips in columns) + " |"
+    )
     print("|---|" + "---|" * len(columns))
     for nodes in (1, 2, 4, 8, 16, 32, 64):
         cells = [f"{efficiency(network, nodes, clips):.0%}" for network, clips in columns]
