@@ -90,7 +90,7 @@ def test_nothing_is_left_of_a_refused_start_in_a_new_folder(tmp_path: Path) -> N
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(KeyreidError, match="file/run.*cannot be written"), owned(tmp_path / "file" / "run", "import"):
+    with pytest.raises(KeyreidError, match=r"file/run.*cannot be written"), owned(tmp_path / "file" / "run", "import"):
         pass
 
 
