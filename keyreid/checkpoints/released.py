@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from keyreid.backbones.backbone import fill
 from keyreid.backbones.vit import ViT
@@ -93,6 +92,8 @@ def released_model(state_dict: Mapping[str, torch.Tensor]) -> KeyReID:
             f"the checkpoint's {patches} patches, width {width} and local width {part_width} are not those of the "
             f"published model: pictures twice as high as wide, {HEADS} heads, local width a multiple of the width"
         )
+    from timm.models.vision_transformer import VisionTransformer
+
     vit = VisionTransformer(
         img_size=(PATCHES_HIGH_PER_WIDE * wide * patch, wide * patch),
         patch_size=patch,

@@ -3,7 +3,6 @@
 import math
 
 import torch
-from timm.layers import LayerScale, Mlp
 from torch import nn
 
 from keyreid.backbones import Backbone
@@ -27,6 +26,8 @@ class LocalBranch(nn.Module):
     """
 
     def __init__(self, model: ModelConfig, frames: int, backbone: Backbone, activation: type[nn.Module]):
+        from timm.layers import Mlp
+
         super().__init__()
         local_width, heads = frames * backbone.width, model.local_heads
         _check_heads(frames, backbone.width, heads)
@@ -70,6 +71,8 @@ class LocalBranch(nn.Module):
         Returns:
             False, and nothing changes, where the backbone's block is of another kind (gated MLP, normed keys).
         """
+        from timm.layers import Mlp
+
         source = last.block
         if not isinstance(source, SingleQueryBlock) or type(source.mlp) is not Mlp:
             return False
@@ -108,6 +111,8 @@ class LocalBranch(nn.Module):
 
 
 def _layer_scale(module: nn.Module) -> torch.Tensor | float:
+    from timm.layers import LayerScale
+
     return module.gamma if isinstance(module, LayerScale) else 1.0
 
 

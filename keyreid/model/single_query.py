@@ -8,8 +8,6 @@ the row before its LayerNorm (`scale`, the published code) or weighs its key (`l
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, DropPath
-from timm.models.vision_transformer import Block
 from torch import nn
 
 from keyreid.model.precision import full
@@ -104,6 +102,8 @@ class SingleQueryBlock(nn.Module):
     """A pre-norm transformer block (timm's Block) for its first token."""
 
     def __init__(self, attention: SingleQueryAttention, mlp: nn.Module, norm2: nn.Module, drop_path: float = 0.0):
+        from timm.layers import DropPath
+
         super().__init__()
         self.attention = attention
         self.ls1 = nn.Identity()
@@ -114,7 +114,7 @@ class SingleQueryBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
     @classmethod
-    def from_block(cls, block: Block) -> "SingleQueryBlock":
+    def from_block(cls, block: nn.Module) -> "SingleQueryBlock":
         """The same block with the same weights; see `is_rewritable`."""
         norm, theirs = block.norm1, block.attn
         attention = SingleQueryAttention(norm.normalized_shape[0], theirs.num_heads, theirs.attn_dim, norm.eps)
@@ -143,6 +143,9 @@ class SingleQueryBlock(nn.Module):
 
 def is_rewritable(block: nn.Module) -> bool:
     """Whether the rewriting holds for a timm block: plain attention whose keys and values are linear in LN(x)."""
+    from timm.layers import Attention
+    from timm.models.vision_transformer import Block
+
     if type(block) is not Block or type(block.attn) is not Attention:
         return False
     attention = block.attn

@@ -74,7 +74,7 @@ def train(
 
 
 def _tracked(config: Config, ranks: Ranks, tracker: Tracker, **trainer: object) -> dict | None:
-    from keyreid.training.loop import Interrupted, Trainer  # imports timm, which takes seconds
+    from keyreid.training.loop import Interrupted, Trainer
 
     environment = {"python": platform.python_version(), "host": platform.node()}
     tracker.params(_flatten(config.model_dump(mode="json")) | environment | _versions())

@@ -1,11 +1,14 @@
 """The optimizer's parameter groups and the learning rate of each step."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
-from timm.scheduler import CosineLRScheduler
 
 from keyreid.config import OptimizerConfig, ScheduleConfig
+
+if TYPE_CHECKING:
+    from timm.scheduler import CosineLRScheduler
 
 
 def build_optimizer(
@@ -24,12 +27,14 @@ def build_optimizer(
 
 def build_schedule(
     optimizer: torch.optim.Optimizer, schedule: ScheduleConfig, lr: float, steps_per_epoch: int
-) -> CosineLRScheduler:
+) -> "CosineLRScheduler":
     """Linear warm-up, then a cosine to the floor; `step_update(step)` sets the rate of that step, counted from 0.
 
     A pure function of the step, so a resumed run needs nothing but the step. The published recipe changes the rate
     once an epoch; here it changes every step along the same curve.
     """
+    from timm.scheduler import CosineLRScheduler
+
     return CosineLRScheduler(
         optimizer,
         t_initial=schedule.epochs * steps_per_epoch,

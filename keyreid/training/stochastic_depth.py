@@ -7,7 +7,6 @@ run all drop the same paths, with no generator state to save.
 """
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 
@@ -34,6 +33,8 @@ class ClipDropPath(nn.Module):
 
 def use_clip_draws(model: nn.Module) -> list[ClipDropPath]:
     """Replace every timm DropPath in `model`; gives the new ones in module order."""
+    from timm.layers import DropPath
+
     replaced = []
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
