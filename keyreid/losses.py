@@ -66,7 +66,8 @@ def triplet_loss(
         weights: [..., B]; clips of weight 0 are neither anchor, positive nor negative.
 
     Returns:
-        [...], a (weighted) mean over B. Without any other identity it is 0.
+        [...], a (weighted) mean over B. Without any other identity it is 0. Of clips at exactly the same distance one
+        gets the gradient.
     """
     features = full(features)
     same = labels.unsqueeze(1) == labels
