@@ -89,4 +89,4 @@ def parse(text: str | bytes, source: str) -> Any:
         node = loader.get_single_node()
         return None if node is None else loader.plain(node)
     except (yaml.YAMLError, ValueError, OverflowError, LookupError) as error:  # PyYAML's own slips among them
-        raise ConfigError(f"{source}: not YAML: {' '.join(str(error).split())[:300]}") from None
+        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())[:300]}") from None
