@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from keyreid import plain_yaml
 from keyreid.errors import ConfigError
@@ -100,6 +100,8 @@ class ModelConfig(Section):
     backbone: str = Field("vit_base_patch16_224", description="any VisionTransformer of timm, or of keyreid/backbones")
     # Initial backbone. timm: timm's own download of it.
     weights: str | None = Field(None, description="a file (.pth, .safetensors), `timm`, or nothing for random weights")
+    weights_grid: tuple[PositiveInt, PositiveInt] | None = Field(None, description="rows, columns of their positions")
+    allow_partial: tuple[str, ...] = Field((), description="what they may lack: patterns of entries, as [blocks.11.*]")
     keep_classifiers: bool = Field(True, description="of weights of a whole network with as many identities")
     depth: int | None = Field(None, ge=2, description="blocks of the backbone that are used; default all")
     patch_stride: int | None = Field(None, ge=1, description="pixels between patches; default the patch size")

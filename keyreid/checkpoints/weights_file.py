@@ -48,13 +48,15 @@ def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], header: Weigh
         file.write(_unsigned_sha256(path, UNSIGNED).encode())
 
 
-def read_header(path: Path) -> WeightsHeader:
-    """The header alone.
+def read_header(path: Path, foreign: bool = False) -> WeightsHeader | None:
+    """The header alone; `foreign` gives None for a file of another program.
 
     Raises:
         CheckpointError: the file is missing, is not safetensors, or was not written by `write_weights`.
     """
     fields = _fields(path)
+    if fields is None and foreign:
+        return None
     if fields is None:
         raise CheckpointError(f"{path}: not one of keyreid's files; give pretrained backbones as model.weights")
     try:
