@@ -281,6 +281,8 @@ def check_config(values: Any, source: str, section: type[SectionType] = Config) 
     """Type and check merged values; `source` names them in errors."""
     try:
         return section.model_validate(settled(values, section))
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
     except pydantic.ValidationError as error:
         faults = [_explain(each, section) for each in error.errors()[:FAULTS_LISTED]]
         more = [f"and {error.error_count() - FAULTS_LISTED} more"] * (error.error_count() > FAULTS_LISTED)

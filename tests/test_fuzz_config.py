@@ -22,7 +22,7 @@ DEADLINE_MS = 10_000
 PIECES = """
 *a [ ] { } ~ null yes 2026-11-25 12:30:45 0o17 007 1e5 .inf -.nan 999999999999999999999999999999 ${ } ${a.b}
 ${oc.env:HOME} é 🙂 ../ /dev/null ~nobody/x
-""".split()
+""".split()  # noqa: SIM905
 # fmt: off
 PIECES += [
     "&a ", "<<: ", "- ", "? ", ": ", ", ", "\n", "\n  ", "# ", "| ", "> ", "'", "\"", "---\n", "...\n",
