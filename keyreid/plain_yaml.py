@@ -58,7 +58,7 @@ class _Loader(yaml.SafeLoader):
         return value if tag in ("null", "str") else Scalar(node.value, value)
 
 
-_FLOAT = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+_FLOAT = r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 _Loader.yaml_implicit_resolvers = {
     first: [rule for rule in rules if rule[0].endswith((":bool", ":null"))]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()

@@ -33,6 +33,7 @@ FILES = {
     "a bomb": (BOMB.encode(), "more than 50000 values"),
     "merge keys": (b"a: &a {b: 1}\nc: {<<: *a}\n", "unknown key"),
     "large": (b"# " + b"x" * MOST_BYTES, "larger than 128 KiB"),
+    "digits without end": (b"9" * 100_000 + b"x", "this is str"),
     "a duplicate": (b"data: {shards: a, shards: b}\n", "line 1: duplicate key shards"),
     "a duplicate, quoted": (b"seed: 1\n'seed': 2\n", "duplicate key seed"),
     "a time stamp": (BASE.encode() + b"seed: !!timestamp 2026-11-25\n", "timestamp is no kind of setting"),

@@ -114,6 +114,6 @@ def _pictures(files: VectorFiles, rows: np.ndarray) -> list[np.ndarray]:
     """uint8 RGB pictures of rows."""
     pictures = []
     for content in files.take(rows, ["picture"])["picture"].to_pylist():
-        picture = None if content is None else cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
+        picture = None if not content else cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
         pictures.append(NO_PICTURE if picture is None else picture)
     return pictures
