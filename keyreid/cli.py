@@ -24,6 +24,7 @@ from keyreid.commands import (
     walkers,
 )
 from keyreid.errors import KeyreidError
+from keyreid.plain_text import say
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(name="keyreid", no_args_is_help=True, pretty_exceptions_enable=False, context_settings=HELP)
@@ -56,11 +57,22 @@ def keyreid(
 
 
 def main() -> None:
-    """Run the command line; an error a user can fix becomes one message and exit status 1."""
+    """Run the command line; an error a user can fix becomes one message and exit status 1, a bug keeps its traceback.
+
+    A file that nobody foresaw to be missing, full or forbidden is the user's to fix too.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         app()
     except KeyreidError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", err=True)
+        sys.exit(1)
+    except (OSError, RuntimeError) as error:
+        file = getattr(error, "filename", None)
+        if file is None and "home directory" not in str(error):  # of ~nobody
+            raise
+        say(f"error: {error if file is None else f'{file}: {error.strerror}'}", err=True)
         sys.exit(1)
 
 

@@ -1,25 +1,28 @@
 """The typed configuration of everything keyreid does.
 
 A configuration is YAML. `extends: other.yaml` (a path relative to the file) starts from another one; what follows
-overrides it, and dotted overrides from the command line (`loss.alpha=0.6`) come last. Merging is OmegaConf's, types
-and bounds are pydantic's. An unknown key is an error that names the nearest known one. The defaults are the published
-recipe of KeyRe-ID (arXiv 2507.07393) unless a comment says otherwise.
+overrides it, and dotted overrides from the command line (`loss.alpha=0.6`) come last. Types and bounds are pydantic's.
+An unknown key is an error that names the nearest known one. The defaults are the published recipe of KeyRe-ID
+(arXiv 2507.07393) unless a comment says otherwise.
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import pydantic
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
+from keyreid import plain_yaml
 from keyreid.errors import ConfigError
 from keyreid.guidance import named
 from keyreid.resources import own_or_shipped
+
+FAULTS_LISTED = 10
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"  # of a folder, with room for what is added to it
 
 
 class Section(BaseModel):
@@ -97,6 +100,8 @@ class ModelConfig(Section):
     backbone: str = Field("vit_base_patch16_224", description="any VisionTransformer of timm, or of keyreid/backbones")
     # Initial backbone. timm: timm's own download of it.
     weights: str | None = Field(None, description="a file (.pth, .safetensors), `timm`, or nothing for random weights")
+    weights_grid: tuple[PositiveInt, PositiveInt] | None = Field(None, description="rows, columns of their positions")
+    allow_partial: tuple[str, ...] = Field((), description="what they may lack: patterns of entries, as [blocks.11.*]")
     keep_classifiers: bool = Field(True, description="of weights of a whole network with as many identities")
     depth: int | None = Field(None, ge=2, description="blocks of the backbone that are used; default all")
     patch_stride: int | None = Field(None, ge=1, description="pixels between patches; default the patch size")
@@ -197,9 +202,9 @@ class TrackingConfig(Section):
 class Config(Section):
     """All of one run."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run and its folder")
+    name: str = Field("run", pattern=NAME, description="names the run and its folder")
     output: str = Field("runs", description="folder that holds the runs and the MLflow store")
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, lt=2**63)
     data: DataConfig
     clip: ClipConfig = ClipConfig()
     model: ModelConfig = ModelConfig()
@@ -226,6 +231,11 @@ class Config(Section):
     def _fits_together(self) -> "Config":
         if self.data.batch_size % (micro := self.training.accumulation):
             raise ValueError(f"training.accumulation={micro} does not divide {self.data.batch}")
+        for path in (self.output, self.data.shards, self.data.cache_dir, self.model.weights or ""):
+            try:
+                Path(path).expanduser()
+            except RuntimeError:
+                raise ValueError(f"{path}: nobody here has this home directory") from None
         return self
 
 
@@ -244,25 +254,39 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def load_section(section: type[SectionType], path: str | Path, overrides: Sequence[str] = ()) -> SectionType:
     """`load_config` for a file of another type, such as a search."""
-    return check_config(merge_overrides(_read_with_parents(own_or_shipped(path)), overrides), str(path), section)
+    return check_config(merge_overrides(_read_with_parents(path), overrides), str(path), section)
 
 
-def merge_overrides(values: Any, overrides: Sequence[str]) -> Any:
+def merge_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Values with `section.key=value` strings merged into them, not yet checked."""
-    for text in (text for text in overrides if "=" not in text):
-        raise ConfigError(f"override {text!r} is not of the form section.key=value")
-    try:
-        return OmegaConf.to_container(OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides))), resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"configuration with overrides {list(overrides)}: {error}") from None
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not value.strip():
+            raise ConfigError(f"override {text[:80]!r} is not of the form section.key=value (null for nothing)")
+        values = with_value(values, key, plain_yaml.parse(value, f"override {text[:80]!r}"))
+    return values
+
+
+def with_value(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Values with one more under a dotted key; a mapping changes what is below it."""
+    names = key.split(".")
+    if len(names) > plain_yaml.DEEPEST or not all(re.fullmatch(r"[\w-]+", name) for name in names):
+        raise ConfigError(f"{key[:80]!r} is no key: write section.key")
+    for name in reversed(names):
+        value = {name: value}
+    return _merged(values, value)
 
 
 def check_config(values: Any, source: str, section: type[SectionType] = Config) -> SectionType:
     """Type and check merged values; `source` names them in errors."""
     try:
-        return section.model_validate(values)
+        return section.model_validate(settled(values, section))
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
     except pydantic.ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_explain(each, section) for each in error.errors())) from None
+        faults = [_explain(each, section) for each in error.errors()[:FAULTS_LISTED]]
+        more = [f"and {error.error_count() - FAULTS_LISTED} more"] * (error.error_count() > FAULTS_LISTED)
+        raise ConfigError(f"{source}: " + "; ".join(faults + more)) from None
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -270,32 +294,59 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
-def _read_with_parents(path: Path, children: tuple[Path, ...] = ()) -> DictConfig:
-    path = path.expanduser().resolve()
-    if path in children:
-        raise ConfigError(f"{children[-1]}: `extends` goes in a circle through {path}")
+def _read_with_parents(name: str | Path, folder: Path = Path(), children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    named = f", named by `extends` in {children[-1]}" if children else ""
     try:
-        values = OmegaConf.load(path)
-    except OSError as error:
-        named = f", named by `extends` in {children[-1]}" if children else ""
-        raise ConfigError(f"{path}: {error.strerror or error}{named}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
-    if not isinstance(values, DictConfig):
-        raise ConfigError(f"{path}: a configuration is a mapping of sections, this is a list")
-    if (parent := values.pop("extends", None)) is None:
+        path = own_or_shipped(Path(name).expanduser(), folder).resolve()
+        if path in children:
+            raise ConfigError(f"{children[-1]}: `extends` goes in a circle through {path}")
+        values = plain_yaml.read(path)
+    except (OSError, RuntimeError) as error:  # no such home, links in a circle
+        what = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else f"{name}: {error}"
+        raise ConfigError(f"{what}{named}") from None
+    if not isinstance(values, dict):
+        what = type(getattr(values, "value", values)).__name__
+        raise ConfigError(f"{path}: a configuration is a mapping of sections, this is {what}")
+    parent = values.pop("extends", None)
+    parent = parent.text if isinstance(parent, plain_yaml.Scalar) else parent
+    if parent is None:
         return values
-    return OmegaConf.merge(_read_with_parents(own_or_shipped(parent, path.parent), (*children, path)), values)
+    if not isinstance(parent, str) or len(children) > plain_yaml.DEEPEST:
+        raise ConfigError(f"{path}: `extends` names one file, and of these there are at most {plain_yaml.DEEPEST}")
+    return _merged(_read_with_parents(parent, path.parent, (*children, path)), values)
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """Mappings joined key by key; of anything else, what is above."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {key: _merged(below.get(key), value) for key, value in above.items()}
+
+
+def settled(value: Any, kind: Any) -> Any:
+    """Scalars as text where the type wants text, else as what they mean."""
+    if isinstance(value, plain_yaml.Scalar):
+        return value.text if str in (kind, *get_args(kind)) else value.value
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(
+            f'{value[:80]!r}: nothing is filled in for ${{}}; write the value (or KEY="$VARIABLE" as an override)'
+        )
+    if isinstance(value, list):
+        return [settled(each, Any) for each in value]
+    if not isinstance(value, dict):
+        return value
+    fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+    return {key: settled(each, fields[key].annotation if key in fields else Any) for key, each in value.items()}
 
 
 def _explain(detail: Any, section: type[Section]) -> str:
     """One line for one pydantic error, with the nearest known name for an unknown key."""
-    place = ".".join(map(str, detail["loc"]))
+    place = ".".join(map(str, detail["loc"]))[:200]
     if detail["type"] == "extra_forbidden":
         near = difflib.get_close_matches(place, _known_keys(section), n=1, cutoff=0.0)[0]
         return f"unknown key {place!r}; the nearest known one is {near!r}"
     message = ": ".join(filter(None, [place, detail["msg"].removeprefix("Value error, ")]))
-    return f"{message} (got {detail['input']!r})" if place and detail["type"] != "missing" else message
+    return f"{message} (got {repr(detail['input'])[:200]})" if place and detail["type"] != "missing" else message
 
 
 def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from jinja2 import Environment
 
 from keyreid.files import writing
+from keyreid.plain_text import visible
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,13 @@ class Section:
     items: Sequence[str] = ()  # a list
 
 
+def _shown(value: object) -> object:
+    return visible(value, lines=True) if isinstance(value, str) else value
+
+
 def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
     """Write a page; KeyreidError where the file cannot be written."""
     template = resources.files("keyreid").joinpath("assets/page.html").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown).from_string(template)
     with writing(path):
         path.write_text(page.render(title=title, sections=sections), encoding="utf-8")

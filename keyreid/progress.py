@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from keyreid.plain_text import visible
+
 Item = TypeVar("Item")
 PLAIN_LINE_SECONDS = 10.0
 
@@ -24,10 +26,17 @@ def track(
     items: Iterable[Item], total: int | None, description: str, unit: str = "items", quiet: bool = False
 ) -> Iterator[Item]:
     """Pass items through and show how many of `total` are done, the rate and the time left, on standard error."""
+    description = visible(description)
     if quiet:  # ranks other than the first
         yield from items
     elif sys.stderr.isatty():
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task(description, total=total, unit=unit)
             yield from progress.track(items, total=total, task_id=task)

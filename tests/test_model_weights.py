@@ -148,10 +148,16 @@ def test_released_checkpoint_with_other_counts(tmp_path, lines):
 
 
 def test_whole_network_at_another_size(tmp_path, lines):
+    """Positions are resampled; what depends on the number of frames starts anew, if that is allowed by name."""
     original = build()
     safetensors.torch.save_file(original.state_dict(), tmp_path / "own.safetensors")
-    larger = build(tmp_path / "own.safetensors", clip=ClipConfig(frames=3, height=128, width=64))
-    assert "position embeddings resampled to 8 x 4 patches" in lines()
+    clip, told = ClipConfig(frames=3, height=128, width=64), {"weights_grid": (4, 2)}
+    with pytest.raises(
+        CheckpointError, match=r"entries do not fit .*model.allow_partial=\[local_branch\*,part_necks\*\]"
+    ):
+        build(tmp_path / "own.safetensors", clip=clip, **told)
+    larger = build(tmp_path / "own.safetensors", clip=clip, allow_partial=("local_branch*", "part_necks*"), **told)
+    assert "position embeddings of 4 x 2 resampled to 8 x 4 patches" in lines()
     assert "local_branch.block.attention.norm_weight (384,) for (576,)" in lines()
     assert torch.equal(larger.backbone.patch_embed.proj.weight, original.backbone.patch_embed.proj.weight)
 

@@ -1,8 +1,11 @@
 """What a backbone is: it turns frames into tokens on a grid, and hands over its last stage for the branches to run."""
 
 import logging
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
@@ -67,6 +70,8 @@ class Backbone(nn.Module):
         prefix_tokens: R, tokens before the patches; the first one stands for the frame.
     """
 
+    not_in_files: Sequence[str] = ("camera",)  # patterns of what files of the backbone alone do not have
+
     def __init__(self, width: int, grid: PatchGrid, prefix_tokens: int = 1) -> None:
         super().__init__()
         self.width, self.grid, self.prefix_tokens = width, grid, prefix_tokens
@@ -98,11 +103,11 @@ class Backbone(nn.Module):
         """Hand over what comes after the tokens. Asked once; from then on its weights belong to the asker."""
         raise NotImplementedError
 
-    def load(self, state: Mapping[str, torch.Tensor], source: str) -> None:
+    def load(self, state: Mapping[str, torch.Tensor], source: "Source") -> None:
         """Fill from a state dict of the backbone alone, before `last_stage` is asked; see `fill`."""
         fill(self, state, source)
 
-    def resized(self, state: Mapping[str, torch.Tensor], source: str) -> Mapping[str, torch.Tensor]:
+    def resized(self, state: Mapping[str, torch.Tensor], source: "Source") -> Mapping[str, torch.Tensor]:
         """Our own state dict from pictures of another size, made to fit this one's grid."""
         return state
 
@@ -132,35 +137,83 @@ class Backbone(nn.Module):
         return block(x)
 
 
-def fill(module: nn.Module, state: Mapping[str, torch.Tensor], source: str, strict: bool = False) -> None:
+@dataclass(frozen=True)
+class Source:
+    """Where weights come from; in messages it is its name."""
+
+    name: str
+    grid: tuple[int, int] | None = None  # Hp, Wp that its position embeddings were learnt on, where that is known
+    square: bool = False  # it was trained on square pictures, if nothing else is known
+    may_lack: Sequence[str] = ()  # patterns of what of the network need not be in it
+
+    def __str__(self) -> str:
+        return self.name
+
+    def lets_miss(self, *names: str) -> bool:
+        """Whether an entry of the network, by one of these names, may stay as it is."""
+        return any(fnmatchcase(name, pattern) for name in names for pattern in self.may_lack)
+
+    def grid_of(self, patches: int, own: tuple[int, int]) -> tuple[int, int]:
+        """The grid that so many positions were learnt on, for a network with its own; CheckpointError if unsure."""
+        side = math.isqrt(max(patches, 0))
+        square = (side, side) if patches == side * side else None
+        told = self.grid
+        if told is None and patches == math.prod(own) and square in (None, own):
+            told = own
+        elif told is None and patches != math.prod(own) and self.square:
+            told = square
+        if told is None or math.prod(told) != patches:
+            raise CheckpointError(
+                f"{self}: it has positions of {patches} patches, and what their grid is cannot be told. Name its rows "
+                f"and columns, for example model.weights_grid=[16,8]; this network's are {list(own)}"
+            )
+        return told
+
+
+def fill(module: nn.Module, state: Mapping[str, torch.Tensor], source: Source) -> None:
     """Copy what fits by name and shape, and list what does not.
 
-    Args:
-        source: names the weights in messages.
-        strict: whatever is missing or of another shape is an error.
-
     Raises:
-        CheckpointError: nothing fits, or (strict) not everything does.
+        CheckpointError: an entry of the module that the source may not lack is missing or of another shape; or the
+            source has more in one of the module's layers, which would compute something else without it.
     """
     own = module.state_dict()
     fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
-    if not fitting:
+    if not own.keys() & state:
         raise CheckpointError(
             f"{source}: nothing of it fits. It has {_listed(list(state))}; the network has {_listed(list(own))}"
         )
-    misfits = [name for name in state if name in own and name not in fitting]
+    misfits = {name: f"{tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in own.keys() & state}
     lists = {
-        "of another shape": [f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in misfits],
+        "of another shape": [name for name in state if name in own and name not in fitting],
         "not in the file": [name for name in own if name not in state],
         "without a place in the network": [name for name in state if name not in own],
     }
-    faults = [f"{what}: {_listed(names)}" for what, names in lists.items() if names]
-    if strict and own.keys() - fitting:
-        raise CheckpointError(f"{source}: {'; '.join(faults)}")
+    faults = [
+        f"{what}: {_listed([f'{name} {misfits[name]}' if name in misfits else name for name in names])}"
+        for what, names in lists.items()
+        if names
+    ]
+    layers = {_layer(name) for name in own} - {None}
+    missed = [name for names in lists.values() for name in names if name in own or _layer(name) in layers]
+    wrong = [name for name in missed if not source.lets_miss(name)]
+    if wrong:
+        patterns = ",".join(sorted({f"{_layer(name) or name.partition('.')[0]}*" for name in wrong}))
+        raise CheckpointError(
+            f"{source}: {len(wrong)} entries do not fit the network, which has {len(own)}. {'; '.join(faults)}. Set "
+            "model (backbone, depth, parts) and clip.frames as these weights were trained; or, to start these parts at "
+            f"random, model.allow_partial=[{patterns}]"
+        )
     module.load_state_dict(fitting, strict=False)
     log.info("%s: loaded %d of %d entries", source, len(fitting), len(own))
     for fault in faults:
         log.info("%s: did not load, %s", source, fault)
+
+
+def _layer(name: str) -> str | None:
+    """The numbered layer that an entry is of: `blocks.3.` of `blocks.3.norm1.weight`."""
+    found = re.match(r".*?\.\d+\.", name)
+    return found and found[0]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from keyreid.backbones.backbone import Backbone, LastStage, PatchGrid, fill, log
+from keyreid.backbones.backbone import Backbone, LastStage, PatchGrid, Source, fill, log
 from keyreid.config import ClipConfig, ModelConfig
 from keyreid.errors import CheckpointError, ConfigError
 
@@ -98,34 +98,39 @@ class ViT(Backbone):
         mlp = getattr(vit.blocks[-1], "mlp", None)
         return LastStage(vit.blocks[-1], vit.norm, type(mlp.act) if type(mlp) is Mlp else nn.GELU)
 
-    def load(self, state: Mapping[str, torch.Tensor], source: str) -> None:
+    def load(self, state: Mapping[str, torch.Tensor], source: Source) -> None:
         """See Backbone; jax names, Hugging Face's and what timm converts too, positions resampled to the grid."""
         from timm.models.vision_transformer import checkpoint_filter_fn
 
         (vit,) = self._whole
+        positions, vit.pos_embed = vit.pos_embed, None  # timm would take any grid for a square
         try:
             state = checkpoint_filter_fn(_from_hugging_face(state), vit, adapt_layer_scale=True)
-        except (RuntimeError, AssertionError, KeyError, ValueError, IndexError) as error:
+        except (RuntimeError, AssertionError, KeyError, ValueError, IndexError, AttributeError) as error:
             kind = f"{type(vit).__name__} of width {vit.embed_dim}"
             raise CheckpointError(f"{source}: does not fit {kind}: {error}") from None
-        fill(vit, state, source)
+        finally:
+            vit.pos_embed = positions
+        fill(vit, self.resized(state, source), source)
 
-    def resized(self, state: Mapping[str, torch.Tensor], source: str) -> Mapping[str, torch.Tensor]:
-        """Resample position embeddings of pictures twice as high as wide, or square, to this grid."""
+    def resized(self, state: Mapping[str, torch.Tensor], source: Source) -> Mapping[str, torch.Tensor]:
+        """Resample position embeddings to this grid from the one that they were learnt on: see `Source.grid_of`."""
         from timm.layers import resample_abs_pos_embed
 
         positions = state.get("pos_embed")
-        if positions is None or self.pos_embed is None or positions.shape[1] == self.pos_embed.shape[1]:
+        if positions is None or self.pos_embed is None or positions.ndim != 3:
             return state
         prefix = self.prefix_tokens if self.embed_prefix else 0
-        patches = positions.shape[1] - prefix
-        for high_per_wide in (2, 1):
-            wide = math.isqrt(max(patches, 0) // high_per_wide)
-            if high_per_wide * wide * wide == patches:
-                log.info("%s: position embeddings resampled to %d x %d patches", source, *self.grid.shape)
-                old, new = [high_per_wide * wide, wide], list(self.grid.shape)
-                return {**state, "pos_embed": resample_abs_pos_embed(positions, new, old, prefix)}
-        return state
+        try:
+            old, new = source.grid_of(positions.shape[1] - prefix, self.grid.shape), self.grid.shape
+        except CheckpointError:
+            if source.lets_miss("pos_embed", "backbone.pos_embed"):
+                return {name: tensor for name, tensor in state.items() if name != "pos_embed"}
+            raise
+        if old == new:
+            return state
+        log.info("%s: position embeddings of %d x %d resampled to %d x %d patches", source, *old, *new)
+        return {**state, "pos_embed": resample_abs_pos_embed(positions, list(new), list(old), prefix)}
 
     @classmethod
     def download(cls, name: str) -> Mapping[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from keyreid.backbones.backbone import fill
+from keyreid.backbones.backbone import Source, fill
 from keyreid.backbones.vit import ViT
 from keyreid.config import ModelConfig
 from keyreid.errors import CheckpointError
@@ -72,6 +72,12 @@ def is_released(state: Mapping[str, torch.Tensor]) -> bool:
     return "base.cls_token" in state and "block1.norm1.weight" in state
 
 
+def released_grid(state: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+    """Hp, Wp of a published checkpoint in our names: its pictures are twice as high as wide."""
+    wide = math.isqrt(max(state["backbone.pos_embed"].shape[1] - 1, 0) // PATCHES_HIGH_PER_WIDE)
+    return PATCHES_HIGH_PER_WIDE * wide, wide
+
+
 def released_model(state_dict: Mapping[str, torch.Tensor]) -> KeyReID:
     """The network of a published checkpoint; all sizes are read from it.
 
@@ -84,7 +90,7 @@ def released_model(state_dict: Mapping[str, torch.Tensor]) -> KeyReID:
         part_width = state["local_branch.norm.weight"].shape[0]
         patch = state["backbone.patch_embed.proj.weight"].shape[-1]
         patches = state["backbone.pos_embed"].shape[1] - 1
-        wide = math.isqrt(max(patches, 0) // PATCHES_HIGH_PER_WIDE)
+        wide = released_grid(state)[1]
     except (IndexError, ValueError):
         raise CheckpointError("the published classifier, norm, patch or position weights lack a side") from None
     if not width or wide * wide * PATCHES_HIGH_PER_WIDE != patches or width % HEADS or part_width % width:
@@ -108,7 +114,7 @@ def released_model(state_dict: Mapping[str, torch.Tensor]) -> KeyReID:
     model = ModelConfig(guidance="released", parts=parts, local_heads=HEADS, drop_path=0.0)
     backbone = ViT(vit, cameras, model.camera_embedding)
     network = KeyReID(backbone, model, part_width // width, classes, cameras)
-    fill(network, state, "published checkpoint", strict=True)
+    fill(network, state, Source("published checkpoint"))
     return network
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from keyreid.backbones import build_backbone, family
-from keyreid.backbones.backbone import fill
-from keyreid.checkpoints.released import from_released, is_released
+from keyreid.backbones import build_backbone, family, patch_grid
+from keyreid.backbones.backbone import Source, fill
+from keyreid.checkpoints.released import from_released, is_released, released_grid
 from keyreid.checkpoints.run_folder import check_whole
-from keyreid.checkpoints.weights_file import read_weights
+from keyreid.checkpoints.weights_file import read_header, read_weights
 from keyreid.config import ClipConfig, ModelConfig
+from keyreid.errors import CheckpointError
 from keyreid.model import KeyReID, build_model
 
 log = logging.getLogger(__name__)
@@ -26,42 +27,50 @@ def start_network(model: ModelConfig, clip: ClipConfig, num_identities: int, num
 
     Raises:
         ConfigError: the backbone, picture size, heads or parts do not fit together.
-        CheckpointError: the weights cannot be read or fit nothing.
+        CheckpointError: the weights cannot be read, or do not fit but for heads, cameras and `model.allow_partial`.
     """
-    state = {}
+    state, grid = {}, None
     if model.weights == "timm":
         state = family(model.backbone).download(model.backbone)
     elif model.weights is not None:
-        file = Path(model.weights).expanduser()
-        if file.is_file():
-            check_whole(file)
-        state = read_weights(file)
-        state = from_released(state) if is_released(state) else state
+        state, grid = _read(Path(model.weights).expanduser())
+    if None not in (grid, model.weights_grid) and grid != model.weights_grid:
+        raise CheckpointError(f"{model.weights}: its grid is {grid}, not model.weights_grid={model.weights_grid}")
     whole = CLASSIFIERS[0] in state
     backbone = build_backbone(model, clip, num_cameras)
+    may_lack = (CAMERAS, *CLASSIFIERS) if whole else backbone.not_in_files
+    source = Source(str(model.weights), grid or model.weights_grid, not whole, (*may_lack, *model.allow_partial))
     if state and not whole:
-        backbone.load(state, model.weights)
+        backbone.load(state, source)
     network = build_model(model, clip, num_identities, num_cameras, backbone)
     if whole:
-        load_network(network, state, model.weights, model.keep_classifiers)
+        load_network(network, state, source, model.keep_classifiers)
     elif state and network.guidance.starts_as_backbone:
         started = network.local_branch.start_from(network.global_branch)
         log.info("the local block starts %s", "as the backbone's last block" if started else "at random")
     return network
 
 
-def load_network(
-    network: KeyReID, state: Mapping[str, torch.Tensor], source: str, keep_classifiers: bool, strict: bool = False
-) -> None:
+def _read(file: Path) -> tuple[dict[str, torch.Tensor], tuple[int, int] | None]:
+    """A file's tensors, a whole network's in our names, and the grid of its positions where the file tells it."""
+    if file.is_file():
+        check_whole(file)
+    state = read_weights(file)
+    if is_released(state):
+        state = from_released(state)
+        return state, released_grid(state)
+    header = read_header(file, foreign=True) if file.suffix == ".safetensors" else None
+    return state, None if header is None else patch_grid(header.model, header.clip).shape
+
+
+def load_network(network: KeyReID, state: Mapping[str, torch.Tensor], source: Source, keep_classifiers: bool) -> None:
     """Fill a network from another one's state dict in our names, whatever its identities and cameras.
 
     Args:
-        source: names the weights in messages.
         keep_classifiers: keep the classifiers if they have as many classes; False starts them anew.
-        strict: anything else that is missing or does not fit is an error.
 
     Raises:
-        CheckpointError: nothing fits, or (strict) not everything does.
+        CheckpointError: more is missing or does not fit than the source may lack.
     """
     state, own = dict(state), network.state_dict()
     theirs, ours = (values[CLASSIFIERS[0]].shape[1] if CLASSIFIERS[0] in values else 0 for values in (state, own))
@@ -76,6 +85,6 @@ def load_network(
         elif cameras > learnt:
             log.info("%s: camera embeddings extended from %d to %d by their mean", source, learnt, cameras)
         state[CAMERAS] = torch.cat([table, table.mean(0, keepdim=True).expand(max(cameras - learnt, 0), -1)])[:cameras]
-    backbone = {name.removeprefix(BACKBONE): state[name] for name in state if name.startswith(BACKBONE)}
+    backbone = {name.removeprefix(BACKBONE): state.pop(name) for name in list(state) if name.startswith(BACKBONE)}
     state |= {BACKBONE + name: tensor for name, tensor in network.backbone.resized(backbone, source).items()}
-    fill(network, state, source, strict)
+    fill(network, state, source)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from keyreid.backbones.backbone import Source
 from keyreid.checkpoints.released import from_released, is_released, released_model
 from keyreid.checkpoints.run_folder import RunFolder, check_whole, find_weights
 from keyreid.checkpoints.start import CLASSIFIERS, load_network
@@ -97,7 +98,7 @@ def load_trained(location: str | Path, verify: bool = True) -> tuple[KeyReID, We
         return released_model(tensors).eval(), None
     own = header.model.model_copy(update={"weights": None})
     network = build_model(own, header.clip, len(header.identities), len(header.cameras))
-    load_network(network, tensors, str(file), keep_classifiers=True, strict=True)
+    load_network(network, tensors, Source(str(file), network.patch_grid), keep_classifiers=True)
     return network.eval(), header
 
 

@@ -48,13 +48,15 @@ def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], header: Weigh
         file.write(_unsigned_sha256(path, UNSIGNED).encode())
 
 
-def read_header(path: Path) -> WeightsHeader:
-    """The header alone.
+def read_header(path: Path, foreign: bool = False) -> WeightsHeader | None:
+    """The header alone; `foreign` gives None for a file of another program.
 
     Raises:
         CheckpointError: the file is missing, is not safetensors, or was not written by `write_weights`.
     """
     fields = _fields(path)
+    if fields is None and foreign:
+        return None
     if fields is None:
         raise CheckpointError(f"{path}: not one of keyreid's files; give pretrained backbones as model.weights")
     try:
@@ -99,7 +101,7 @@ def check_sha256(path: Path) -> None:
         CheckpointError: a byte of it was altered.
     """
     written = (_fields(path) or {}).get("sha256")
-    if written is not None and _unsigned_sha256(path, written) != written:
+    if written is not None and _unsigned_sha256(path, str(written)) != written:
         raise CheckpointError(f"{path}: SHA-256 does not fit, the file was changed or damaged")
 
 
@@ -116,7 +118,7 @@ def _fields(path: Path) -> dict[str, Any] | None:
             return {name: json.loads(text) for name, text in metadata.items() if name != "format"}
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged header: {error}") from None
     return None
 
@@ -126,5 +128,5 @@ def _unsigned_sha256(path: Path, written: str) -> str:
     with path.open("rb") as file:
         size = file.read(8)
         header = file.read(int.from_bytes(size, "little"))
-        content = hashlib.sha256(size + header.replace(written.encode(), UNSIGNED.encode(), 1))
+        content = hashlib.sha256(size + header.replace(written.encode(errors="replace"), UNSIGNED.encode(), 1))
         return hashlib.file_digest(file, lambda: content).hexdigest()

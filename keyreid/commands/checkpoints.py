@@ -20,6 +20,7 @@ def checkpoints(
     from keyreid.checkpoints import folder as store
     from keyreid.checkpoints.run_folder import checkpoints_of
     from keyreid.errors import CheckpointError
+    from keyreid.plain_text import cell
 
     root = checkpoints_of(run)
     if prune is not None:
@@ -45,7 +46,7 @@ def checkpoints(
             step, score = "?", "?"
         size = f"{sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB"
         names = " ".join(name for name, path in marks.items() if path == folder)
-        table.add_row(folder.name, step, score, size, names, ("no" if found else "yes") if verify else "")
+        table.add_row(cell(folder.name), step, score, size, names, ("no" if found else "yes") if verify else "")
     Console().print(table)
     if faults:
         raise CheckpointError("; ".join(faults))

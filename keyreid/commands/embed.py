@@ -10,6 +10,7 @@ import typer
 
 from keyreid.commands.options import Overrides, RankCount, ReaderOptions, Verify, Weights
 from keyreid.errors import ConfigError
+from keyreid.plain_text import say
 
 PACKED = "KEYREID_PACKED"  # tells the ranks that we start where the source has been packed
 
@@ -84,7 +85,7 @@ def _embed(weights: str, source: str, out: Path, overrides: list[str], split: Se
     job = EmbeddingJob(trained, shards, positions, out, settings)
     if rank == 0:
         cameras = "those it was trained on" if job.cameras_known else "unknown to it: their mean is used"
-        print(f"{job.about.weights['name']}: {len(positions)} tracklets of {source}; cameras are {cameras}")
+        say(f"{job.about.weights['name']}: {len(positions)} tracklets of {source}; cameras are {cameras}")
     if job.done:
         print(f"{out}: nothing to do, it holds these vectors")
         return

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from keyreid.plain_text import say
+
 if TYPE_CHECKING:
     from keyreid.ingest.folder import Imported
 
@@ -74,6 +76,6 @@ def folder(
 def _report(out: Path, imported: "Imported") -> None:
     for reason, count in imported.left_out.items():
         if count:
-            typer.echo(f"left out: {count} {reason}")
+            say(f"left out: {count} {reason}")
     cameras = f"camera{'s' * (len(imported.cameras) > 1)} {', '.join(imported.cameras)}"
-    typer.echo(f"{out}: {imported.tracklets} tracklets, {imported.pictures} pictures, {cameras}")
+    say(f"{out}: {imported.tracklets} tracklets, {imported.pictures} pictures, {cameras}")

@@ -1,5 +1,6 @@
 """Arguments and options shared by several verbs."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,7 +33,7 @@ Share = Annotated[
 
 def parse_share(text: str) -> tuple[int, int]:
     """What `Share` says: (I, N)."""
-    number, _, shares = text.partition("/")
-    if not (number.isdigit() and shares.isdigit() and int(number) < int(shares)):
-        raise ConfigError(f"--share {text}: write I/N, I from 0 to N - 1, for example 0/8")
-    return int(number), int(shares)
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+    if not found or int(found[1]) >= int(found[2]):
+        raise ConfigError(f"--share {text[:80]}: write I/N, I from 0 to N - 1, for example 0/8")
+    return int(found[1]), int(found[2])

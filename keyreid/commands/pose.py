@@ -7,6 +7,7 @@ import typer
 
 from keyreid.commands.options import DatasetName, ReaderOptions, Root, Share, parse_share
 from keyreid.datasets import open_dataset, parse_options
+from keyreid.plain_text import say
 
 KeypointType = Annotated[
     Literal["float32", "float16"], typer.Option(help="type of stored keypoints; float16 moves 6 % of joints by a pixel")
@@ -62,7 +63,7 @@ def pose(
     data = open_dataset(dataset, root, **parse_options(option or []))
     summary = estimate(data, out, settings, work, parse_share(share))
     for fault in summary.unreadable:
-        typer.echo(f"not read: {fault}", err=True)
+        say(f"not read: {fault}", err=True)
     typer.echo(f"{out}: {summary}")
 
 

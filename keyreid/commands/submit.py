@@ -8,6 +8,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import typer
 
+from keyreid.distributed import slurm
 from keyreid.errors import ConfigError, KeyreidError
 
 LOGS = Path("runs/slurm")
@@ -60,8 +61,11 @@ def submit(
 
     The same by hand: sbatch OPTIONS slurm/VERB.sbatch ARGUMENTS. docs/slurm.md explains it step by step.
     """
-    ranks = _number_of(gpus_per_node) if gpus_per_node else tasks_per_node
+    place = {"mem": mem, "time": time, "partition": partition, "account": account, "qos": qos}
+    place |= {"constraint": constraint, "exclude": exclude, "dependency": dependency}
     size = {"nodes": nodes, "gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task}
+    slurm.check_options({**place, **size, "array": array, "job-name": job_name})
+    ranks = int(gpus_per_node.rpartition(":")[2]) if gpus_per_node else tasks_per_node
     tasks = ranks if verb in ("train", "evaluate", "pipeline") else tasks_per_node
     if tasks != 1:  # one is the default; said, it makes of LEAST-MOST nodes always LEAST
         size["ntasks-per-node"] = tasks
@@ -71,15 +75,13 @@ def submit(
     if verb == "pipeline":
         if dataset is None or root is None or array:
             raise KeyreidError("a pipeline needs --dataset NAME and --root FOLDER, and --shares in place of --array")
-        pose = [dataset, str(root), f"--out={keypoints}", *shlex.split(pose_options)] if keypoints else None
-        shard = [dataset, str(root), f"--out={config.data.shards}", *shlex.split(shard_options)]
+        pose = [dataset, str(root), f"--out={keypoints}", *slurm.words(pose_options)] if keypoints else None
+        shard = [dataset, str(root), f"--out={config.data.shards}", *slurm.words(shard_options)]
         shard += [f"--keypoints={keypoints}"] if keypoints else []
         jobs = _pipeline(pose, shard, arguments, str(config.run_dir), f"0-{shares - 1}", size)
     else:
         jobs = [Job(verb, arguments, {**size, "array": array, "job-name": job_name})]
-    place = {"mem": mem, "time": time, "partition": partition, "account": account, "qos": qos}
-    place |= {"constraint": constraint, "exclude": exclude, "dependency": dependency}
-    last = _hand_over(jobs, place, shlex.split(extra), container, dry_run, test_only)
+    last = _hand_over(jobs, place, slurm.words(extra), container, dry_run, test_only)
     if follow and last:
         _follow(jobs[-1], last)
 
@@ -87,20 +89,18 @@ def submit(
 def _check(verb: Verb, arguments: list[str], nodes: str | None, ranks: int | None, array: str | None, waits: bool):
     """The configuration; what would fail on the cluster is refused: it, or shards that no earlier job will make."""
     from keyreid.config import load_config
-    from keyreid.distributed.slurm import ARRAY_PLACEHOLDER
     from keyreid.shards.shard_set import ShardSet
 
     if verb in ("train", "pipeline"):
         if array:
-            if not any(word.startswith("name=") and ARRAY_PLACEHOLDER in word for word in arguments):
+            if not any(word.startswith("name=") and slurm.ARRAY_PLACEHOLDER in word for word in arguments):
                 raise ConfigError("each task of an array is a run of its own: put %a into its name, as name=mars-%a")
             first = re.match(r"\d*", array)[0]
-            arguments = [word.replace(ARRAY_PLACEHOLDER, first) for word in arguments]
+            arguments = [word.replace(slurm.ARRAY_PLACEHOLDER, first) for word in arguments]
         config = load_config(arguments[0], arguments[1:])
-        for word in (nodes or "").split(",") if ranks else []:  # 2, 2-4, or 2,4 of newer Slurms
-            if found := re.fullmatch(r"(\d+)(?:-(\d+))?", word):
-                for count in range(int(found[1]), int(found[2] or found[1]) + 1):
-                    config.check_ranks(ranks, count)
+        for least, most in slurm.node_counts(nodes or "") if ranks else []:
+            for count in range(least, most + 1):
+                config.check_ranks(ranks, count)
     elif verb == "tune":  # its trials are trainings
         from keyreid.tuning.search import load_search
 
@@ -131,7 +131,6 @@ def _hand_over(
     jobs: list[Job], options: dict[str, object], extra: list[str], container: str | None, dry_run: bool, test: bool
 ) -> str | None:
     """Queue the jobs, each after the one before, or print what would be; gives the id of the last one queued."""
-    from keyreid.distributed import slurm
     from keyreid.resources import shipped
 
     job_id = None
@@ -156,13 +155,6 @@ def _hand_over(
     return job_id
 
 
-def _number_of(gpus: str) -> int:
-    number = gpus.rsplit(":", 1)[-1]
-    if not number.isdigit():
-        raise KeyreidError(f"--gpus-per-node {gpus}: a number, or TYPE:NUMBER")
-    return int(number)
-
-
 def _logs(job: Job, job_id: str) -> list[Path]:
     """The batch file's own log, and that of a training's rank 0."""
     from keyreid.config import load_config
@@ -175,7 +167,6 @@ def _logs(job: Job, job_id: str) -> list[Path]:
 
 
 def _follow(job: Job, job_id: str) -> None:
-    from keyreid.distributed import slurm
 
     try:
         state = slurm.follow(job_id, _logs(job, job_id))

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from keyreid.commands.options import Overrides
+from keyreid.plain_text import say
 
 SEED_STYLE_DATASETS = ("MARS", "iLIDS-VID", "PRID2011")
 
@@ -60,7 +61,7 @@ def train(
     elif result is None:
         result = run.train(settings, resume == "auto")
     if result is not None and position()[0] == 0:
-        print(f"\n{result.get('summary', result)}\nrun folder: {settings.run_dir}")
+        say(f"\n{result.get('summary', result)}\nrun folder: {settings.run_dir}")
 
 
 def _named(

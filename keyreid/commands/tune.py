@@ -7,6 +7,7 @@ import typer
 import yaml
 
 from keyreid.commands.options import Overrides
+from keyreid.plain_text import say
 
 
 def tune(
@@ -33,7 +34,7 @@ def tune(
         if drawn is None:
             print(f"{wanted.trials} trials whose points depend on the scores before them")
         for number, point in enumerate(drawn or []):
-            print(f"{number:3} {describe(point)}")
+            say(f"{number:3} {describe(point)}")
         holdout, epochs = base.data.holdout, base.schedule.epochs
         print(f"{epochs} epochs a trial; {holdout:.0%} of the training identities of {base.data.shards} judge")
         return
@@ -42,7 +43,7 @@ def tune(
 
     folder, best, interrupted, out_of_time = run_search(wanted, base, resume, address)
     if best:
-        print(f"\nbest: {best.name}, {wanted.metric} {best.score:.4f} after epoch {best.epoch}")
+        say(f"\nbest: {best.name}, {wanted.metric} {best.score:.4f} after epoch {best.epoch}")
         print(f"configuration: {folder / BEST} (keyreid train takes it as it is)\nreport: {folder / PAGE}")
     else:
         print(f"\nno trial has a score; see {folder}")

@@ -57,15 +57,13 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: a text is not of that form.
     """
-    import yaml
+    from keyreid import plain_yaml
+    from keyreid.config import settled
 
     options = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--option {text}: write NAME=VALUE")
-        try:
-            options[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--option {text}: the value is not YAML: {' '.join(str(error).split())}") from None
+        options[name] = settled(plain_yaml.parse(value, f"--option {text}: the value"), Any)
     return options

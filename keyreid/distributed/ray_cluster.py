@@ -36,7 +36,7 @@ def start(address: str | None, log_to_driver: bool = False) -> None:
     if address is not None:
         host, _, port = address.rpartition(":")
         try:
-            if port.isdigit() and "/" not in host:  # Ray itself would try for ever to reach it
+            if port.isdecimal() and "/" not in host:  # Ray itself would try for ever to reach it
                 socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
             ray.init(address, **common)
         except (OSError, ValueError, RuntimeError) as error:

@@ -22,6 +22,17 @@ FINAL_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED"}
 FINAL_STATES |= {"NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}
 CLIENT_VARIABLES = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT"}
 POLL_SECONDS = 1.0
+MOST_NODES = 65_536  # more than Slurm itself can have
+FORMS = {  # of sbatch's options: what would be refused there, or take for ever here
+    "nodes": (r"[1-9]\d{0,5}(-[1-9]\d{0,5})?(,[1-9]\d{0,5}(-[1-9]\d{0,5})?)*", "2, 2-4 or 2,4"),
+    "gpus-per-node": (r"([\w.-]+:)?[1-9]\d{0,3}", "a number, or TYPE:NUMBER"),
+    "mem": (r"\d{1,12}[KMGTkmgt]?B?", "a number and K, M, G or T"),
+    "time": (
+        r"\d{1,8}(:\d{1,2}){0,2}|\d{1,5}-\d{1,2}(:\d{1,2}){0,2}|(?i:infinite|unlimited)",
+        "30, 2:00:00 or 1-00:00:00",
+    ),
+    "array": (r"\d{1,8}(-\d{1,8}(:\d{1,8})?)?(,\d{1,8}(-\d{1,8}(:\d{1,8})?)?)*(%\d{1,8})?", "0-9, 1,3 or 0-9%2"),
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,33 @@ class Submission:
         if result.returncode:
             raise KeyreidError(f"sbatch refused: {result.stderr.strip()}\nThe command was: {shlex.join(words)}")
         return result
+
+
+def check_options(options: Mapping[str, object]) -> None:
+    """Raise KeyreidError for an option of sbatch that cannot be one."""
+    for name, value in options.items():
+        pattern, forms = FORMS.get(name, (r"[^\0-\x1f\x7f]{1,1000}", "one line of text"))
+        if value is not None and not re.fullmatch(pattern, str(value), re.ASCII):
+            raise KeyreidError(f"--{name} {str(value)[:80]}: {forms}")
+    node_counts(str(options.get("nodes") or ""))
+
+
+def node_counts(nodes: str) -> list[tuple[int, int]]:
+    """Least and most of each range in `--nodes` that was checked: 2, 2-4, or 2,4 of newer Slurms."""
+    counts = []
+    for least, _, most in (word.partition("-") for word in nodes.split(",") if word):
+        counts.append((int(least), int(most or least)))
+        if not counts[-1][0] <= counts[-1][1] <= MOST_NODES:
+            raise KeyreidError(f"--nodes {nodes}: LEAST-MOST, with at most {MOST_NODES} nodes")
+    return counts
+
+
+def words(options: str) -> list[str]:
+    """Options in one string as a shell would split them; KeyreidError where a quote is open."""
+    try:
+        return shlex.split(options)
+    except ValueError as error:
+        raise KeyreidError(f"{options[:80]!r}: {error}") from None
 
 
 def log_pattern(folder: Path, verb: str, array: bool) -> str:
@@ -114,4 +152,6 @@ def _run(words: list[str], environment: Mapping[str, str] | None = None) -> subp
     # Inside a job, its own variables would be taken for options of the new one. SBATCH_* are the user's own defaults.
     foreign = {name for name in os.environ if name.startswith("SLURM_")} - CLIENT_VARIABLES
     environment = {k: v for k, v in os.environ.items() if k not in foreign} | dict(environment or {})
-    return subprocess.run(words, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        words, env=environment, capture_output=True, text=True, errors="replace", check=False, stdin=subprocess.DEVNULL
+    )

@@ -9,6 +9,7 @@ from typing import Any
 from keyreid.errors import DataError
 from keyreid.evaluation.protocols import CMC_RANKS, COUNTS, PROTOCOLS
 from keyreid.files import writing
+from keyreid.plain_text import visible
 
 RATES = ("mAP", "mINP", *(f"rank{rank}" for rank in CMC_RANKS))
 
@@ -63,7 +64,7 @@ def table(result: Mapping[str, Any]) -> str:
     rows = [(*head, "queries", "valid", "gallery", "junk", "distractors")]
     for name, scores in result["protocols"].items():
         rates = (_percent(scores[rate], scores.get(f"{rate}_deviation")) for rate in RATES)
-        rows.append((str(result["dataset"]), name, *rates, *(str(scores[count]) for count in COUNTS)))
+        rows.append((visible(result["dataset"]), name, *rates, *(str(scores[count]) for count in COUNTS)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     ways = "<<" + ">" * len(widths[2:])  # words to the left, numbers to the right
     shape = "  ".join(f"{{:{way}{width}}}" for way, width in zip(ways, widths, strict=True))

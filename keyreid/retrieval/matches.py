@@ -12,6 +12,7 @@ from rich.table import Table
 
 from keyreid.embedding.vectors import VectorFiles
 from keyreid.files import writing
+from keyreid.plain_text import cell
 from keyreid.retrieval.search import Found, SearchSettings
 from keyreid.visualization.ranked import RankedRow, Tile, draw_ranked
 
@@ -20,12 +21,13 @@ NO_PICTURE = np.full((160, 80, 3), 226, np.uint8)
 
 def table_of(found: Found) -> Table:
     """A table of one query's hits."""
-    table = Table(title=f"query {found.query['key']}  ({_where(found.query)})", title_justify="left")
+    title = cell(f"query {found.query['key']}  ({_where(found.query)})")
+    table = Table(title=title, title_justify="left")
     for heading in ("rank", "tracklet", "camera", "when", "person", "distance"):
         table.add_column(heading, justify="right" if heading in ("rank", "distance") else "left", overflow="fold")
     for rank, hit in enumerate(found.hits, start=1):
         who = person(hit) + ("  same" if same_person(found.query, hit) else "")
-        table.add_row(str(rank), hit["key"], hit["camera_name"], when(hit), who, f"{hit['distance']:.4g}")
+        table.add_row(*map(cell, (rank, hit["key"], hit["camera_name"], when(hit), who, f"{hit['distance']:.4g}")))
     return table
 
 
@@ -112,6 +114,6 @@ def _pictures(files: VectorFiles, rows: np.ndarray) -> list[np.ndarray]:
     """uint8 RGB pictures of rows."""
     pictures = []
     for content in files.take(rows, ["picture"])["picture"].to_pylist():
-        picture = None if content is None else cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
+        picture = None if not content else cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
         pictures.append(NO_PICTURE if picture is None else picture)
     return pictures

@@ -82,10 +82,10 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 def _read_user_configuration(source: str | dict[str, Any] | None) -> dict[str, Any]:
     if source is None or isinstance(source, dict):
         return copy.deepcopy(source or {})
-    path = Path(source).expanduser()
+    path = Path(source)
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        values = json.loads(path.expanduser().read_text())
+    except (OSError, ValueError, RuntimeError) as error:  # no such home, nested without end
         what = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
         raise ConfigError(f"training.deepspeed: {path}: {what}") from None
     if not isinstance(values, dict):

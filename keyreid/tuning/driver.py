@@ -36,6 +36,7 @@ from keyreid.distributed import ray_cluster
 from keyreid.distributed.preemption import StopRequest
 from keyreid.errors import ConfigError, KeyreidError
 from keyreid.files import replace_text
+from keyreid.plain_text import cell
 from keyreid.tracking import TRACKING, Tracker, store_uri
 from keyreid.tuning import algorithms, study
 from keyreid.tuning.rank import EPOCH
@@ -170,9 +171,10 @@ class LogBook(tune.Callback):
         trials, search = list(self.trials.values()), self.search
         best = best_trial(trials, search.mode)
         head, *rows = trial_table(search, trials)
-        table = Table(*head, title=f"{search.name}: {search.metric} of held-out identities, {self.seconds:.0f} s")
+        title = cell(f"{search.name}: {search.metric} of held-out identities, {self.seconds:.0f} s")
+        table = Table(*map(cell, head), title=title)
         for trial, row in zip(trials, rows, strict=True):
-            table.add_row(*row, style="bold green" if trial is best else None)
+            table.add_row(*map(cell, row), style="bold green" if trial is best else None)
         return table
 
 

@@ -1,19 +1,20 @@
 """What a search is: its YAML, and the configuration of each of its trials."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
 from pydantic import Field, model_validator
 
-from keyreid.config import Config, Section, check_config, load_config, load_section
+from keyreid.config import NAME, Config, Section, check_config, load_config, load_section, with_value
 from keyreid.errors import ConfigError
 from keyreid.tuning import space
 from keyreid.tuning.space import Parameter, Point
 
 DEFAULT_HOLDOUT = 0.1
+MOST_TRIALS = 10_000
 KEPT = ("name", "output", "tracking")  # where a trial is kept: cannot vary
 JUDGED = ("evaluation", "schedule.epochs", "data.shards", "data.holdout", "data.split_number")  # how it is judged: too
 MUTABLE = ("loss", "optimizer", "data.augment")  # what may change while a network trains
@@ -60,7 +61,7 @@ class PbtConfig(Section):
 class Search(Section):
     """All of one search."""
 
-    name: str = Field("search", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the search and its folder")
+    name: str = Field("search", pattern=NAME, description="names the search and its folder")
     base: str = Field(description="the configuration that trials change; a path relative to this file")
     settings: dict[str, Any] = Field({}, description="changes to it that all trials share, in its own layout")
     space: dict[str, Parameter] = Field(min_length=1, description="parameters by configuration key (`loss.alpha`)")
@@ -88,7 +89,9 @@ class Search(Section):
         immutable = ", ".join(key for key in self.space if not _below(key, MUTABLE))
         stays = f"which {immutable} cannot: only {', '.join(MUTABLE)} can"
         grid, pbt = self.algorithm == "grid", self.algorithm == "pbt"
+        points = math.prod(len(parameter.grid or [0]) for parameter in self.space.values()) * (self.trials or 1)
         for wrong, why in (
+            (points > MOST_TRIALS, f"would have {points} trials, and {MOST_TRIALS} are the most"),
             (grid and drawn, f"tries every value: give {', '.join(drawn)} as grid too"),
             (grid and self.trials, "has as many trials as combinations: leave trials out"),
             (not grid and not self.trials, "needs a number of trials"),
@@ -117,8 +120,8 @@ def load_search(path: Path, overrides: Sequence[str] = ()) -> tuple[Search, Conf
         ConfigError: one of the files is missing or wrong, or the space has a key or a value that no trial can have.
     """
     search = load_section(Search, path, overrides)
-    base_path = path.expanduser().parent / search.base
-    if not base_path.is_file():
+    base_path = Path(os.path.expanduser(path)).parent / search.base  # noqa: PTH111
+    if not os.path.isfile(base_path):  # noqa: PTH113 (it is False for a name that is too long)
         raise ConfigError(f"{path}: base: {base_path} is no file (a path relative to the search's)")
     base = with_point(load_config(base_path), search.settings, f"{path}: settings")
     shared = {
@@ -139,10 +142,10 @@ def load_search(path: Path, overrides: Sequence[str] = ()) -> tuple[Search, Conf
 
 def with_point(base: Config, point: Point, source: str) -> Config:
     """The configuration of a point: a value that is a mapping changes the keys below its own."""
-    values = OmegaConf.create(base.model_dump(mode="json"))
+    values = base.model_dump(mode="json")
     for key, value in point.items():
-        OmegaConf.update(values, key, value, merge=True)
-    return check_config(OmegaConf.to_container(values), source)
+        values = with_value(values, key, value)
+    return check_config(values, source)
 
 
 def trial_config(base: Config, point: Point, name: str, folder: Path, tracking_uri: str) -> Config:

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from keyreid.files import writing
+from keyreid.plain_text import visible
 
 RIGHT, WRONG, UNKNOWN, QUERY = (22, 163, 74), (220, 38, 38), (148, 163, 184), (37, 99, 235)
 INK, SOFT_INK, PAPER = (17, 24, 39), (100, 116, 139), (255, 255, 255)
@@ -23,7 +24,19 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 def text_width(text: str, size: int, bold: bool = False) -> int:
     """Pixels that a line of text takes."""
-    return int(np.ceil(font(size, bold).getlength(text)))
+    return int(np.ceil(font(size, bold).getlength(visible(text))))
+
+
+def write(
+    draw: ImageDraw.ImageDraw,
+    place: tuple[int, int],
+    text: str,
+    ink: tuple,
+    font: ImageFont.FreeTypeFont,
+    anchor: str | None = None,
+) -> None:
+    """Draw one line of text, whatever is in it."""
+    draw.text(place, visible(text), ink, font, anchor)
 
 
 def fit_text(text: str, width: int, size: int, bold: bool = False) -> str:
@@ -43,8 +56,8 @@ def titled(width: int, height: int, title: str, subtitle: str) -> tuple[Image.Im
     width = max(width, text_width(title, TITLE, bold=True), text_width(subtitle, LABEL))
     image = Image.new("RGB", (width + 2 * MARGIN, top + height), PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((MARGIN, MARGIN), title, INK, font(TITLE, bold=True))
-    draw.text((MARGIN, MARGIN + 34), subtitle, SOFT_INK, font(LABEL))
+    write(draw, (MARGIN, MARGIN), title, INK, font(TITLE, bold=True))
+    write(draw, (MARGIN, MARGIN + 34), subtitle, SOFT_INK, font(LABEL))
     return image, draw, top
 
 

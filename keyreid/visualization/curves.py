@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import PercentFormatter
 
 from keyreid.files import writing
+from keyreid.plain_text import visible
 
 LINES = ("-", "--", "-.", ":")  # curves that coincide can still be told apart
 
@@ -30,5 +32,7 @@ def draw_cmc(scores: Mapping[str, Mapping[str, Any]], title: str, path: Path) ->
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center")
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)  # inches
+    for text in figure.findobj(Text):  # a $ in a name begins no formula
+        text.set(parse_math=False, text=visible(text.get_text()))
     with writing(path):
         figure.savefig(path, format="png")

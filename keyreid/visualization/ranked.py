@@ -48,10 +48,10 @@ def draw_ranked(groups: Sequence[tuple[str, Sequence[RankedRow]]], title: str, s
     height = sum(34 + len(group) * row_height for _, group in groups) + canvas.MARGIN
     image, draw, top = canvas.titled(width, height, title, subtitle)
     for heading, group in groups:
-        draw.text((canvas.MARGIN, top + 4), heading, canvas.INK, canvas.font(HEADING, bold=True))
+        canvas.write(draw, (canvas.MARGIN, top + 4), heading, canvas.INK, canvas.font(HEADING, bold=True))
         top += 34
         for row in group:
-            draw.text((canvas.MARGIN, top), row.label, canvas.SOFT_INK, canvas.font(canvas.LABEL))
+            canvas.write(draw, (canvas.MARGIN, top), row.label, canvas.SOFT_INK, canvas.font(canvas.LABEL))
             _draw_tile(image, draw, row.query, canvas.MARGIN, top + LABEL_LINE, tile_width, canvas.QUERY)
             for place, tile in enumerate(row.results):
                 left = canvas.MARGIN + tile_width + 2 * GAP + place * (tile_width + GAP)
@@ -70,4 +70,4 @@ def _draw_tile(
     for number, line in enumerate(tile.caption):
         y = top + PICTURE[1] + 2 * FRAME + 4 + number * CAPTION_LINE
         text = canvas.fit_text(line, width, CAPTION)
-        draw.text((left + (width - width_of(text, CAPTION)) // 2, y), text, canvas.INK, canvas.font(CAPTION))
+        canvas.write(draw, (left + (width - width_of(text, CAPTION)) // 2, y), text, canvas.INK, canvas.font(CAPTION))

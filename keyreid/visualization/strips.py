@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from keyreid.visualization.canvas import INK, LABEL, MARGIN, SOFT_INK, font, scaled, text_width, titled
+from keyreid.visualization.canvas import INK, LABEL, MARGIN, SOFT_INK, font, scaled, text_width, titled, write
 
 PICTURE = (72, 144)  # width and height in pixels
 GAP, HEADING_LINE, COLUMN_LINE = 4, 32, 20
@@ -39,13 +39,13 @@ def draw_strips(strips: Sequence[Strip], title: str, subtitle: str) -> Image.Ima
         line, place = divmod(number, side_by_side)
         left = MARGIN + place * (column_width + 2 * MARGIN)
         top = head + sum(max(pair) for pair in pairs[:line])
-        draw.text((left, top), strip.heading, INK, font(HEADING, bold=True))
+        write(draw, (left, top), strip.heading, INK, font(HEADING, bold=True))
         for column, name in enumerate(strip.columns):
             middle = left + label_width + column * (PICTURE[0] + GAP) + PICTURE[0] // 2
-            draw.text((middle, top + HEADING_LINE), name, SOFT_INK, font(LABEL - 1), anchor="ma")
+            write(draw, (middle, top + HEADING_LINE), name, SOFT_INK, font(LABEL - 1), anchor="ma")
         for row, (label, pictures) in enumerate(strip.rows):
             y = top + HEADING_LINE + COLUMN_LINE + row * (PICTURE[1] + GAP)
-            draw.text((left, y + PICTURE[1] // 2), label, INK, font(LABEL), anchor="lm")
+            write(draw, (left, y + PICTURE[1] // 2), label, INK, font(LABEL), anchor="lm")
             for column, picture in enumerate(pictures):
                 image.paste(scaled(picture, *PICTURE), (left + label_width + column * (PICTURE[0] + GAP), y))
     return image
