@@ -42,7 +42,8 @@ def doors(process: subprocess.Popen) -> dict[tuple[str, int], str]:
 
 def open_to_others(found: dict[tuple[str, int], str]) -> dict[tuple[str, int], str]:
     """Those that other machines reach."""
-    return {place: who for place, who in found.items() if not ipaddress.ip_address(place[0]).is_loopback}
+    addresses = {place: ipaddress.ip_address(place[0].removeprefix("::ffff:")) for place in found}
+    return {place: found[place] for place, address in addresses.items() if not address.is_loopback}
 
 
 def watch(command, folder: Path, ends=lambda _: False, seconds: float = SECONDS) -> dict[tuple[str, int], str]:
@@ -82,6 +83,8 @@ from keyreid.distributed.ranks import join, leave
 from keyreid.errors import CheckpointError
 
 ranks = join()
+# On a machine whose name is an address of its network, gloo and NCCL would listen there.
+assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("lo", "=lo")
 def refuse(*_):
     raise AssertionError("unpickled")
 dist.distributed_c10d._unpickler = pickle.loads = pickle.Unpickler = refuse

@@ -132,13 +132,14 @@ def test_a_server_that_answers_nonsense_delays_but_loses_nothing(kind, server, t
     assert len(log_of(tmp_path).read_text().splitlines()) == 5
 
 
-def test_what_a_server_did_not_take_is_sent_at_the_next_start(server, tmp_path, monkeypatch):
+def test_empty_answers_are_no_receipt_and_the_next_start_sends_what_was_not_taken(server, tmp_path, monkeypatch):
     monkeypatch.setattr(sender, "LAST_WAIT_SECONDS", 0.01)
     address, answer = server
-    answer[:] = ANSWERS["an empty object"]
-    start(tmp_path, (1, 2), QUIET.model_copy(update={"uri": address}))
+    answer[:] = ANSWERS["an empty object"]  # what MLflow says to numbers that it took
+    first = start(tmp_path, (1,)).run_id
+    assert not start(tmp_path, (2,), QUIET.model_copy(update={"uri": address})).all_sent
     tracker = start(tmp_path, (3,))
-    assert tracker.all_sent
+    assert tracker.all_sent and tracker.run_id == first
     assert curve(f"sqlite:///{tmp_path}/mlflow.db", tracker.run_id) == [(1, 0.1), (2, 0.2), (3, 0.3)]
 
 
