@@ -59,6 +59,26 @@ cpus_a_rank=${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_ON_NODE:-1} / ranks_a_node))}
 # escaped PATH: PATH for srun's and sbatch's file name options, where % begins a replacement.
 escaped() { printf '%s' "${1//%/%%}"; }
 
+# meeting_address: where the others find this job's first node, which is the one that this script runs on. What stays on one
+# machine stays on its loopback interface; between machines it is KEYREID_INTERFACE's address, or what the node's name means.
+meeting_address() {
+    local address name
+    if [ "$SLURM_JOB_NUM_NODES" -eq 1 ]; then
+        echo 127.0.0.1
+    elif [ -n "${KEYREID_INTERFACE:-}" ]; then
+        address=$(ip -4 -oneline address show dev "$KEYREID_INTERFACE" | awk '{ sub("/.*", "", $4); print $4; exit }')
+        [ -n "$address" ] || stop "KEYREID_INTERFACE=$KEYREID_INTERFACE: no interface of $(hostname) with an IPv4 address"
+        echo "$address"
+    else
+        name=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+        address=$(getent ahostsv4 "$name" | awk '$1 !~ /^127\./ { print $1; exit }')
+        echo "${address:-$name}"
+    fi
+}
+if [ -n "${KEYREID_INTERFACE:-}" ] && [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ]; then
+    export GLOO_SOCKET_IFNAME="$KEYREID_INTERFACE" NCCL_SOCKET_IFNAME="=$KEYREID_INTERFACE" # NCCL: = is "no longer name"
+fi
+
 # start_ranks LOG COMMAND...: one task for every GPU of the job (CPU nodes: --ntasks-per-node), in the background as
 # $step. Rank r logs to LOG-r.log.
 start_ranks() {
@@ -67,7 +87,7 @@ start_ranks() {
     [ "$cpus_a_rank" -ge 1 ] || stop "$SLURM_CPUS_ON_NODE CPUs a node for $ranks_a_node ranks: ask for" \
         "--ntasks-per-node=$ranks_a_node and --cpus-per-task too"
     # Ranks meet on the first node; the port comes from the job, so that two jobs on one node do not clash.
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    MASTER_ADDR=$(meeting_address) || exit 1
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
     export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus_a_rank}
     # For minutes Slurm keeps sending a lost node the messages meant for it: "end step 0 of this job", which would hit the

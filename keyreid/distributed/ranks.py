@@ -1,16 +1,25 @@
 """Who this process is among the processes of a run, whatever launched it."""
 
 import datetime
+import errno
+import json
 import os
+import re
+import socket
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from keyreid.errors import KeyreidError
+from keyreid.errors import CheckpointError, ConfigError, DataError, KeyreidError
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+LOCAL = re.compile(r"localhost|127\.[\d.]+|::1")  # addresses that no other machine reaches
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
+ERRORS = {kind.__name__: kind for kind in (KeyreidError, DataError, ConfigError, CheckpointError)}  # that others raise
 # (rank, world size, local rank) in the words of torchrun and deepspeed, then of srun
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 
@@ -44,20 +53,37 @@ class Ranks:
         return values.bool().tolist()
 
     def from_first(self, value: object) -> Any:
-        """The first rank's value, on every rank; a collective."""
-        if self.control is None:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.control)
-        return values[0]
+        """The first rank's value, on every rank; a collective. Values are JSON's, a path, or an error."""
+        return self._from(0, value)
 
     def from_all(self, value: object) -> list[Any]:
-        """Every rank's value, on every rank; a collective."""
+        """Every rank's value, on every rank; a collective. Values are as in from_first."""
+        return [self._from(rank, value) for rank in range(self.world_size)]
+
+    def _from(self, source: int, value: object) -> Any:
         if self.control is None:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control)
-        return values
+            return value
+        words = _packed(value) if (own := self.rank == source) else None
+        length = torch.tensor(len(words) if own else 0)
+        dist.broadcast(length, source, self.control)
+        words = words if own else torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(words, source, self.control)
+        return value if own else _unpacked(words)
+
+
+def _packed(value: object) -> torch.Tensor:
+    """A value as the UTF-8 of JSON, for nothing is unpickled that came from a socket."""
+    if isinstance(value, Exception):
+        kind = type(value).__name__
+        value = [kind, str(value)] if kind in ERRORS else [KeyreidError.__name__, f"{kind}: {value}"]
+    else:
+        value = ["path", str(value)] if isinstance(value, Path) else ["value", value]
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _unpacked(words: torch.Tensor) -> Any:
+    kind, value = json.loads(words.numpy().tobytes())
+    return value if kind == "value" else {**ERRORS, "path": Path}[kind](value)
 
 
 def position() -> tuple[int, int, int]:
@@ -93,11 +119,44 @@ def join() -> Ranks:
     else:  # otherwise DeepSpeed looks for accelerators of other makers and warns
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized():
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size == 1 else {}
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, **alone)
+        place = {"store": _store(rank, world_size), "rank": rank, "world_size": world_size}
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, **place)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     control = dist.new_group(backend="gloo") if cuda else dist.group.WORLD
     return Ranks(rank, world_size, local_rank, device, control)
+
+
+def _store(rank: int, world_size: int) -> dist.Store | None:
+    """Where the ranks meet; None where torchrun's agents have such a place.
+
+    Whoever reaches it may write to it. So it listens at the first rank's MASTER_ADDR alone, not on all interfaces like
+    torch's own, and ranks that meet on the loopback interface use no other.
+    """
+    if world_size == 1:
+        return dist.HashStore()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if LOCAL.fullmatch(address):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={LOOPBACK}")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    first = {"is_master": True, "master_listen_fd": _listener(address, port)} if rank == 0 else {}
+    return dist.TCPStore(address, port, world_size, timeout=COLLECTIVE_TIMEOUT, **first)
+
+
+def _listener(address: str, port: int) -> int | None:
+    """A socket that listens at the address; None, with a warning, where only other machines know this one by it."""
+    for family, *_, place in socket.getaddrinfo(address, port, type=socket.SOCK_STREAM):
+        if LOCAL.fullmatch(place[0]) and not LOCAL.fullmatch(address):
+            continue  # as /etc/hosts may call this machine, while the others have its true address
+        try:
+            return socket.create_server(place, family=family).detach()
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise KeyreidError(f"the ranks cannot meet at {address}, port {port}: {error}") from None
+    said = f"warning: MASTER_ADDR {address} is none of this machine's own: the ranks meet on all its interfaces"
+    print(f"{said} (docs/security.md)", file=sys.stderr, flush=True)
+    return None
 
 
 def leave() -> None:

@@ -13,6 +13,7 @@ os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")  # on a busy
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets anything else on the machine starve a training
 
 import ray
+from ray._private import ray_constants
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -42,13 +43,16 @@ def start(address: str | None, log_to_driver: bool = False) -> None:
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"{address}: no Ray cluster there that can be joined: {error}") from None
         return
-    # Without a dashboard, and with a token that only its own processes know; Ray cannot listen on loopback alone.
+    # Loopback alone: Ray has that for systems on which it supports no clusters. And a token that only its own processes
+    # know; Ray asks for it by default, while a mode that is set after Ray was imported comes too late.
+    ray_constants.ENABLE_RAY_CLUSTER = False
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.pop("RAY_AUTH_MODE", None)
     # When the driver is killed, Ray's agents look for its other processes that long before they end too.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     for attempt in range(START_ATTEMPTS):
         try:
-            ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
+            ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
             return
         except Exception as error:  # Ray raises no narrower one
             ray.shutdown()

@@ -32,6 +32,7 @@ class Tracker:
         run_dir: this run's folder; the sinks' runs continue if the folder already has some.
         tags: of a new run.
         enabled: False on every rank but the first.
+        status: that is logged now; None for a run that has ended, to send what is left: `Tracker(...).close(None)`.
     """
 
     def __init__(
@@ -42,13 +43,14 @@ class Tracker:
         name: str,
         tags: Mapping[str, str] | None = None,
         enabled: bool = True,
+        status: str | None = "RUNNING",
     ) -> None:
         self._folder = run_dir / TRACKING
         self._open, self._warned = enabled, False
         self._senders: list[Sender] = []
         if enabled:
             self._log = EventLog(self._folder)
-            self._append({"status": "RUNNING"})
+            self._append({"status": status})
             sinks = {sink: SINKS[sink](config, output, self._folder, name, tags or {}) for sink in config.sinks}
             self._senders = [Sender(sink, target, self._log) for sink, target in sinks.items()]
 
@@ -91,7 +93,7 @@ class Tracker:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close("FINISHED" if kind is None else "FAILED")
 
-    def close(self, status: str) -> None:
+    def close(self, status: str | None) -> None:
         """End the run with FINISHED, FAILED or KILLED (which may continue), and send what is left for a while."""
         self._append({"status": status})
         if self._open:

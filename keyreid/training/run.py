@@ -17,7 +17,7 @@ import yaml
 
 from keyreid.config import Config, load_config, save_config
 from keyreid.distributed.preemption import StopRequest
-from keyreid.distributed.ranks import Ranks, join, leave
+from keyreid.distributed.ranks import Ranks, join, leave, position
 from keyreid.files import replace_text
 from keyreid.shards.plan import TrainingPlan
 from keyreid.shards.shard_set import ShardSet
@@ -125,10 +125,13 @@ def describe_plan(config: Config) -> str:
 
 
 def completed_result(config: Config) -> dict | None:
-    """What an earlier run of this configuration ended with, or None."""
+    """What an earlier run of this configuration ended with, or None. Trackers get what they could not get then."""
     folder = config.run_dir
     done = (folder / COMPLETED).is_file() and (folder / RESULT).is_file()
-    return json.loads((folder / RESULT).read_text()) if done and load_config(folder / RESOLVED) == config else None
+    if not done or load_config(folder / RESOLVED) != config:
+        return None
+    Tracker(config.tracking, Path(config.output), folder, config.name, {}, position()[0] == 0, None).close(None)
+    return json.loads((folder / RESULT).read_text())
 
 
 def _record_start(run_dir: Path, command: Sequence[str], ranks: int) -> dict[str, str]:

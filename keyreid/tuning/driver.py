@@ -204,7 +204,8 @@ def run_search(
         gpus, concurrency = _room(search)
         tracker = Tracker(base.tracking, output, folder, search.name, {"keyreid.search": search.name})
         deadline = time.monotonic() + PARENT_SECONDS
-        while tracker.run_id is None and time.monotonic() < deadline:  # trials without this parent are tagged only
+        # Trials without this parent are tagged only; one that is lost is made anew before anything is sent.
+        while not (tracker.run_id and tracker.all_sent) and time.monotonic() < deadline:
             time.sleep(0.1)
         uri = store_uri(base.tracking, output)
         setting = TrialSetting(search, base, gpus, folder / TRIALS, Path.cwd(), uri, tracker.run_id)
