@@ -116,7 +116,7 @@ def _fields(path: Path) -> dict[str, Any] | None:
             return {name: json.loads(text) for name, text in metadata.items() if name != "format"}
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged header: {error}") from None
     return None
 
