@@ -157,17 +157,24 @@ def header(**values):
     return lambda _, header: header.update(values)
 
 
-def wrapping(arrays, _):
-    frames = arrays["frames"].copy()
-    frames[0] += 1 << 62
-    frames[1] += 1 << 62
-    arrays["frames"] = frames
+def moved(*by: int):
+    """The first frame counts changed so that the sum stays: by wrapping around, or by a negative one."""
+
+    def change(arrays, _):
+        frames = arrays["frames"].copy()
+        for tracklet, number in enumerate(by):
+            frames[tracklet] += number
+        assert frames.sum() == arrays["frames"].sum()
+        arrays["frames"] = frames
+
+    return change
 
 
 INDICES = {
     "negative frames": set_to("frames", 0, -5),
     "no frames": set_to("frames", 0, 0),
-    "frames that wrap": wrapping,
+    "frames that wrap": moved(2**63 - 9, 2**63 - 9, 18),
+    "frames that cancel": moved(10, -10),
     "frames of another": set_to("frames", 0, 3 * 10**9),
     "a negative offset": set_to("offset", 3, -512),
     "a huge offset": set_to("offset", 3, 2**63 - 1),
