@@ -24,7 +24,6 @@ from keyreid.commands import (
     walkers,
 )
 from keyreid.errors import KeyreidError
-from keyreid.text import printable
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(name="keyreid", no_args_is_help=True, pretty_exceptions_enable=False, context_settings=HELP)
@@ -61,8 +60,7 @@ def main() -> None:
     try:
         app()
     except KeyreidError as error:
-        lines = map(printable, f"error: {error}".split("\n"))
-        print(*lines, sep="\n", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
 

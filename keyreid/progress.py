@@ -27,8 +27,7 @@ def track(
     if quiet:  # ranks other than the first
         yield from items
     elif sys.stderr.isatty():
-        shown = TextColumn("{task.description}", markup=False)
-        columns = (shown, BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task(description, total=total, unit=unit)
             yield from progress.track(items, total=total, task_id=task)

@@ -46,6 +46,6 @@ def checkpoints(
         size = f"{sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB"
         names = " ".join(name for name, path in marks.items() if path == folder)
         table.add_row(folder.name, step, score, size, names, ("no" if found else "yes") if verify else "")
-    Console(markup=False, emoji=False).print(table)
+    Console().print(table)
     if faults:
         raise CheckpointError("; ".join(faults))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from keyreid.errors import ConfigError, DataError
-from keyreid.text import printable
 
 if TYPE_CHECKING:
     from keyreid.shards.shard_set import ShardSet
@@ -46,18 +45,14 @@ def inspect_(
     if tracklet is not None:
         if tracklet not in opened.position:
             raise DataError(f"{shards}: no tracklet has the key {tracklet}")
-        _say(opened.read_member(opened.position[tracklet], JSON).decode(errors="replace"))
+        typer.echo(opened.read_member(opened.position[tracklet], JSON))
         return
     _describe(opened)
     if sheet is not None:
         save_picture(guidance_picture(opened, evenly_spaced(len(opened), SHEET_TRACKLETS)), sheet)
-        _say(f"contact sheet: {sheet}")
+        typer.echo(f"contact sheet: {sheet}")
     if against is not None:
         _compare(opened, against.expanduser(), keypoints)
-
-
-def _say(text: object) -> None:
-    typer.echo(printable(text))
 
 
 def _verify(folder: Path) -> None:
@@ -83,7 +78,7 @@ def _compare(shards: "ShardSet", root: Path, keypoints: Path | None) -> None:
     elif keypoints is None and (root / "keypoints").is_dir():
         keypoints = root / "keypoints"
     elif keypoints is None:
-        _say(f"keypoints are not compared: {root / 'keypoints'} is not there; name their folder with --keypoints")
+        typer.echo(f"keypoints are not compared: {root / 'keypoints'} is not there; name their folder with --keypoints")
     results = compare(shards, dataset, PackSettings(root, keypoints, image=packed["image"]))
     mend = "where the shards are out of date, delete those named and run the same `keyreid shard` again"
     good = f"{shards.location}: the same as {root}, {total} tracklets"
@@ -96,13 +91,13 @@ def _report(results: Iterator[tuple[str, list]], tracked: tuple[Any, ...], good:
 
     found = [problem for _, problems in track(results, *tracked) for problem in problems]
     for problem in found[:_SHOWN]:
-        _say(problem)
+        typer.echo(str(problem))
     if len(found) > _SHOWN:
-        _say(f"... and {len(found) - _SHOWN} more")
+        typer.echo(f"... and {len(found) - _SHOWN} more")
     if found:
         typer.echo(f"{len(found)} {'problem' if len(found) == 1 else 'problems'}; {mend}", err=True)
         sys.exit(1)
-    _say(good)
+    typer.echo(good)
 
 
 def _describe(shards: "ShardSet") -> None:
@@ -110,25 +105,25 @@ def _describe(shards: "ShardSet") -> None:
 
     card = shards.card
     counts, size = card["counts"], sum(shard["bytes"] for shard in card["shards"]) / 1e9
-    _say(f"{card['name']} in {shards.location}: {len(card['shards'])} shards, {size:.3g} GB, by {card['tool']}")
-    _say(f"{'':10}{'tracklets':>12}{'frames':>12}{'identities':>12}")
+    typer.echo(f"{card['name']} in {shards.location}: {len(card['shards'])} shards, {size:.3g} GB, by {card['tool']}")
+    typer.echo(f"{'':10}{'tracklets':>12}{'frames':>12}{'identities':>12}")
     for name, row in {**card["by_split"], "in all": counts}.items():
-        _say(f"{name:10}{row['tracklets']:12}{row['frames']:12}{row['identities']:12}")
+        typer.echo(f"{name:10}{row['tracklets']:12}{row['frames']:12}{row['identities']:12}")
     splits = f"; {len(card['splits'])} splits, camera {card['query_camera']} queries the others"
-    _say(f"cameras: {', '.join(map(str, card['cameras']))}" + (splits if card["splits"] else ""))
+    typer.echo(f"cameras: {', '.join(map(str, card['cameras']))}" + (splits if card["splits"] else ""))
     frames, known = counts["frames"], counts["frames_with_keypoints"]
     origin = f"from {card['settings']['heatmaps']['from']}" if known else "all zero, there are no keypoints"
-    _say(
+    typer.echo(
         f"heatmaps: {origin}; {shards.parts} parts, {counts['heatmap_bytes'] / frames:.0f} bytes a frame; "
         f"{known} of {frames} frames have keypoints"
     )
     sizes, often = np.unique(shards.frame_sizes, axis=0, return_counts=True)
     common = sizes[often.argmax()]
-    _say(f"pictures: {len(sizes)} sizes, most often {common[0]} x {common[1]} (width x height)")
+    typer.echo(f"pictures: {len(sizes)} sizes, most often {common[0]} x {common[1]} (width x height)")
     lengths = shards.index.frames
-    _say(f"frames a tracklet: least {lengths.min()}, median {np.median(lengths):g}, most {lengths.max()}")
+    typer.echo(f"frames a tracklet: least {lengths.min()}, median {np.median(lengths):g}, most {lengths.max()}")
     edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, 11).round().astype(int))
     heights = np.histogram(lengths, edges)[0]
     for low, high, height in zip(edges[:-1], edges[1:], heights, strict=True):
         label = f"{low}" if high == low + 1 else f"{low} to {high - 1}"
-        _say(f"{label:>12} {'#' * round(_BAR * height / heights.max())} {height}")
+        typer.echo(f"{label:>12} {'#' * round(_BAR * height / heights.max())} {height}")

@@ -9,12 +9,10 @@ import cv2
 import numpy as np
 from PIL import Image
 from rich.table import Table
-from rich.text import Text
 
 from keyreid.embedding.vectors import VectorFiles
 from keyreid.files import writing
 from keyreid.retrieval.search import Found, SearchSettings
-from keyreid.text import printable
 from keyreid.visualization.ranked import RankedRow, Tile, draw_ranked
 
 NO_PICTURE = np.full((160, 80, 3), 226, np.uint8)
@@ -22,19 +20,13 @@ NO_PICTURE = np.full((160, 80, 3), 226, np.uint8)
 
 def table_of(found: Found) -> Table:
     """A table of one query's hits."""
-    table = Table(title=_cell(f"query {found.query['key']}  ({_where(found.query)})"), title_justify="left")
+    table = Table(title=f"query {found.query['key']}  ({_where(found.query)})", title_justify="left")
     for heading in ("rank", "tracklet", "camera", "when", "person", "distance"):
         table.add_column(heading, justify="right" if heading in ("rank", "distance") else "left", overflow="fold")
     for rank, hit in enumerate(found.hits, start=1):
         who = person(hit) + ("  same" if same_person(found.query, hit) else "")
-        row = str(rank), hit["key"], hit["camera_name"], when(hit), who, f"{hit['distance']:.4g}"
-        table.add_row(*map(_cell, row))
+        table.add_row(str(rank), hit["key"], hit["camera_name"], when(hit), who, f"{hit['distance']:.4g}")
     return table
-
-
-def _cell(text: str) -> Text:
-    """Text that rich takes as it stands: no markup, no emoji."""
-    return Text(printable(text))
 
 
 def summary(results: Sequence[Found]) -> str:

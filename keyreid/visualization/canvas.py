@@ -2,14 +2,12 @@
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from keyreid.files import writing
-from keyreid.text import printable
 
 RIGHT, WRONG, UNKNOWN, QUERY = (22, 163, 74), (220, 38, 38), (148, 163, 184), (37, 99, 235)
 INK, SOFT_INK, PAPER = (17, 24, 39), (100, 116, 139), (255, 255, 255)
@@ -25,7 +23,7 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 def text_width(text: str, size: int, bold: bool = False) -> int:
     """Pixels that a line of text takes."""
-    return int(np.ceil(font(size, bold).getlength(printable(text))))
+    return int(np.ceil(font(size, bold).getlength(text)))
 
 
 def fit_text(text: str, width: int, size: int, bold: bool = False) -> str:
@@ -39,19 +37,12 @@ def fit_text(text: str, width: int, size: int, bold: bool = False) -> str:
     return ""
 
 
-class _Pen(ImageDraw.ImageDraw):
-    """Draws text in one line, whatever stands in it."""
-
-    def text(self, xy: tuple[float, float], text: str, *args: Any, **kwargs: Any) -> None:
-        super().text(xy, printable(text), *args, **kwargs)
-
-
 def titled(width: int, height: int, title: str, subtitle: str) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
     """A white picture with a title and room below: the picture, what draws on it, and the y where the room starts."""
     top = MARGIN + 34 + (24 if subtitle else 0) + 8
     width = max(width, text_width(title, TITLE, bold=True), text_width(subtitle, LABEL))
     image = Image.new("RGB", (width + 2 * MARGIN, top + height), PAPER)
-    draw = _Pen(image)
+    draw = ImageDraw.Draw(image)
     draw.text((MARGIN, MARGIN), title, INK, font(TITLE, bold=True))
     draw.text((MARGIN, MARGIN + 34), subtitle, SOFT_INK, font(LABEL))
     return image, draw, top

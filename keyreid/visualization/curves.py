@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from keyreid.files import writing
-from keyreid.text import printable
 
 LINES = ("-", "--", "-.", ":")  # curves that coincide can still be told apart
 
@@ -23,13 +22,8 @@ def draw_cmc(scores: Mapping[str, Mapping[str, Any]], title: str, path: Path) ->
         longest, lowest = max(longest, len(curve)), min(lowest, curve[0])
         label = f"{name}: mAP {score['mAP']:.1%}, rank-1 {curve[0]:.1%}, {score['valid_queries']} valid queries"
         look = {"color": f"C{number}", "linestyle": LINES[number % 4], "marker": "o", "markersize": 3.5}
-        axes.plot(range(1, len(curve) + 1), curve, label=_no_formula(label), **look)
-    axes.set(
-        title=_no_formula(title),
-        xlabel="rank",
-        ylabel="queries with a match up to this rank",
-        xlim=(0.5, longest + 0.5),
-    )
+        axes.plot(range(1, len(curve) + 1), curve, label=label, **look)
+    axes.set(title=title, xlabel="rank", ylabel="queries with a match up to this rank", xlim=(0.5, longest + 0.5))
     axes.set_ylim(max(0.0, lowest - 0.25), 1.02)  # no narrower, or a tick stands above 100 %
     axes.set_xticks([1, *range(5, longest + 1, 5)])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -38,8 +32,3 @@ def draw_cmc(scores: Mapping[str, Mapping[str, Any]], title: str, path: Path) ->
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)  # inches
     with writing(path):
         figure.savefig(path, format="png")
-
-
-def _no_formula(text: str) -> str:
-    """Text that matplotlib draws as it stands, dollars too."""
-    return printable(text).replace("$", r"\$")
