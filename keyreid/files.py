@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,14 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_whole(path: Path, most: int) -> bytes:
+    """A file's content; OSError where it is missing, no plain file, or larger than `most` bytes."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode) or about.st_size > most:
+        raise OSError("no plain file" if about.st_size <= most else f"{about.st_size} bytes, more than {most}")
+    return path.read_bytes()
 
 
 @contextlib.contextmanager

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import collections
 import hashlib
+import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,14 @@ from keyreid.shards import open_reader, remote, storage
 from keyreid.shards.plan import evaluation_clips
 from keyreid.shards.shard_set import ShardSet
 
-aiohttp_web = pytest.importorskip("aiohttp.web", reason="keyreid[remote] is not installed")
+aiohttp = pytest.importorskip("aiohttp", reason="keyreid[remote] is not installed")
+aiohttp_web = pytest.importorskip("aiohttp.web")
+
+FETCH = (
+    "import sys; from keyreid.shards.shard_set import ShardSet\n"
+    "shards = ShardSet.open(sys.argv[1], sys.argv[2])\n"
+    "for p, record in enumerate(shards.tracklets): shards.read_frame(p, 0)\n"
+)
 
 
 class Server:
@@ -38,7 +47,7 @@ class Server:
         asyncio.set_event_loop(self.loop)
         app = aiohttp_web.Application()
         app.router.add_get("/set/{name}", self._get)
-        self.runner = aiohttp_web.AppRunner(app)
+        self.runner = aiohttp_web.AppRunner(app, shutdown_timeout=0.1)
         self.loop.run_until_complete(self.runner.setup())
         site = aiohttp_web.TCPSite(self.runner, "127.0.0.1", 0)
         self.loop.run_until_complete(site.start())
@@ -54,6 +63,8 @@ class Server:
         path = self.folder / name
         if self.answers.get(name):
             answer = self.answers[name].pop(0)
+            if callable(answer):
+                return await answer(request, path.read_bytes())
             return aiohttp_web.Response(status=answer) if isinstance(answer, int) else aiohttp_web.Response(body=answer)
         return aiohttp_web.FileResponse(path) if path.is_file() else aiohttp_web.Response(status=404)
 
@@ -75,6 +86,37 @@ def server(folder, monkeypatch):
     server = Server(folder)
     yield server
     server.close()
+
+
+def in_pieces(pieces: int, pause: float, stop: int | None = None, hang: bool = False):
+    """An answer of so many pieces, with a pause after each; after `stop` of them the connection ends, or hangs."""
+
+    async def answer(request, content):
+        response = aiohttp_web.StreamResponse(headers={"Content-Length": str(len(content))})
+        await response.prepare(request)
+        size = -(-len(content) // pieces)
+        for number in range(pieces if stop is None else stop):
+            await response.write(content[number * size : (number + 1) * size])
+            await asyncio.sleep(pause)
+        if hang:
+            await asyncio.sleep(600)
+        elif stop is not None:
+            request.transport.abort()
+        return response
+
+    return answer
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Transfers that are ended when no byte comes for half a second; of aiohttp's own accord, after one second."""
+    from fsspec.implementations.http import HTTPFileSystem
+
+    monkeypatch.setattr(storage, "IDLE_SECONDS", 0.5)
+    monkeypatch.setattr("aiohttp.client.DEFAULT_TIMEOUT", aiohttp.ClientTimeout(total=1))
+    HTTPFileSystem.clear_instance_cache()
+    yield
+    HTTPFileSystem.clear_instance_cache()
 
 
 def everything(shards: ShardSet) -> list[bytes]:
@@ -112,12 +154,7 @@ def test_readers_read_remote_shards(folder, server, tmp_path, reader):
 
 
 def test_two_processes_fetch_a_shard_once(folder, server, tmp_path):
-    script = (
-        "import sys; from keyreid.shards.shard_set import ShardSet\n"
-        "shards = ShardSet.open(sys.argv[1], sys.argv[2])\n"
-        "for p, record in enumerate(shards.tracklets): shards.read_frame(p, 0)\n"
-    )
-    children = [subprocess.Popen([sys.executable, "-c", script, server.url, tmp_path]) for _ in range(2)]
+    children = [subprocess.Popen([sys.executable, "-c", FETCH, server.url, tmp_path]) for _ in range(2)]
     assert [child.wait(timeout=300) for child in children] == [0, 0]
     assert {count for name, count in server.requests.items() if name.endswith(".tar")} == {1}
 
@@ -127,8 +164,6 @@ def test_the_cache_keeps_its_bound_and_drops_what_was_used_longest_ago(folder, s
     bound = sum(sizes[:3]) * 1.05
     shards = ShardSet.open(server.url, tmp_path, bound / 1e9)
     first_of = {record.shard: p for p, record in reversed(list(enumerate(shards.tracklets)))}
-    import os
-
     for number in (0, 1, 2):
         shards.read_frame(first_of[number], 0)
         path = next(tmp_path.glob(f"*/toy-0000{number}.tar"))
@@ -167,6 +202,63 @@ def test_what_cannot_be_fetched_is_named_and_leaves_nothing(server, tmp_path, an
     with pytest.raises(DataError, match=f"{server.url}/toy-00000.tar.*{words}"):
         shards.read_frame(0, 0)
     assert not list(tmp_path.glob("*/*.tar")) + list(tmp_path.glob("*/.*partial"))
+
+
+def test_a_shard_that_takes_longer_than_any_limit_of_the_client_comes_whole(folder, server, impatient, tmp_path):
+    server.answers["toy-00000.tar"] = [in_pieces(12, 0.15)]
+    ShardSet.open(server.url, tmp_path).read_frame(0, 0)
+    assert server.requests["toy-00000.tar"] == 1
+    assert next(tmp_path.glob("*/toy-00000.tar")).read_bytes() == (folder / "toy-00000.tar").read_bytes()
+
+
+def test_a_streamed_shard_may_take_as_long(folder, server, impatient):
+    files = storage.StreamedShardFiles([f"{server.url}/toy-00000.tar"])
+    content = (folder / "toy-00000.tar").read_bytes()
+    server.answers["toy-00000.tar"] = [200, in_pieces(12, 0.15)]  # it is asked for its size first
+    assert files.read(0, 600, len(content) - 600) == content[-600:]
+    files.close()
+
+
+def test_a_server_that_cuts_off_or_hangs_is_tried_again_from_the_beginning(folder, server, impatient, tmp_path):
+    server.answers["toy-00000.tar"] = [in_pieces(4, 0.01, stop=3), in_pieces(4, 0.01, stop=1, hang=True)]
+    ShardSet.open(server.url, tmp_path).read_frame(0, 0)
+    assert server.requests["toy-00000.tar"] == 3
+    assert next(tmp_path.glob("*/toy-00000.tar")).read_bytes() == (folder / "toy-00000.tar").read_bytes()
+
+
+@pytest.mark.parametrize("stop", [0, 2])
+def test_a_server_that_hangs_for_ever_is_named(server, impatient, tmp_path, stop):
+    server.answers["toy-00000.tar"] = [in_pieces(4, 0.01, stop=stop, hang=True)] * 9
+    shards = ShardSet.open(server.url, tmp_path)
+    with pytest.raises(
+        DataError, match=rf"{server.url}/toy-00000\.tar: no byte came for 0\.5 s; given up after 4 tries"
+    ):
+        shards.read_frame(0, 0)
+    assert not list(tmp_path.glob("*/*.tar")) + list(tmp_path.glob("*/.*partial"))
+
+
+def test_what_a_killed_process_left_half_fetched_is_in_nobodys_way(folder, server, tmp_path):
+    name = "toy-00000.tar"
+    server.answers[name] = [in_pieces(4, 0.01, stop=2, hang=True)]
+    child = subprocess.Popen([sys.executable, "-c", FETCH, server.url, tmp_path])
+    while not any(path.stat().st_size for path in tmp_path.glob(f"*/.{name}*.partial")):
+        time.sleep(0.05)
+    child.kill()
+    child.wait()
+    (left,) = tmp_path.glob(f"*/.{name}*.partial")
+    ShardSet.open(server.url, tmp_path).read_frame(0, 0)
+    assert next(tmp_path.glob(f"*/{name}")).read_bytes() == (folder / name).read_bytes()
+    assert not left.exists()
+
+
+def test_the_cache_removes_what_was_left_long_ago_and_nothing_else(server, tmp_path):
+    shards = ShardSet.open(server.url, tmp_path)
+    old, new = (next(tmp_path.glob("*/")) / f".other-0000{n}.tar.{n}.partial" for n in (1, 2))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    shards.read_frame(0, 0)
+    assert (old.exists(), new.exists()) == (False, True)
 
 
 def test_a_set_that_is_not_there_is_named(server, tmp_path):

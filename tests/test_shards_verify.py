@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damages import write_card
 from packed import make_dataset, pack_dataset
 from typer.testing import CliRunner
 
 from keyreid.cli import app
 from keyreid.datasets.tracklet import Dataset
 from keyreid.errors import DataError
-from keyreid.shards.card import card_digest, encode_card
 from keyreid.shards.index_file import encode_index, read_index
 from keyreid.shards.members import members_of
 from keyreid.shards.shard_set import ShardSet
@@ -148,12 +148,6 @@ def test_a_card_that_lacks_something_is_damaged(folder):
         write_card(folder, card | change)
         with pytest.raises(DataError, match=r"the card is damaged: .* is missing or no "):
             ShardSet.open(folder)
-
-
-def write_card(folder: Path, card: dict) -> None:
-    """A card that agrees with itself, whatever it says."""
-    card["card_sha256"] = card_digest(card)
-    (folder / "dataset.json").write_bytes(encode_card(card))
 
 
 def test_an_index_of_another_shard_does_not_fit(folder):

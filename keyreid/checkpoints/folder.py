@@ -124,7 +124,7 @@ def verify(folder: Path) -> list[str]:
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
         if text != _manifest_text(files):
             return [f"{folder / MANIFEST}: its own SHA-256 does not fit, the file was changed or damaged"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"{folder / MANIFEST}: {error}"]
     faults = []
     for name, (size, digest) in expected.items():
@@ -161,7 +161,7 @@ def read_state(folder: Path) -> TrainingState:
     """The state of a verified checkpoint."""
     try:
         return TrainingState(**json.loads((folder / STATE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder / STATE}: {error}") from None
 
 

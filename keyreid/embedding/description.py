@@ -48,7 +48,7 @@ def numbered_frames(metadata: dict[str, Any]) -> tuple[int | None, int | None]:
     if numbers is None:
         source = metadata["source"]
         names = source["files"] if "files" in source else [source["file"]]
-        found = [re.search(r"(\d+)\.[A-Za-z]+$", name) for name in names]
+        found = [re.search(r"(\d{1,18})\.[A-Za-z]+$", name) for name in names]
         if not all(found):
             return None, None
         numbers = [int(match[1]) for match in found if match]

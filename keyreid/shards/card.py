@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from keyreid.errors import DataError
-from keyreid.shards.members import VERSION
+from keyreid.files import read_whole
+from keyreid.shards import schema
+from keyreid.shards.members import VERSION, decode_json, refusing
 
 CARD_NAME = "dataset.json"
-_ENTRIES = {"name": str, "source": dict, "settings": dict, "counts": dict, "by_split": dict, "cameras": list}
-_ENTRIES |= {"splits": list, "shards": list}
-_SHARD_ENTRIES = {"file": str, "index": str, "sha256": str, "index_sha256": str, "bytes": int, "index_bytes": int}
+LARGEST_CARD = 1 << 30  # bytes
 
 
 def encode_card(card: dict[str, Any]) -> bytes:
@@ -30,7 +30,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     """Read and check a dataset card; DataError where there is none, or it is not one."""
     path = folder / CARD_NAME
     try:
-        card = json.loads(path.read_bytes())
+        card = decode_json(read_whole(path, LARGEST_CARD))
     except FileNotFoundError:
         tars = len(list(folder.glob("*.tar"))) if folder.is_dir() else 0
         unfinished = f"{tars} shards are there, so packing has not finished: run `keyreid shard` again"
@@ -40,23 +40,22 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not a dataset card ({error}); pack the dataset again") from None
     kind = card.get("format") if isinstance(card, dict) else None
     if kind != f"keyreid-dataset/{VERSION}":
-        raise DataError(f"{path}: dataset format {kind!r}; this version reads keyreid-dataset/{VERSION}")
-    _check_entries(path, card, _ENTRIES)
-    if not card["shards"]:
-        raise DataError(f"{path}: the dataset has no shards")
-    for shard in card["shards"]:
-        _check_entries(path, shard, _SHARD_ENTRIES)
-        for name in (shard["file"], shard["index"]):
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-                raise DataError(f"{path}: {name!r} is not the name of a shard")
+        raise DataError(f"{path}: dataset format {kind!r:.80}; this version reads keyreid-dataset/{VERSION}")
+    try:
+        return _checked(card)
+    except ValueError as error:
+        raise DataError(f"{path}: the card is damaged: {error}; delete it and pack the dataset again") from None
+
+
+@refusing
+def _checked(card: dict[str, Any]) -> dict[str, Any]:
+    """The same card, or ValueError where it lacks what readers need, or is not what was written."""
+    names = [name for shard in schema.check(schema.CARD, card)["shards"] for name in (shard["file"], shard["index"])]
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,250}", name) or name == CARD_NAME:
+            raise ValueError(f"{name!r:.80} is not the name of a shard")
+    if len(set(names)) < len(names):
+        raise ValueError("it names a file twice")
     if card.get("card_sha256", digest := card_digest(card)) != digest:  # early cards do not state it
-        raise DataError(f"{path}: the card is damaged: its SHA-256 is not the one it states; pack the dataset again")
+        raise ValueError("its SHA-256 is not the one it states")
     return card
-
-
-def _check_entries(path: Path, values: Any, kinds: dict[str, type]) -> None:
-    """Refuse a card that lacks what every reader needs."""
-    for name, kind in kinds.items():
-        if not isinstance(values, dict) or not isinstance(values.get(name), kind):
-            what = f"{name!r} is missing or no {kind.__name__}"
-            raise DataError(f"{path}: the card is damaged: {what}; delete it and pack the dataset again")

@@ -1,9 +1,7 @@
 """The index of a shard: where everything in it is and what it holds, as columns in one file beside the tar."""
 
 import io
-import json
 import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,14 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from keyreid.errors import DataError
-from keyreid.shards import members
+from keyreid.errors import DataError, KeyreidError
+from keyreid.files import read_whole
+from keyreid.pose.parts import part_names
+from keyreid.shards import members, schema
 from keyreid.shards.members import members_of
 
 TAR_BLOCK = 512
+LARGEST_INDEX = 1 << 31  # bytes
 _OF_TRACKLETS = {"identity": "<i8", "camera": "<i8", "split": "u1", "frames": "<i8"}
 _OF_MEMBERS = {"offset": "<i8", "size": "<u4", "crc": "<u4"}
 _OF_FRAMES = {"picture": "u1", "width": "<u2", "height": "<u2", "visible": "u1"}
+_OF_CARD = {"shard": "file", "bytes": "bytes", "sha256": "sha256"}  # entries of the header, and the card's for them
 _NUMBERS = {**_OF_TRACKLETS, **_OF_MEMBERS, **_OF_FRAMES}
 
 
@@ -89,24 +91,66 @@ def encode_index(index: ShardIndex) -> bytes:
 def read_index(path: Path) -> ShardIndex:
     """Read a shard's index; DataError where it is missing, damaged, of another version, or contradicts itself."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("its arrays are compressed")  # and might grow without bound
-        with np.load(path, allow_pickle=False) as arrays:
-            header = json.loads(arrays["header"].tobytes())
-            index = ShardIndex(header, arrays["key"], **{name: arrays[name] for name in _NUMBERS})
+        return _checked(_decoded(read_whole(path, LARGEST_INDEX)))
     except FileNotFoundError:
         raise DataError(f"{path}: the index is missing; pack the dataset again, whole shards are kept") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, KeyreidError) as error:
         raise DataError(f"{path}: not a shard index ({error}); delete it and pack the dataset again") from None
+
+
+def stranger(index: ShardIndex, content_sha256: str, shard: dict[str, Any]) -> str:
+    """Why an index, whose file has this SHA-256, is not the one that a card names for a shard; or nothing."""
+    if content_sha256 != shard["index_sha256"]:
+        return "not the index that the card names: its SHA-256 is another"
+    fits = all(index.header[name] == shard[entry] for name, entry in _OF_CARD.items())
+    return "" if fits else "the index of another shard"
+
+
+@members.refusing
+def _decoded(content: bytes) -> ShardIndex:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("its arrays are compressed")  # and might grow without bound
+        if sorted(archive.namelist()) != sorted(f"{name}.npy" for name in ("header", "key", *_NUMBERS)):
+            raise ValueError("its arrays are not those of an index")
+        arrays = {name: members.decode_array(archive.read(f"{name}.npy")) for name in ("header", "key", *_NUMBERS)}
+    header = members.decode_json(arrays.pop("header").tobytes())
     version = f"keyreid-index/{members.VERSION}"
-    if header.get("format") != version:
-        raise DataError(f"{path}: index format {header.get('format')!r}; this version reads {version}")
-    lengths = dict.fromkeys(_OF_TRACKLETS, len(index.key)) | dict.fromkeys(_OF_FRAMES, index.frames.sum())
-    lengths |= dict.fromkeys(_OF_MEMBERS, members_of(index.frames).sum())
-    columns = ((getattr(index, name), dtype, lengths[name]) for name, dtype in _NUMBERS.items())
-    right = all(len(column) == length and column.dtype == dtype for column, dtype, length in columns)
-    codes = (index.split < len(members.SPLITS)).all() and (index.picture < len(members.PICTURES)).all()
-    if not right or not codes or (index.frames < 1).any() or (index.offset < 0).any():
-        raise DataError(f"{path}: the index contradicts itself; delete it and pack the dataset again")
+    if not isinstance(header, dict) or header.get("format") != version:
+        raise ValueError(f"it is not of the format {version}, which this version reads")
+    return ShardIndex(schema.check(schema.INDEX, header), **arrays)
+
+
+@members.refusing
+def _checked(index: ShardIndex) -> ShardIndex:
+    """The same index, or ValueError where its columns do not fit each other, or no shard can have them."""
+    part_names(index.header["parts"])
+    lengths = dict.fromkeys(_OF_TRACKLETS, index.key.size) | dict.fromkeys(_OF_FRAMES, index.picture.size)
+    lengths |= dict.fromkeys(_OF_MEMBERS, 2 * index.key.size + 2 * index.picture.size)
+    for name, dtype in _NUMBERS.items():
+        column = getattr(index, name)
+        if column.dtype != dtype or column.shape != (lengths[name],):
+            raise ValueError(f"its array {name!r} is {column.dtype} {column.shape}, not {dtype} ({lengths[name]},)")
+    width = index.key.dtype.itemsize // 4  # all keys of a set become as wide as the widest
+    if index.key.shape != index.frames.shape or index.key.dtype.kind != "U" or width > members.MAX_KEY_LENGTH:
+        raise ValueError(f"its keys are {index.key.dtype}, not texts of at most {members.MAX_KEY_LENGTH} characters")
+    keys = index.key.tolist()
+    for key in keys:
+        members.check_key(key)
+    if len(set(keys)) < len(keys):
+        raise ValueError("two tracklets have the same key")
+    # Each count is at most the whole first, so that their sum cannot wrap around.
+    right = [(index.frames >= 1).all(), (index.frames <= index.picture.size).all()]
+    right += [index.frames.sum() == index.picture.size, (index.split < len(members.SPLITS)).all()]
+    right += [(index.picture < len(members.PICTURES)).all(), index.width.all(), index.height.all()]
+    if not all(right):
+        raise ValueError("the index contradicts itself")
+    ends = index.offset + -(-index.size.astype(np.int64) // TAR_BLOCK) * TAR_BLOCK
+    wrong = np.flatnonzero(index.offset != np.concatenate([[0], ends[:-1]]) + TAR_BLOCK)
+    if len(wrong):
+        at = int(np.searchsorted(index.first_member, wrong[0], "right")) - 1
+        name = index.member_name(at, int(wrong[0] - index.first_member[at]))
+        raise ValueError(f"tracklet {keys[at]}: member {name} does not lie where the one before it ends")
+    if ends[-1] + 2 * TAR_BLOCK > index.header["bytes"]:
+        raise ValueError(f"its members end at byte {ends[-1]} of a shard of {index.header['bytes']}")
     return index

@@ -4,12 +4,15 @@
 Nothing here is ever unpickled.
 """
 
+import functools
 import io
 import json
+import math
 import struct
 import threading
 import zlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -17,8 +20,9 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from keyreid.datasets.tracklet import KEY_PATTERN
-from keyreid.errors import DataError
+from keyreid.errors import DataError, KeyreidError
 from keyreid.pose.heatmaps import TILE_HEIGHT, TILE_WIDTH
+from keyreid.shards import schema
 
 VERSION = 1
 SPLITS = ("train", "query", "gallery", "junk", "all")  # an index stores the position in this tuple
@@ -29,6 +33,26 @@ LARGEST_SIDE = (1 << 16) - 1  # pixels; what the index can say
 JSON, KEYPOINTS = 0, 1  # numbers of a tracklet's first members
 _ONE_PARSER = threading.Lock()  # NumPy parses headers with ast, which two threads cannot in Python 3.11 (gh-106905)
 _BEFORE_FRAMES, _PER_FRAME = 2, 2  # those two, then each frame's picture and heatmaps
+
+Decoder = TypeVar("Decoder", bound=Callable[..., Any])
+
+
+def refusing(decode: Decoder) -> Decoder:
+    """Make `decode` raise ValueError for whatever bytes it cannot read, however the library below it fails.
+
+    Libraries meet forged bytes with RecursionError, MemoryError, OverflowError, struct.error and more.
+    """
+
+    @functools.wraps(decode)
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return decode(*args, **kwargs)
+        except (ValueError, KeyreidError):
+            raise
+        except Exception as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from None
+
+    return refused
 
 
 def members_of(frames: Any) -> Any:
@@ -72,15 +96,42 @@ def encode_keypoints(keypoints: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
+decode_json = refusing(json.loads)
+
+
+@refusing
+def decode_tracklet(content: bytes) -> dict[str, Any]:
+    """A tracklet's JSON; ValueError where it lacks what readers need."""
+    return schema.check(schema.TRACKLET, decode_json(content))
+
+
+@refusing
+def decode_array(content: bytes) -> np.ndarray:
+    """The array of a `.npy` file; ValueError where its header promises anything but the bytes that are there.
+
+    Nothing is allocated because a header says so, and nothing is unpickled.
+    """
+    stream = io.BytesIO(content)
+    with _ONE_PARSER:
+        first = np.lib.format.read_magic(stream) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+        shape, columns_first, dtype = read(stream)
+    array = np.frombuffer(memoryview(content)[stream.tell() :], dtype)
+    if any(side < 0 for side in shape) or math.prod(shape) != len(array):
+        raise ValueError(f"its header says {shape}, but {len(array)} elements are there")
+    return array.reshape(shape, order="F" if columns_first else "C").copy()
+
+
+@refusing
 def decode_keypoints(content: bytes, frames: int) -> np.ndarray:
     """The inverse of `encode_keypoints`; ValueError where it is not a float32 `.npy` file of `frames` poses."""
-    with _ONE_PARSER:
-        keypoints = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    keypoints = decode_array(content)
     if keypoints.shape != (frames, 17, 3) or keypoints.dtype != np.float32:
         raise ValueError(f"keypoints are {keypoints.dtype} {keypoints.shape}, not float32 ({frames}, 17, 3)")
     return keypoints
 
 
+@refusing
 def picture_size(content: bytes, kind: str) -> tuple[int, int]:
     """Width and height that a JPEG's or PNG's header states.
 
@@ -97,6 +148,7 @@ def picture_size(content: bytes, kind: str) -> tuple[int, int]:
         raise ValueError(f"not a {'PNG' if kind == 'png' else 'JPEG'} ({error})") from None
 
 
+@refusing
 def decode_picture(content: bytes) -> np.ndarray:
     """Decode a JPEG or PNG to uint8 RGB [H, W, 3], or ValueError; every reader here ignores orientation tags."""
     picture = _decode(content, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -105,6 +157,7 @@ def decode_picture(content: bytes) -> np.ndarray:
     return picture
 
 
+@refusing
 def check_picture(content: bytes) -> bytes:
     """The same bytes, or ValueError: a picture is decoded small and grey, in half the time, to know that it can be."""
     if _decode(content, cv2.IMREAD_REDUCED_GRAYSCALE_8) is None:
@@ -139,6 +192,7 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
+@refusing
 def decode_tiles(content: bytes, parts: int) -> np.ndarray:
     """The inverse of `encode_tiles`: uint8 [P, 64, 32], of any grey PNG of that size; ValueError for anything else."""
     size = parts * TILE_WIDTH, TILE_HEIGHT

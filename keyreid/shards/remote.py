@@ -5,6 +5,7 @@ SHA-256 before it gets its name. The cache is shared by every process and datase
 shards that were not used for longest go. A shard is opened anew for each read (5 us), so what goes really frees disk.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -20,14 +21,14 @@ from fsspec.core import url_to_fs
 
 from keyreid.errors import DataError, install_hint
 from keyreid.files import replacing, sha256
-from keyreid.shards.card import CARD_NAME, read_card
-from keyreid.shards.storage import read_range
+from keyreid.shards.card import CARD_NAME, LARGEST_CARD, read_card
+from keyreid.shards.storage import client_options, read_range, why
 
 TRIES = 4
 FIRST_WAIT_SECONDS = 0.5  # doubled for each further try
 USE_NOTED_SECONDS = 60  # how often a shard's use is written down
 DEFAULT_CACHE = Path("~/.cache/keyreid/shards")
-_LARGEST_CARD = 1 << 30
+ABANDONED_SECONDS = 3600  # without a change, after which what is half fetched is nobody's
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def open_remote(
     folder = cache / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "card.lock"):
-        _fetch(f"{url}/{CARD_NAME}", folder / CARD_NAME, _LARGEST_CARD)
+        _fetch(f"{url}/{CARD_NAME}", folder / CARD_NAME, LARGEST_CARD)
         card = read_card(folder)
         for shard in card["shards"]:
             index = folder / shard["index"]
@@ -93,9 +94,13 @@ class CachedShardFiles:
                 raise DataError(f"{path}: {error.strerror}") from None
 
     def _make_room(self, needed: int) -> None:
-        """Remove the shards that were not used for longest, until `needed` bytes fit the bound."""
+        """Remove what killed processes left, and the shards not used for longest until `needed` bytes fit the bound."""
         cache = self._folder.parent
         with FileLock(cache / "room.lock"):
+            for partial in cache.glob("*/.*.partial"):
+                with contextlib.suppress(FileNotFoundError):  # it was finished
+                    if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
+                        partial.unlink()
             if self._bound is not None:
                 stats = [(path, path.stat()) for path in cache.glob("*/*.tar")]
                 used = sum(stat.st_size for _, stat in stats)
@@ -125,13 +130,13 @@ class _Bound(Callback):
 def _fetch(url: str, path: Path, size: int, digest: str | None = None) -> None:
     """Fetch a file whole: it has its name only when its hash is right. Tries again where that may help."""
     try:
-        system = url_to_fs(url)[0]  # fsspec keeps one for each process and protocol
+        system = url_to_fs(url, **client_options(url))[0]  # fsspec keeps one for each process and protocol
     except ImportError as error:
         raise DataError(f"{url}: {error}; {install_hint('remote')}") from None
     except ValueError as error:
         raise DataError(f"{url}: {error}") from None
     reason = ""
-    with replacing(path) as partial:
+    with replacing(path, alone=True) as partial:  # the caller has its lock
         for attempt in range(TRIES):
             if attempt:
                 log.warning("%s: %s; trying again", url, reason)
@@ -146,5 +151,5 @@ def _fetch(url: str, path: Path, size: int, digest: str | None = None) -> None:
             except DataError:
                 raise
             except Exception as error:  # every protocol has its own, and networks fail in many ways
-                reason = f"{type(error).__name__}: {error}"
+                reason = why(error)
         raise DataError(f"{url}: {reason}; given up after {TRIES} tries")

@@ -1,6 +1,5 @@
 """A set of shards: what is in it, which tracklets a split holds, and any member's bytes."""
 
-import json
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -14,10 +13,9 @@ import numpy as np
 from keyreid.config import DataConfig
 from keyreid.errors import DataError
 from keyreid.files import sha256
-from keyreid.pose.parts import part_names
 from keyreid.shards import members
 from keyreid.shards.card import read_card
-from keyreid.shards.index_file import ShardIndex, read_index
+from keyreid.shards.index_file import ShardIndex, read_index, stranger
 from keyreid.shards.storage import LocalShardFiles, ShardFiles
 
 Selection = Literal["train", "query", "gallery", "junk", "all", "holdout_query", "holdout_gallery"]
@@ -123,8 +121,11 @@ class ShardSet:
 
     @cached_property
     def position(self) -> dict[str, int]:
-        """Position of each key."""
-        return {key: number for number, key in enumerate(self.index.key.tolist())}
+        """Position of each key; DataError where two tracklets have the same."""
+        positions = {key: number for number, key in enumerate(self.index.key.tolist())}
+        if len(positions) < len(self):
+            raise DataError(f"{self.location}: two shards have a tracklet of the same key; pack the dataset again")
+        return positions
 
     @cached_property
     def label_of(self) -> dict[int, int]:
@@ -200,7 +201,7 @@ class ShardSet:
 
     def metadata(self, position: int) -> dict[str, Any]:
         """A tracklet's JSON."""
-        return self._decoded(position, members.JSON, json.loads)
+        return self._decoded(position, members.JSON, members.decode_tracklet)
 
     def keypoints(self, position: int) -> np.ndarray:
         """A tracklet's keypoints, float32 [T, 17, 3], in pixels of its frames."""
@@ -254,13 +255,9 @@ def _read_indices(folder: Path, card: dict[str, Any]) -> list[ShardIndex]:
     indices = []
     for shard in card["shards"]:
         path = folder / shard["index"]
-        header = (index := read_index(path)).header
-        if sha256(path) != shard["index_sha256"]:
-            raise DataError(f"{path}: not the index that the card names; pack the dataset again")
-        if (header["shard"], header["bytes"], header["sha256"]) != (shard["file"], shard["bytes"], shard["sha256"]):
-            raise DataError(f"{path}: the index of another shard; pack the dataset again")
-        indices.append(index)
+        indices.append(index := read_index(path))
+        if what := stranger(index, sha256(path), shard):
+            raise DataError(f"{path}: {what}; pack the dataset again")
     if len({index.header["parts"] for index in indices}) > 1:
         raise DataError(f"{folder}: shards with different numbers of parts; pack the dataset again")
-    part_names(indices[0].header["parts"])  # refuses a number that is not defined
     return indices

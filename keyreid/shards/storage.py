@@ -1,5 +1,6 @@
 """Where the bytes of shards come from: files of a folder, from any thread, or one stream after the other."""
 
+import importlib.util
 import os
 import resource
 import threading
@@ -9,9 +10,30 @@ from typing import Any, BinaryIO, Protocol
 from keyreid.errors import DataError
 
 AGAIN = "pack the dataset again, whole shards are kept"
+IDLE_SECONDS = 60.0  # without a byte, after which a transfer has failed; as a whole it may take as long as it likes
 _SPARE_FILES = 256  # for everything else a training process opens
 _STREAM_BYTES = 1 << 20  # read at once
 _STREAM_KEPT = 64 << 20  # behind the place of reading, for a tracklet whose frames repeat
+
+
+def client_options(url: str) -> dict[str, Any]:
+    """What fsspec's client for this URL is told: by default one ends every transfer after 300 s, another never.
+
+    Those of other protocols than these have limits of their own (S3: 60 s without a byte).
+    """
+    protocol = url.partition("://")[0]
+    if protocol not in ("http", "https", "gs", "gcs") or importlib.util.find_spec("aiohttp") is None:
+        return {}
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=IDLE_SECONDS, sock_read=IDLE_SECONDS)
+    return {"client_kwargs": {"timeout": timeout}} if protocol.startswith("http") else {"requests_timeout": timeout}
+
+
+def why(error: Exception) -> str:
+    """Why a transfer failed; what ends a stalled one has no words of its own."""
+    silent = isinstance(error, TimeoutError)
+    return f"no byte came for {IDLE_SECONDS:g} s" if silent else f"{type(error).__name__}: {error}"
 
 
 class ShardFiles(Protocol):
@@ -80,7 +102,7 @@ class StreamedShardFiles:
                 self.close()
                 import fsspec  # a stream alone needs it
 
-                self._stream, self._number = fsspec.open(location, "rb").open(), number
+                self._stream, self._number = fsspec.open(location, "rb", **client_options(location)).open(), number
             while self._start + len(self._kept) < offset + size:
                 more = self._stream.read(_STREAM_BYTES)
                 if not more:
@@ -91,7 +113,7 @@ class StreamedShardFiles:
                     del self._kept[:surplus]
                     self._start += surplus
         except Exception as error:  # every protocol has its own
-            raise DataError(f"{location}: {type(error).__name__}: {error}") from None
+            raise DataError(f"{location}: {why(error)}") from None
         return bytes(self._kept[offset - self._start :][:size])
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ each other without a gap, each behind a plain header that names exactly that mem
 sizes that lie and members that hide are all refused, and whatever is damaged is named.
 """
 
-import json
+import stat
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -20,13 +20,15 @@ from keyreid.datasets.frames import read_frame
 from keyreid.datasets.tracklet import Dataset, Tracklet
 from keyreid.errors import DataError
 from keyreid.files import sha256
+from keyreid.ownership import OWNER
 from keyreid.shards import members
 from keyreid.shards.card import CARD_NAME, encode_card, read_card
-from keyreid.shards.index_file import TAR_BLOCK, ShardIndex, read_index
+from keyreid.shards.index_file import TAR_BLOCK, ShardIndex, read_index, stranger
 from keyreid.shards.members import PICTURES, SPLITS, UNKNOWN_IDENTITY
 from keyreid.shards.shard_set import ShardSet
 from keyreid.shards.writer import PackSettings, index_facts, load_keypoints
 
+_LONGEST_END = 2 * TAR_BLOCK + 10_240  # a tar ends with two empty blocks, and with more up to a multiple of 10,240
 _COMPARED = ("identity", "camera", "split", "number of frames")
 
 
@@ -53,14 +55,12 @@ def verify(folder: Path, threads: int = 1) -> Iterator[tuple[str, list[Problem]]
     """
     card = read_card(folder)
     with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(lambda shard: list(_verify_shard(folder, shard)), card["shards"])
-        yield from zip((shard["file"] for shard in card["shards"]), found, strict=True)
-    known = {name for shard in card["shards"] for name in (shard["file"], shard["index"])} | {CARD_NAME}
-    strays = sorted(path.name for path in folder.iterdir() if path.name not in known and path.suffix != ".lock")
-    problems = [Problem(name, "", "is no part of the dataset; an older packing left it: delete it") for name in strays]
-    if "card_sha256" not in card or (folder / CARD_NAME).read_bytes() != encode_card(card):
-        problems.append(Problem(CARD_NAME, "", "its bytes are not those that packing writes"))
-    yield "", problems
+        whole = True
+        found = pool.map(lambda shard: _all_of(shard["file"], _verify_shard(folder, shard)), card["shards"])
+        for shard, problems in zip(card["shards"], found, strict=True):
+            whole &= not problems
+            yield shard["file"], problems
+    yield "", _all_of(CARD_NAME, _verify_folder(folder, card, whole))
 
 
 def compare(shards: ShardSet, dataset: Dataset, settings: PackSettings) -> Iterator[tuple[str, list[Problem]]]:
@@ -85,17 +85,46 @@ def compare(shards: ShardSet, dataset: Dataset, settings: PackSettings) -> Itera
             yield tracklet.key, list(_compare_tracklet(shards, tracklet, settings))
 
 
+def _all_of(file: str, problems: Iterator[Problem]) -> list[Problem]:
+    """All that is found; what ends the search for more is a problem too: nothing in one file hides another's."""
+    found = []
+    try:
+        for problem in problems:
+            found.append(problem)
+    except Exception as error:  # no list of errors would hold all that forged bytes and bad disks cause
+        found.append(Problem(file, "", f"cannot be checked to its end ({type(error).__name__}: {error})"))
+    return found
+
+
+def _verify_folder(folder: Path, card: dict[str, Any], whole: bool) -> Iterator[Problem]:
+    """What is wrong beside the shards; `whole`: nothing was found in them."""
+    known = {name for shard in card["shards"] for name in (shard["file"], shard["index"])} | {CARD_NAME, OWNER}
+    for name in sorted(path.name for path in folder.iterdir() if path.name not in known and path.suffix != ".lock"):
+        yield Problem(name, "", "is no part of the dataset; an older packing left it: delete it")
+    if "card_sha256" not in card or (folder / CARD_NAME).read_bytes() != encode_card(card):
+        yield Problem(CARD_NAME, "", "its bytes are not those that packing writes")
+    if whole:
+        try:
+            _ = ShardSet.open(folder).position  # do the shards fit each other and the card?
+        except DataError as error:
+            yield Problem(CARD_NAME, "", str(error))
+
+
 def _verify_shard(folder: Path, shard: dict[str, Any]) -> Iterator[Problem]:
     tar, name = folder / shard["file"], shard["file"]
     try:
         index = read_index(folder / shard["index"])
-        if sha256(folder / shard["index"]) != shard["index_sha256"]:
-            yield Problem(shard["index"], "", "its SHA-256 is not that of the card")
-    except DataError as error:
+        if what := stranger(index, sha256(folder / shard["index"]), shard):
+            yield Problem(shard["index"], "", what)
+    except (DataError, OSError) as error:
         yield Problem(shard["index"], "", str(error))
         index = None
     try:
-        size = tar.stat().st_size
+        about = tar.stat()
+        size = about.st_size
+        if not stat.S_ISREG(about.st_mode):
+            yield Problem(name, "", "is no plain file")
+            return
         if size != shard["bytes"]:
             yield Problem(name, "", f"has {size} bytes, {shard['bytes']} were packed")
         whole = sha256(tar) == shard["sha256"]
@@ -117,17 +146,11 @@ def _walk(file: BinaryIO, size: int, name: str, index: ShardIndex) -> Iterator[P
     """Each member of a shard, in the order of its index."""
     end = row = 0
     for at, (key, frames) in enumerate(zip(index.key.tolist(), index.frames.tolist(), strict=True)):
-        try:
-            members.check_key(key)
-        except DataError as error:
-            yield Problem(name, "", str(error))
-            return
         for number in range(members.members_of(frames)):
             full = f"{key}.{index.member_name(at, number)}"
             offset, length = int(index.offset[row]), int(index.size[row])
-            if offset != end + TAR_BLOCK or offset + length > size:
-                cut = f"the shard ends at byte {size}" if offset + length > size else "there is a gap before it"
-                yield Problem(name, full, f"bytes {offset} to {offset + length} by the index, but {cut}")
+            if offset + length > size:
+                yield Problem(name, full, f"ends at byte {offset + length} by the index, the shard at byte {size}")
                 return
             file.seek(end)
             yield from (Problem(name, full, what) for what in _header_faults(file.read(TAR_BLOCK), full, length))
@@ -144,15 +167,15 @@ def _walk(file: BinaryIO, size: int, name: str, index: ShardIndex) -> Iterator[P
                 yield Problem(name, full, "the padding behind it is not empty")
             row += 1
     file.seek(end)
-    rest = file.read()
-    if len(rest) < 2 * TAR_BLOCK or rest.strip(b"\0"):
+    rest = file.read(_LONGEST_END + 1)
+    if not 2 * TAR_BLOCK <= len(rest) <= _LONGEST_END or rest.strip(b"\0"):
         yield Problem(name, "", "does not end as a tar does: members that the index does not know, or it is cut off")
 
 
 def _header_faults(block: bytes, name: str, length: int) -> Iterator[str]:
     try:
-        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError as error:
+        header = members.refusing(tarfile.TarInfo.frombuf)(block, "utf-8", "surrogateescape")
+    except ValueError as error:
         yield f"its tar header is damaged ({error})"
         return
     if header.name != name:
@@ -163,18 +186,15 @@ def _header_faults(block: bytes, name: str, length: int) -> Iterator[str]:
         yield f"its tar header says {header.size} bytes, the index {length}"
 
 
+@members.refusing
 def _check_content(index: ShardIndex, at: int, number: int, content: bytes) -> None:
     """Refuse (ValueError) the n-th member of tracklet `at`, whose bytes are those packed, where they make no sense."""
     frame = index.first_frame[at] + members.frame_of(number)
     if number == members.JSON:
         facts = index.key[at], index.identity[at], index.camera[at], SPLITS[index.split[at]], index.frames[at]
-        try:
-            said = json.loads(content)
-            identity = UNKNOWN_IDENTITY if said["identity"] is None else said["identity"]
-            agrees = (said["key"], identity, said["camera"], said["split"], said["frames"]) == facts
-        except (ValueError, KeyError, TypeError):
-            agrees = False
-        if not agrees:
+        said = members.decode_tracklet(content)
+        identity = UNKNOWN_IDENTITY if said["identity"] is None else said["identity"]
+        if (said["key"], identity, said["camera"], said["split"], said["frames"]) != facts:
             raise ValueError("contradicts the index")
     elif number == members.KEYPOINTS:
         members.decode_keypoints(content, int(index.frames[at]))

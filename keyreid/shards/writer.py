@@ -72,14 +72,14 @@ def kept(tar: Path, settings_hash: str, every_byte: bool = False) -> bool:
     """Whether the finished shard `tar` is of the same tracklets and settings; `every_byte`: and has its SHA-256."""
     try:
         index = read_index(index_path(tar))
-    except DataError:
+        header = index.header
+        if encode_index(index) != index_path(tar).read_bytes():  # damaged where no reader looks
+            return False
+        if header["settings"] != settings_hash or not tar.is_file() or tar.stat().st_size != header["bytes"]:
+            return False
+        return not every_byte or sha256(tar) == header["sha256"]
+    except (DataError, OSError):
         return False
-    if encode_index(index) != index_path(tar).read_bytes():  # damaged where no reader looks
-        return False
-    header = index.header
-    if header["settings"] != settings_hash or not tar.is_file() or tar.stat().st_size != header["bytes"]:
-        return False
-    return not every_byte or sha256(tar) == header["sha256"]
 
 
 def write_shard(tar: Path, tracklets: list[Tracklet], settings: PackSettings, settings_hash: str) -> Iterator[int]:
