@@ -28,7 +28,7 @@ from keyreid.tracking import Tracker
 from keyreid.training import OnEvaluation, snapshot, stochastic_depth
 from keyreid.training.engine import Engine, WeightAverage, count_parameters
 from keyreid.training.engine_config import check_precision
-from keyreid.training.recipe import allowing, changes, check_names, recipe
+from keyreid.training.recipe import changes, recipe
 from keyreid.training.reports import Meter, line, mfu_factor, profiled
 from keyreid.training.schedule import build_optimizer, build_schedule
 from keyreid.training.step import Stepper, StepResult, TrainedModule
@@ -86,7 +86,6 @@ class Trainer:
             model=config.model, clip=config.clip, identities=identities, cameras=cameras, about=about
         )
         self.recipe = recipe(config, self.shards, self.steps_per_epoch)
-        check_names(allowed, self.recipe)
         self.resumed: Path | None = self._find_checkpoint() if resume else None
         self.changes: dict[str, tuple[object, object]] = {}
         self._build(self._read(self.resumed) if self.resumed else None)
@@ -104,20 +103,10 @@ class Trainer:
     def _read(self, folder: Path) -> Snapshot:
         """A checkpoint, once it is known to be of this recipe or one that may become it."""
         restored = snapshot.read(folder, self.config, self.header, self.allowed)
-        before = restored.state.recipe
-        if not before:  # of keyreid 0.1: as much as can be told without
-            log.warning(
-                "%s does not record what made its run: only the network and these are compared: "
-                "optimizer.name, schedule.steps_per_epoch",
-                folder,
-            )
-            names = [name for name in ("sgd", "adamw") if snapshot.is_of(name, restored.training)]
-            before = {"optimizer.name": names[0]}
-            before |= {"schedule.steps_per_epoch": restored.state.steps_per_epoch or self.steps_per_epoch}
-        self.changes = changes(folder, before, self.recipe, self.allowed)
+        self.changes = changes(folder, restored.state.recipe, self.recipe, self.allowed)
         log.info("resuming from %s", folder)
         for key, (old, new) in self.changes.items():
-            log.warning("%s: %r from here on, before %r (%s)", key, new, old, allowing([key]))
+            log.warning("%s: %r from here on, before %r (--change)", key, new, old)
         return replace(restored, state=replace(restored.state, recipe=self.recipe))
 
     def _build(self, restored: Snapshot | None) -> None:
@@ -138,13 +127,13 @@ class Trainer:
         module = TrainedModule(network, criterion).to(ranks.device)
         optimizer = build_optimizer(module.named_parameters(), config.optimizer)
         self.state = restored.state if restored else TrainingState(recipe=self.recipe)
-        taken_over = self.state.step if "optimizer.name" not in self.changes else 0
-        self.engine = Engine(module, optimizer, config, ranks.device, taken_over)
+        same_optimizer = "optimizer.name" not in self.changes
+        self.engine = Engine(module, optimizer, config, ranks.device, self.state.step if same_optimizer else 0)
         self.network: KeyReID = module.network
         self.schedule = build_schedule(optimizer, config.schedule, config.optimizer.lr, self.steps_per_epoch)
         self.average = WeightAverage(self.network, config.training.ema_decay) if config.training.ema_decay else None
         if restored:
-            snapshot.restore_after(restored, self.engine, self.average, config.optimizer.name)
+            snapshot.restore_after(restored, self.engine, self.average, same_optimizer)
 
         self.stepper = Stepper(self.engine, config, ranks, paths)
         self.writer = BackgroundWriter(self.root, config.training.keep_checkpoints)
@@ -164,11 +153,9 @@ class Trainer:
             if self.resumed and self.ranks.first:  # the start before may have been killed in the midst of it
                 checkpoints.settle(self.root, self.state, self.config.training.keep_checkpoints)
             self._introduce()
-            result = None
-            if self._evaluation_is_due():  # the run was stopped before it
-                result = self._evaluate()
-                if self.ranks.first:
-                    self.writer.write(self.state)
+            result = self._evaluate() if self._evaluation_is_due() else None  # the run was stopped before it
+            if result and self.ranks.first:
+                self.writer.write(self.state)
             result = self._steps() or result
             self.writer.wait()
             return result or self._evaluate()

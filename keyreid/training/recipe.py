@@ -10,7 +10,7 @@ from keyreid.errors import CheckpointError, ConfigError
 from keyreid.shards.shard_set import ShardSet
 
 DATA = "data.fingerprint"
-# Settings and sections that a resumed run may have otherwise, and why. Every other one makes the run.
+# The only settings and sections that do not make the run, and why.
 FREE = {
     **dict.fromkeys(("name", "output"), "where the run is kept"),
     **dict.fromkeys(("data.shards", "data.cache_dir", "data.cache_gigabytes"), f"where the data is; {DATA} says what"),
@@ -50,27 +50,17 @@ def changes(
 
     Raises:
         CheckpointError: another one does; names keys and values.
+        ConfigError: `allowed` names what makes no run.
     """
+    if wrong := [name for name in allowed if not any(below(key, (name,)) for key in now)]:
+        why = "may change anyway" if below(wrong[0], FREE) else "is no setting, nor a section of settings"
+        raise ConfigError(f"--change {wrong[0]}: {wrong[0]} {why}")
     different = {key: (before[key], value) for key, value in now.items() if key in before and before[key] != value}
     if refused := {key: values for key, values in different.items() if not below(key, allowed)}:
         what = "; ".join(f"{key} was {old!r} and is now {new!r}" for key, (old, new) in refused.items())
-        raise CheckpointError(
-            f"{source} is of another run: {what}. Put that back, allow it ({allowing(refused)}), or give the run "
-            "another name"
-        )
+        allow = " ".join(f"--change {key}" for key in refused)
+        raise CheckpointError(f"{source} is of another run: {what}. Give this one another name, or allow it: {allow}")
     return different
-
-
-def check_names(allowed: Sequence[str], now: Mapping[str, Any]) -> None:
-    """Raise ConfigError for the name of nothing that makes a run."""
-    if wrong := [name for name in allowed if not any(below(key, (name,)) for key in now)]:
-        free = [f"{name} may change anyway" for name in wrong if below(name, FREE)]
-        raise ConfigError(f"--change {wrong[0]}: " + (free[0] if free else "no setting, nor a section of settings"))
-
-
-def allowing(keys: Sequence[str] | Mapping[str, Any]) -> str:
-    """The options that allow changes."""
-    return " ".join(f"--change {key}" for key in keys)
 
 
 def below(key: str, sections: Sequence[str] | Mapping[str, Any]) -> bool:

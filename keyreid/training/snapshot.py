@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,9 +51,15 @@ def read(folder: Path, config: Config, header: WeightsHeader, allowed: Sequence[
     check_same_network(folder, found, header, allowed)
     ema = checkpoints.read_tensors(folder, checkpoints.EMA)
     if config.training.ema_decay is not None and not ema and not below("training.ema_decay", allowed):
-        raise CheckpointError(f"{folder} has no averaged weights: set training.ema_decay=null, or start a new run")
+        raise CheckpointError(f"{folder} has no averaged weights: --change training.ema_decay begins an average")
     weights, training = (checkpoints.read_tensors(folder, f) for f in (checkpoints.WEIGHTS, checkpoints.TRAINING))
-    return Snapshot(checkpoints.read_state(folder), found, weights, ema, training)
+    state = checkpoints.read_state(folder)
+    if not state.recipe:
+        log.warning("%s is of keyreid 0.1: only its network, optimizer and steps an epoch can be compared", folder)
+        name = "adamw" if any(name.endswith("/exp_avg") for name in training) else "sgd"
+        steps = {"schedule.steps_per_epoch": state.steps_per_epoch} if state.steps_per_epoch else {}
+        state = replace(state, recipe={"optimizer.name": name, **steps})
+    return Snapshot(state, found, weights, ema, training)
 
 
 def check_same_network(path: Path, found: WeightsHeader, wanted: WeightsHeader, allowed: Sequence[str] = ()) -> None:
@@ -70,7 +77,7 @@ def check_same_network(path: Path, found: WeightsHeader, wanted: WeightsHeader, 
     if different:
         raise CheckpointError(
             f"{path} is of another architecture or dataset: {'; '.join(different)}. "
-            "Give the run another name, or remove its folder to start anew"
+            "Give the run another name, or, where the weights fit all the same, allow it: --change model.KEY"
         )
 
 
@@ -88,17 +95,9 @@ def restore_before(restored: Snapshot, network: KeyReID, criterion: Criterion) -
     criterion.load_state_dict(tables)
 
 
-def is_of(optimizer: str, training: dict[str, torch.Tensor]) -> bool:
-    """Whether saved optimizer states are those of `optimizer.name`."""
-    return any(name.endswith("/exp_avg") for name in training) == (optimizer == "adamw")
-
-
-def restore_after(restored: Snapshot, engine: Engine, average: WeightAverage | None, optimizer: str) -> None:
-    """Optimizer states, float32 copies of lower-precision weights, the average, and the fp16 loss scale.
-
-    What another configuration left there none of starts anew: states of another optimizer, an average, a loss scale.
-    """
-    if is_of(optimizer, restored.training):
+def restore_after(restored: Snapshot, engine: Engine, average: WeightAverage | None, same_optimizer: bool) -> None:
+    """Optimizer states, float32 copies of lower-precision weights, the average, and the fp16 loss scale."""
+    if same_optimizer:
         engine.restore_optimizer_states(restored.training)
     else:
         log.warning("optimizer.name changed: the optimizer's state starts anew")
