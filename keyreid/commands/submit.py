@@ -69,9 +69,7 @@ def submit(
     if follow and (array or verb == "pipeline"):
         raise KeyreidError("--follow shows one job, this is several: tail -F the log that you want to see")
     config = _check(verb, arguments, nodes, ranks, array, waits=dependency is not None)
-    if change and verb != "train":
-        raise ConfigError("--change is for a training that resumes: keyreid submit train")
-    arguments = [*arguments, *(f"--change={name}" for name in change or ())]
+    arguments = [*arguments, *_of_training(verb, change or [])]
     if verb == "pipeline":
         if dataset is None or root is None or array:
             raise KeyreidError("a pipeline needs --dataset NAME and --root FOLDER, and --shares in place of --array")
@@ -86,6 +84,12 @@ def submit(
     last = _hand_over(jobs, place, shlex.split(extra), container, dry_run, test_only)
     if follow and last:
         _follow(jobs[-1], last)
+
+
+def _of_training(verb: Verb, change: list[str]) -> list[str]:
+    if change and verb != "train":
+        raise ConfigError("--change is for a training that resumes: keyreid submit train")
+    return [f"--change={name}" for name in change]
 
 
 def _check(verb: Verb, arguments: list[str], nodes: str | None, ranks: int | None, array: str | None, waits: bool):

@@ -181,6 +181,7 @@ class Trainer:
         counts = {"ranks": ranks.world_size, "parameters": parameters, "num_identities": self.plan.num_identities}
         self.tracker.params(counts)
         for key, values in self.changes.items():
+            self.tracker.again_from(self.state.step)
             self.tracker.tag(f"keyreid.changed.{key}", "{!r} -> {!r} at step {}".format(*values, self.state.step))
 
     def _steps(self) -> dict | None:

@@ -32,11 +32,14 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 def recipe(config: Config, shards: ShardSet, steps_per_epoch: int) -> dict[str, Any]:
-    """What a checkpoint records: `settings`, and DATA, a SHA-256 of the shards' own and of the splits."""
-    card = shards.card
-    content = json.dumps([card["cameras"], card["splits"], card.get("query_camera"), card["shards"]], sort_keys=True)
-    digest = hashlib.sha256(content.encode()).hexdigest()
-    return settings(config) | {"schedule.steps_per_epoch": steps_per_epoch, DATA: digest}
+    """What a checkpoint records."""
+    return settings(config) | {"schedule.steps_per_epoch": steps_per_epoch, DATA: fingerprint(shards)}
+
+
+def fingerprint(shards: ShardSet) -> str:
+    """A SHA-256 of the shards' own, and of how cameras and splits are chosen."""
+    known = [shards.card.get(name) for name in ("cameras", "splits", "query_camera", "shards")]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def changes(

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from keyreid.checkpoints.folder import checkpoints
+from keyreid.checkpoints.folder import checkpoints, named, read_state
 from keyreid.config import Config, load_config, save_config
 from keyreid.distributed.preemption import StopRequest
 from keyreid.distributed.ranks import Ranks, join, leave
-from keyreid.errors import ConfigError, KeyreidError
+from keyreid.errors import ConfigError, DataError, KeyreidError
 from keyreid.files import replace_text
 from keyreid.ownership import owned
 from keyreid.shards.plan import TrainingPlan
 from keyreid.shards.shard_set import ShardSet
 from keyreid.tracking import TRACKING, Tracker
 from keyreid.training import OnEvaluation
-from keyreid.training.recipe import flatten, settings
+from keyreid.training.recipe import DATA, fingerprint, flatten, settings
 from keyreid.version import commit, version
 
 if TYPE_CHECKING:
@@ -73,24 +73,23 @@ def train(
     """
     from keyreid.training.loop import Trainer
 
-    ranks, output = join(), Path(config.output)
-    about = config.tracking, output, config.run_dir, config.name, tags
+    ranks = join()
+    about = config.tracking, Path(config.output), config.run_dir, config.name, tags
     try:
         with _one_training(config.run_dir, ranks), contextlib.nullcontext(stop) if stop else StopRequest() as stop:
             _start_logging(config.run_dir, ranks)
-            try:
-                trainer = Trainer(config, ranks, Tracker(*about, enabled=False), stop, resume, on_evaluation, change)
-                ranks.agree(True)  # all have come so far: nothing is written before
-                if ranks.first:
-                    _begin(config, resume, trainer.resumed)
-                trainer.tracker = Tracker(*about, ranks.first)
-                if ranks.first:
-                    start = _record_start(config.run_dir, command or sys.argv, ranks.world_size, trainer.changes)
-                    trainer.tracker.provenance(start)
-            except Exception:
-                log.debug("the start failed", exc_info=True)
-                raise
+            trainer = Trainer(config, ranks, Tracker(*about, enabled=False), stop, resume, on_evaluation, change)
+            ranks.agree(True)  # all have come so far: nothing is written before
+            if ranks.first:
+                _begin(config, resume, trainer.resumed)
+            trainer.tracker = Tracker(*about, ranks.first)
+            if ranks.first:
+                start = _record_start(config.run_dir, command or sys.argv, ranks.world_size, trainer.changes)
+                trainer.tracker.provenance(start)
             return _tracked(config, ranks, trainer)
+    except Exception:
+        log.debug("training failed", exc_info=True)
+        raise
     finally:
         leave()
 
@@ -159,9 +158,6 @@ def _tracked(config: Config, ranks: Ranks, trainer: "Trainer") -> dict | None:
         if ranks.first:
             replace_text(config.run_dir / INTERRUPTED, str(interruption))
         return None
-    except Exception:
-        log.debug("training failed", exc_info=True)
-        raise
     finally:
         tracker.close(status)
     if ranks.first:
@@ -195,11 +191,15 @@ def describe_plan(config: Config) -> str:
 
 
 def completed_result(config: Config) -> dict | None:
-    """What an earlier run of this configuration ended with, or None."""
-    folder = config.run_dir
-    done = (folder / COMPLETED).is_file() and (folder / RESULT).is_file()
-    with contextlib.suppress(ConfigError, ValueError):  # of another version, or cut off: training looks again
-        return json.loads((folder / RESULT).read_text()) if done and load_config(folder / RESOLVED) == config else None
+    """What an earlier run of this configuration, on these shards if they are there, ended with, or None."""
+    folder, data = config.run_dir, None
+    with contextlib.suppress(DataError):
+        data = fingerprint(ShardSet.from_config(config.data))
+    with contextlib.suppress(KeyreidError, OSError, ValueError):  # none, of another version, or cut off: train
+        newest = named(folder / "checkpoints", "latest")
+        same = data is None or (newest and read_state(newest).recipe.get(DATA, data) == data)
+        if (folder / COMPLETED).is_file() and load_config(folder / RESOLVED) == config and same:
+            return json.loads((folder / RESULT).read_text())
     return None
 
 
