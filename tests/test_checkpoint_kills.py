@@ -125,3 +125,32 @@ def kill_at_each(folder: Path, undisturbed: dict[str, object], torn: bool, stop_
         train(run / "checkpoints")
         assert ending(run) == undisturbed, f"killed at operation {at} of {operations}"
         shutil.rmtree(run)
+
+
+def judge_late(root: Path, at: int | None) -> int:
+    """A checkpoint that was saved before its evaluation is judged, and the one before it pruned."""
+    killer = Killer(root, at)
+    state = checkpoints.read_state(root / "step-00000002").evaluated(0.9)
+    writer = BackgroundWriter(root, 1)
+    writer.write(state)
+    writer.wait()
+    (root.parent / "count").write_text(str(killer.done))
+    return 0
+
+
+def test_at_any_moment_of_a_late_evaluation_every_checkpoint_is_whole(tmp_path: Path) -> None:
+    value = {"w": torch.zeros(2)}
+    for at in [None, *range(1, 100)]:
+        root = tmp_path / f"{at}" / "checkpoints"
+        for step in (1, 2):
+            checkpoints.save(
+                root, Snapshot(TrainingState(step=step, best_score=0.1, best_step=1), HEADER, value, {}, value)
+            )
+        status = in_child(judge_late, root, at)
+        assert all(checkpoints.verify(folder) == [] for folder in checkpoints.checkpoints(root)), f"operation {at}"
+        state = checkpoints.read_state(root / "step-00000002")
+        assert (state.best_score, state.best_step) in ((0.1, 1), (0.9, 2))
+        if at and status == 0:
+            break
+    assert at > 20
+    assert checkpoints.named(root, "best") == root / "step-00000002"

@@ -13,7 +13,7 @@ from keyreid.checkpoints import folder as checkpoints
 from keyreid.config import Config
 
 pytestmark = pytest.mark.slow
-KILLS = 12
+KILLS = 6
 SETTINGS = {
     "schedule": {"epochs": 3, "warmup_epochs": 0, "steps_per_epoch": 1},
     "evaluation": {"every_epochs": 1, "pictures": 0},
