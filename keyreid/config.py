@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 
 from keyreid import plain_yaml
 from keyreid.errors import ConfigError
+from keyreid.files import replace_text
 from keyreid.guidance import named
 from keyreid.resources import own_or_shipped
 
@@ -291,7 +292,7 @@ def check_config(values: Any, source: str, section: type[SectionType] = Config) 
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration; `load_config` reads it back as it was."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    replace_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def _read_with_parents(name: str | Path, folder: Path = Path(), children: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def snapshot(step, **state):
 def save_all(root, *snapshots, keep=2):
     writer = BackgroundWriter(root, keep)
     for taken in snapshots:
-        writer.write(taken, best=taken.state.best_step == taken.state.step)
+        writer.write(taken)
     writer.wait()
 
 
@@ -122,7 +122,7 @@ def test_a_write_that_fails_leaves_the_one_before(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))  # as a full disk: no file grows beyond this
     try:
         writer = BackgroundWriter(tmp_path, keep=1)
-        writer.write(big, best=False)
+        writer.write(big)
         with pytest.raises(CheckpointError, match=r"step-00000002: cannot be saved: .*File too large"):
             writer.wait()
     finally:

@@ -57,7 +57,7 @@ def toy_config(shards: Path, output: Path, **sections) -> Config:
         "tracking": {"system_metrics": False},
     }
     for section, changes in sections.items():
-        values[section] = {**values[section], **changes} if isinstance(changes, dict) else changes
+        values[section] = {**values.get(section, {}), **changes} if isinstance(changes, dict) else changes
     return check_config(values, "toy")
 
 

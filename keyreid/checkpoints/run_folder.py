@@ -4,6 +4,7 @@ RUN/config.yaml                   the resolved configuration
 RUN/checkpoints/                  step-NNNNNNNN/, latest, best (see folder.py)
 RUN/evaluation/step-NNNNNNNN/     of that checkpoint while training: scores.json, pictures
 RUN/evaluation/DATASET-NAME/      of `keyreid evaluate`
+RUN/earlier-N/                    what `--resume never` found there
 RUN/tracking/, RUN/logs/          the event log and MLflow's run id; what each rank said
 """
 

@@ -20,12 +20,13 @@ def checkpoints(
     from keyreid.checkpoints import folder as store
     from keyreid.checkpoints.run_folder import checkpoints_of
     from keyreid.errors import CheckpointError
+    from keyreid.ownership import owned
     from keyreid.plain_text import cell
 
     root = checkpoints_of(run)
-    if prune is not None:
-        for folder in store.prune(root, prune):
-            print(f"removed {folder}")
+    if prune is not None:  # not while the run trains
+        with owned(root.parent if root.name == "checkpoints" else root, "keyreid checkpoints --prune"):
+            print("".join(f"removed {folder}\n" for folder in store.prune(root, prune)), end="")
     folders = store.checkpoints(root)
     if not folders:
         raise CheckpointError(f"{root}: no checkpoints here")

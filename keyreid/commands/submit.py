@@ -47,6 +47,7 @@ def submit(
     job_name: Annotated[str | None, typer.Option(help="Name in the queue. Default: keyreid-VERB.")] = None,
     container: Annotated[str | None, typer.Option(help="Image to run in; see slurm/site.env.example.")] = None,
     extra: Annotated[str, typer.Option(help="More options of sbatch: '--reservation=r --nice=10'.")] = "",
+    change: Annotated[list[str] | None, typer.Option(help="As for `keyreid train`; repeat it for several.")] = None,
     dataset: Annotated[str | None, OfPipeline(help="Dataset, as for `keyreid shard`.")] = None,
     root: Annotated[Path | None, OfPipeline(help="The dataset's folder.")] = None,
     keypoints: Annotated[Path | None, OfPipeline(help="Folder for pose to fill. Without it, no pose job.")] = None,
@@ -72,6 +73,7 @@ def submit(
     if follow and (array or verb == "pipeline"):
         raise KeyreidError("--follow shows one job, this is several: tail -F the log that you want to see")
     config = _check(verb, arguments, nodes, ranks, array, waits=dependency is not None)
+    arguments = [*arguments, *_of_training(verb, change or [])]
     if verb == "pipeline":
         if dataset is None or root is None or array:
             raise KeyreidError("a pipeline needs --dataset NAME and --root FOLDER, and --shares in place of --array")
@@ -84,6 +86,12 @@ def submit(
     last = _hand_over(jobs, place, slurm.words(extra), container, dry_run, test_only)
     if follow and last:
         _follow(jobs[-1], last)
+
+
+def _of_training(verb: Verb, change: list[str]) -> list[str]:
+    if change and verb != "train":
+        raise ConfigError("--change is for a training that resumes: keyreid submit train")
+    return [f"--change={name}" for name in change]
 
 
 def _check(verb: Verb, arguments: list[str], nodes: str | None, ranks: int | None, array: str | None, waits: bool):
@@ -162,7 +170,8 @@ def _logs(job: Job, job_id: str) -> list[Path]:
     array = job.options.get("array")
     logs = [LOGS / f"{job.verb}-{job_id}{'_TASK' if array else ''}.log"]
     if job.verb == "train" and not array:
-        logs.append(load_config(job.arguments[0], job.arguments[1:]).run_dir / "slurm" / f"{job_id}-0.log")
+        words = [word for word in job.arguments if not word.startswith("--change=")]
+        logs.append(load_config(words[0], words[1:]).run_dir / "slurm" / f"{job_id}-0.log")
     return logs
 
 

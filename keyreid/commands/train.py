@@ -1,6 +1,7 @@
 """`keyreid train`: train a model on shards."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +27,10 @@ def train(
     resume: Annotated[
         Literal["auto", "never"], typer.Option(help="auto: from the newest complete checkpoint. never: start over.")
     ] = "auto",
+    change: Annotated[
+        list[str] | None,
+        typer.Option(help="Allow a resumed run another value of: optimizer.lr, or all of optimizer."),
+    ] = None,
     dataset_name: Annotated[
         str | None, typer.Option(help="MARS, iLIDS-VID or PRID2011: use its configuration from configs/.")
     ] = None,
@@ -57,9 +62,9 @@ def train(
             sys.exit(run_ranks(ranks, settings.run_dir / "logs"))
     result = run.completed_result(settings) if resume == "auto" else None
     if result is None and ray is not None:
-        result = _train_on_ray(settings, ray, ranks, resume == "auto")
+        result = _train_on_ray(settings, ray, ranks, resume == "auto", change or ())
     elif result is None:
-        result = run.train(settings, resume == "auto")
+        result = run.train(settings, resume == "auto", change=change or ())
     if result is not None and position()[0] == 0:
         say(f"\n{result.get('summary', result)}\nrun folder: {settings.run_dir}")
 
@@ -82,7 +87,7 @@ def _named(
     return config, [*overrides, *([f"model.weights={vit_path}"] if vit_path is not None else [])]
 
 
-def _train_on_ray(settings, address: str, ranks: int | None, resume: bool) -> dict | None:
+def _train_on_ray(settings, address: str, ranks: int | None, resume: bool, change: Sequence[str]) -> dict | None:
     import importlib.util
     from functools import partial
 
@@ -94,4 +99,5 @@ def _train_on_ray(settings, address: str, ranks: int | None, resume: bool) -> di
     from keyreid.distributed.ray_launch import run_on_ray
 
     check_data(settings)
-    return run_on_ray(partial(train, settings, resume, command=sys.argv), address, ranks, settings.check_ranks)
+    work = partial(train, settings, resume, command=sys.argv, change=change)
+    return run_on_ray(work, address, ranks, settings.check_ranks)

@@ -38,10 +38,12 @@ def tune(
         holdout, epochs = base.data.holdout, base.schedule.epochs
         print(f"{epochs} epochs a trial; {holdout:.0%} of the training identities of {base.data.shards} judge")
         return
+    from keyreid.ownership import owned
     from keyreid.tuning.driver import run_search
     from keyreid.tuning.study import BEST, PAGE
 
-    folder, best, interrupted, out_of_time = run_search(wanted, base, resume, address)
+    with owned(Path(base.output).expanduser() / wanted.name, "keyreid tune"):
+        folder, best, interrupted, out_of_time = run_search(wanted, base, resume, address)
     if best:
         say(f"\nbest: {best.name}, {wanted.metric} {best.score:.4f} after epoch {best.epoch}")
         print(f"configuration: {folder / BEST} (keyreid train takes it as it is)\nreport: {folder / PAGE}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from keyreid.errors import DataError
 from keyreid.evaluation.protocols import CMC_RANKS, COUNTS, PROTOCOLS
-from keyreid.files import writing
+from keyreid.files import replace_text, writing
 from keyreid.plain_text import visible
 
 RATES = ("mAP", "mINP", *(f"rank{rank}" for rank in CMC_RANKS))
@@ -75,7 +75,7 @@ def table(result: Mapping[str, Any]) -> str:
 def write_scores(result: Mapping[str, Any], path: Path) -> None:
     """Write `combine`'s object; KeyreidError where that fails."""
     with writing(path):
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        replace_text(path, json.dumps(result, indent=1) + "\n")
 
 
 def read_scores(path: Path) -> dict[str, Any]:

@@ -75,6 +75,11 @@ class Tracker:
         new = {key: float(value) for key, value in values.items() if step > last.get(key, -1)}
         self._append({"metrics": new, "step": step, "time": int(time.time() * 1000)})
 
+    def again_from(self, step: int) -> None:
+        """Log the steps after this one anew: another recipe takes them again."""
+        if self._open:
+            self._log.last_step = {key: min(last, step) for key, last in self._log.last_step.items()}
+
     def artifact(self, path: Path, folder: str = "") -> None:
         """Log a file or a whole folder."""
         self._append({"artifact": str(Path(path).resolve()), "folder": folder})

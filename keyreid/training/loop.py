@@ -3,7 +3,9 @@
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -26,6 +28,7 @@ from keyreid.tracking import Tracker
 from keyreid.training import OnEvaluation, snapshot, stochastic_depth
 from keyreid.training.engine import Engine, WeightAverage, count_parameters
 from keyreid.training.engine_config import check_precision
+from keyreid.training.recipe import changes, recipe
 from keyreid.training.reports import Meter, line, mfu_factor, profiled
 from keyreid.training.schedule import build_optimizer, build_schedule
 from keyreid.training.step import Stepper, StepResult, TrainedModule
@@ -38,13 +41,18 @@ class Interrupted(Exception):  # noqa: N818 - an ending in order, not an error
 
 
 class Trainer:
-    """One run on this process's rank.
+    """One run on this process's rank. Making it checks everything and writes nothing; so does no start that is refused.
 
     Args:
         tracker: who is told; silent on all ranks but the first.
         stop: asked after every step.
         resume: from the newest whole checkpoint of the run's folder, if there is one.
         on_evaluation: who hears of each evaluation, once its checkpoint is on disk, and may end the run there.
+        allowed: settings and sections in which the checkpoint may be of another recipe (see recipe.py).
+
+    Attributes:
+        resumed: the checkpoint; None in a run that begins.
+        changes: {setting: (before, now)}, of those allowed.
     """
 
     def __init__(
@@ -55,9 +63,10 @@ class Trainer:
         stop: StopRequest,
         resume: bool = True,
         on_evaluation: OnEvaluation | None = None,
+        allowed: Sequence[str] = (),
     ) -> None:
         self.config, self.ranks, self.tracker = config, ranks, tracker
-        self.stop, self.on_evaluation = stop, on_evaluation
+        self.stop, self.on_evaluation, self.allowed = stop, on_evaluation, allowed
         self._numbers: dict[str, float] = {}
         self._bad_in_a_row = 0
         self.root = RunFolder(config.run_dir).checkpoints
@@ -76,19 +85,29 @@ class Trainer:
         self.header = WeightsHeader(
             model=config.model, clip=config.clip, identities=identities, cameras=cameras, about=about
         )
-        self._build(self._find_checkpoint() if resume else None)
+        self.recipe = recipe(config, self.shards, self.steps_per_epoch)
+        self.resumed: Path | None = self._find_checkpoint() if resume else None
+        self.changes: dict[str, tuple[object, object]] = {}
+        self._build(self._read(self.resumed) if self.resumed else None)
 
-    def _find_checkpoint(self) -> Snapshot | None:
-        """The newest whole checkpoint: the first rank chooses, all read it."""
+    def _find_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint; the first rank chooses."""
         try:
             found = checkpoints.newest_whole(self.root, log.warning) if self.ranks.first else None
         except CheckpointError as error:
             found = error
         if isinstance(found := self.ranks.from_first(found), CheckpointError):
             raise found
-        if found is not None:
-            log.info("resuming from %s", found)
-        return found and snapshot.read(found, self.config, self.header)
+        return found
+
+    def _read(self, folder: Path) -> Snapshot:
+        """A checkpoint, once it is known to be of this recipe or one that may become it."""
+        restored = snapshot.read(folder, self.config, self.header, self.allowed)
+        self.changes = changes(folder, restored.state.recipe, self.recipe, self.allowed)
+        log.info("resuming from %s", folder)
+        for key, (old, new) in self.changes.items():
+            log.warning("%s: %r from here on, before %r (--change)", key, new, old)
+        return replace(restored, state=replace(restored.state, recipe=self.recipe))
 
     def _build(self, restored: Snapshot | None) -> None:
         """Network, losses, engine, average and reader, as new or as restored."""
@@ -107,18 +126,14 @@ class Trainer:
 
         module = TrainedModule(network, criterion).to(ranks.device)
         optimizer = build_optimizer(module.named_parameters(), config.optimizer)
-        self.state = restored.state if restored else TrainingState()
-        self.engine = Engine(module, optimizer, config, ranks.device, self.state.step)
+        self.state = restored.state if restored else TrainingState(recipe=self.recipe)
+        same_optimizer = "optimizer.name" not in self.changes
+        self.engine = Engine(module, optimizer, config, ranks.device, self.state.step if same_optimizer else 0)
         self.network: KeyReID = module.network
         self.schedule = build_schedule(optimizer, config.schedule, config.optimizer.lr, self.steps_per_epoch)
         self.average = WeightAverage(self.network, config.training.ema_decay) if config.training.ema_decay else None
         if restored:
-            if self.state.steps_per_epoch not in (0, self.steps_per_epoch):
-                raise CheckpointError(
-                    f"{self.root}: saved with {self.state.steps_per_epoch} steps an epoch, now there are "
-                    f"{self.steps_per_epoch}: the batch shape or the shards changed. Give the run another name"
-                )
-            snapshot.restore_after(restored, self.engine, self.average)
+            snapshot.restore_after(restored, self.engine, self.average, same_optimizer)
 
         self.stepper = Stepper(self.engine, config, ranks, paths)
         self.writer = BackgroundWriter(self.root, config.training.keep_checkpoints)
@@ -135,8 +150,12 @@ class Trainer:
             KeyreidError: too many bad steps in a row, a checkpoint that cannot be written, an unreadable sample.
         """
         try:
+            if self.resumed and self.ranks.first:  # the start before may have been killed in the midst of it
+                checkpoints.settle(self.root, self.state, self.config.training.keep_checkpoints)
             self._introduce()
-            result = self._evaluate() if self._evaluation_is_due() else None
+            result = self._evaluate() if self._evaluation_is_due() else None  # the run was stopped before it
+            if result and self.ranks.first:
+                self.writer.write(self.state)
             result = self._steps() or result
             self.writer.wait()
             return result or self._evaluate()
@@ -161,6 +180,9 @@ class Trainer:
         log.info(f"network: {model.backbone}, guidance {model.guidance}, {parameters / 1e6:.1f} M parameters")
         counts = {"ranks": ranks.world_size, "parameters": parameters, "num_identities": self.plan.num_identities}
         self.tracker.params(counts)
+        for key, values in self.changes.items():
+            self.tracker.again_from(self.state.step)
+            self.tracker.tag(f"keyreid.changed.{key}", "{!r} -> {!r} at step {}".format(*values, self.state.step))
 
     def _steps(self) -> dict | None:
         """All steps that are left; gives the last evaluation among them."""
@@ -251,10 +273,7 @@ class Trainer:
         newest = folder.parent / "vectors.parquet"  # large: kept of the newest evaluation only, and not logged
         kept = {"vectors_path": newest, "weights": {"name": f"{self.config.name} step {self.state.step}"}}
         result = evaluate(self._weights_to_use(), self.shards, self.config, folder, self.ranks, part=part, **kept)
-        self.state = replace(self.state, evaluated_step=self.state.step)
-        score = result["metrics"][f"{self.config.evaluation.protocol}/mAP"]
-        if self.state.best_score is None or score > self.state.best_score:
-            self.state = replace(self.state, best_score=score, best_step=self.state.step)
+        self.state = self.state.evaluated(result["metrics"][f"{self.config.evaluation.protocol}/mAP"])
         self.tracker.params({f"{part}/dataset": result["dataset"]})
         self.tracker.metrics({f"{part}/{name}": value for name, value in result["metrics"].items()}, self.state.step)
         self.tracker.artifact(folder, f"evaluation/{folder.name}")
@@ -285,8 +304,8 @@ class Trainer:
         every = self.config.training.keep_every_epochs
         keep = bool(every and epoch and epoch % every == 0)
         current = replace(self.state, loss_scale=self.engine.loss_scale_state(), keep=keep)
-        about = {**self.header.about, "step": current.step, "best_score": current.best_score}
+        about = {**self.header.about, "step": current.step}  # no score: a stopped run knows it later
         taken = snapshot.take(self.engine, self.average, current, replace(self.header, about=about), self.ranks.first)
         if taken is not None:
-            self.writer.write(taken, best=current.best_step == current.step)
+            self.writer.write(taken)
         self.tracker.metrics({"checkpoint/stall_seconds": time.monotonic() - start}, current.step)

@@ -1,7 +1,7 @@
 """A trial's rank: a Ray actor that trains. In a module of its own, so that its process does not import Ray Tune."""
 
 import queue
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ class Rank(RayProcess):
         super().__init__(*process)
         self._reports, self._answers = queue.SimpleQueue(), queue.SimpleQueue()
 
-    def train(self, config: Config, tags: Mapping[str, str], meeting_point: tuple[str, int]) -> None:
+    def train(
+        self, config: Config, tags: Mapping[str, str], meeting_point: tuple[str, int], change: Sequence[str] = ()
+    ) -> None:
         """Run the trial's training until its end, or until an answer ends it (errors: keyreid.training.run.train)."""
         self._meet_at(meeting_point)
         from keyreid.distributed.preemption import StopRequest
@@ -33,7 +35,7 @@ class Rank(RayProcess):
 
         try:
             # Not in the main thread, where alone signals are heard; the search ends trials by its answers.
-            train(config, tags=tags, stop=StopRequest(), on_evaluation=report)
+            train(config, tags=tags, stop=StopRequest(), on_evaluation=report, change=change)
         finally:
             self._reports.put(None)
 

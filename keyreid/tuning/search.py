@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from keyreid.config import NAME, Config, Section, check_config, load_config, load_section, with_value
 from keyreid.errors import ConfigError
+from keyreid.training.recipe import below
 from keyreid.tuning import space
 from keyreid.tuning.space import Parameter, Point
 
@@ -86,7 +87,7 @@ class Search(Section):
         space.in_order(self.space)
         grids = [key for key, parameter in self.space.items() if parameter.grid]
         drawn = [key for key in self.space if key not in grids]
-        immutable = ", ".join(key for key in self.space if not _below(key, MUTABLE))
+        immutable = ", ".join(key for key in self.space if not below(key, MUTABLE))
         stays = f"which {immutable} cannot: only {', '.join(MUTABLE)} can"
         grid, pbt = self.algorithm == "grid", self.algorithm == "pbt"
         points = math.prod(len(parameter.grid or [0]) for parameter in self.space.values()) * (self.trials or 1)
@@ -104,8 +105,8 @@ class Search(Section):
             if wrong:
                 raise ValueError(f"algorithm {self.algorithm} {why}")
         for key, parameter in self.space.items():
-            below = [f"{key}.{name}" for value in parameter.values if isinstance(value, dict) for name in value]
-            if fixed := [name for name in below or [key] if _below(name, KEPT + JUDGED)]:
+            inner = [f"{key}.{name}" for value in parameter.values if isinstance(value, dict) for name in value]
+            if fixed := [name for name in inner or [key] if below(name, KEPT + JUDGED)]:
                 raise ValueError(f"{fixed[0]} cannot be searched: trials could not be compared")
         if self.metric not in RATES and not self.metric.startswith("train/"):
             rates = ", ".join(RATES)
@@ -154,7 +155,3 @@ def trial_config(base: Config, point: Point, name: str, folder: Path, tracking_u
     # The newest checkpoint, to resume from: those that the search needs are in its own store.
     own |= {"training.keep_checkpoints": 1, "training.keep_every_epochs": None}
     return with_point(base, point | own, name)
-
-
-def _below(key: str, sections: Sequence[str]) -> bool:
-    return any(key == section or key.startswith(f"{section}.") for section in sections)

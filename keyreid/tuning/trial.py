@@ -17,7 +17,7 @@ from keyreid.config import Config
 from keyreid.distributed.ray_cluster import start_processes
 from keyreid.errors import KeyreidError
 from keyreid.tuning.rank import EPOCH, Rank
-from keyreid.tuning.search import Search, trial_config
+from keyreid.tuning.search import MUTABLE, Search, trial_config
 
 SCORE = "score"
 ORIGIN = "trial.json"
@@ -117,7 +117,7 @@ class KeyreidTrial(tune.Trainable):
             held = ray.util.get_current_placement_group(), resources.cpus, shared.gpus
             process = {"threads": resources.cpus, "calls": 3, "directory": str(shared.directory)}
             self._actors, meeting_point = start_processes(Rank, resources.ranks, *held, **process)
-            self._runs = [actor.train.remote(self._config, tags, meeting_point) for actor in self._actors]
+            self._runs = [actor.train.remote(self._config, tags, meeting_point, MUTABLE) for actor in self._actors]
         if self._waiting:
             self._actors[0].answer.remote(True)
         self._waiting = False
