@@ -5,6 +5,7 @@ published with it, as docs/model.md and docs/training.md describe them. What a s
 weights, momenta and centres before and after it, and from what its losses were given and gave.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass, replace
 
@@ -14,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from packed import index_only, make_dataset, pack_dataset
 from training_runs import StopAfter, logged
+from training_runs import run as on_ranks
 
-from keyreid.config import check_config, load_config
+from keyreid.config import Config, check_config, load_config
 from keyreid.datasets.tracklet import Dataset
 from keyreid.distributed.ranks import join, leave
 from keyreid.model import build_model
 from keyreid.shards.plan import TrainingPlan
+from keyreid.shards.shard_set import ShardSet
 from keyreid.tracking import Tracker
 from keyreid.training.loop import Interrupted, Trainer
 
@@ -32,6 +35,8 @@ ALPHA, IDENTITY, TRIPLET, CENTRE, ATTENTION = 0.75, 1.0, 1.0, 5e-4, 1.0
 SMOOTHING, CENTRE_RATE = 0.1, 0.5
 SEED = 1234
 CAMERA_TABLE = "network.backbone.camera"
+MOMENTA = "/momentum_buffer"
+KEPT = (CAMERA_TABLE, "global_centres", "part_centres")
 UNSEEN = 2  # row of the camera that no training tracklet has
 
 
@@ -77,7 +82,7 @@ def small(shards, output):
     """The defaults, but for the size of network, pictures and epochs: nothing that the recipe says is said here."""
     values = {
         "output": str(output),
-        "data": {"shards": str(shards.location), "workers": 1, "reader": "plain"},
+        "data": {"shards": str(shards.location), "workers": 1},
         "clip": {"height": 64, "width": 32},
         "model": {"backbone": "vit_tiny_patch16_224", "depth": 2},
         "schedule": {"steps_per_epoch": 1},
@@ -88,91 +93,106 @@ def small(shards, output):
     return check_config(values, "small")
 
 
-def kept(trainer) -> dict[str, torch.Tensor]:
-    """The camera table, its momentum and the centre tables."""
-    momenta = {name: value for name, value in trainer.engine.optimizer_states() if name.startswith(CAMERA_TABLE)}
-    weights = {name: value for name, value in trainer.engine.weights() if name == CAMERA_TABLE}
-    tables = dict(trainer.engine.module.criterion.named_buffers())
-    return {name: value.detach().clone() for name, value in (weights | momenta | tables).items()}
+def state_of(engine) -> dict[str, torch.Tensor]:
+    """Weights, momenta (NAME/momentum_buffer) and centre tables."""
+    tables = engine.module.criterion.named_buffers()
+    return {name: value.detach().clone() for name, value in (*engine.weights(), *engine.optimizer_states(), *tables)}
 
 
-def rates(trainer, before: dict[str, torch.Tensor]) -> dict[str, float]:
+def rates(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, float]:
     """r of w' - w = -r m, least squares over all weights and over all biases."""
-    momenta, sums = dict(trainer.engine.optimizer_states()), {"weight": [0.0, 0.0], "bias": [0.0, 0.0]}
-    for name, after in trainer.engine.weights():
-        if (momentum := momenta.get(f"{name}/momentum_buffer")) is not None:
-            of = sums["bias" if name.endswith("bias") else "weight"]
-            of[0] += torch.dot((before[name] - after).flatten(), momentum.flatten()).item()
-            of[1] += momentum.square().sum().item()
+    sums = {"weight": [0.0, 0.0], "bias": [0.0, 0.0]}
+    for key in (key for key in after if key.endswith(MOMENTA)):
+        name, momentum = key.removesuffix(MOMENTA), after[key].flatten()
+        of = sums["bias" if name.endswith("bias") else "weight"]
+        of[0] += torch.dot((before[name] - after[name]).flatten(), momentum).item()
+        of[1] += momentum.square().sum().item()
     return {kind: moved / length for kind, (moved, length) in sums.items()}
 
 
 def watch(trainer, seen: list[Seen]) -> None:
     """Note each step of a training, which is left as it is."""
-    given, step_of = [], trainer.stepper.step
-    trainer.engine.module.criterion.register_forward_hook(lambda module, args, _: given.append(args))
+    given, step_of, state = [], trainer.stepper.step, state_of(trainer.engine)
+
+    def note(_module, inputs, _output):
+        features, *others = inputs
+        given.append(([value.detach() for value in features], *(value.detach() for value in others)))
 
     def step(batch, number):
-        before, weights = kept(trainer), {name: value.clone() for name, value in trainer.engine.weights()}
-        outcome = step_of(batch, number)
-        seen.append(Seen(number, batch, given.pop(), outcome.loss, rates(trainer, weights), before, kept(trainer)))
+        nonlocal state
+        before, outcome = state, step_of(batch, number)
+        state = state_of(trainer.engine)
+        kept = [{name: of[name] for name in of if name.startswith(KEPT)} for of in (before, state)]
+        seen.append(Seen(number, batch, given.pop(), outcome.loss, rates(before, state), *kept))
         return outcome
 
+    trainer.engine.module.criterion.register_forward_hook(note)
     trainer.stepper.step = step
+
+
+def record(config, file):
+    """On a rank: the steps of a training, 0 to 6, then the last two; and the rates in between."""
+    seen, between, ranks = [], {}, join()
+    tracker = Tracker(config.tracking, config.run_dir.parent, config.run_dir, "recipe")
+    for first, steps in ((0, 7), (LAST - 1, 2)):
+        trainer = Trainer(config, ranks, tracker, StopAfter(steps), resume=False)
+        trainer.state = replace(trainer.state, step=first)
+        watch(trainer, seen)
+        with contextlib.suppress(Interrupted):
+            trainer.run()
+    for step in (30, 60, 90):
+        trainer.schedule.step_update(step)
+        between[step] = [group["lr"] for group in trainer.schedule.optimizer.param_groups]
+    torch.save((seen, between, trainer.total_steps), file)
+    leave()
+
+
+@dataclass
+class Run:
+    """What `record` wrote, and the plan that it must have followed."""
+
+    config: Config
+    shards: ShardSet
+    plan: TrainingPlan
+    steps: dict[int, Seen]
+    between: dict[int, list[float]]
+    total_steps: int
 
 
 @pytest.fixture(scope="module")
 def run(shards, tmp_path_factory):
-    """The steps of a training, 0 to 6, then the last two."""
-    patch, seen = pytest.MonkeyPatch(), []
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR"):
-        patch.setenv(name, "cpu" if name == "DS_ACCELERATOR" else "1" if name == "WORLD_SIZE" else "0")
-    torch.set_num_threads(1)
-    config = small(shards, tmp_path_factory.mktemp("runs"))
-    tracker, ranks = Tracker(config.tracking, config.run_dir.parent, config.run_dir, "recipe"), join()
-    try:
-        for first, steps in ((0, 7), (LAST - 1, 3)):
-            trainer = Trainer(config, ranks, tracker, StopAfter(steps), resume=False)
-            trainer.state = replace(trainer.state, step=first)
-            watch(trainer, seen)
-            try:
-                trainer.run()
-            except Interrupted:
-                assert first == 0
-        yield config, trainer, {each.step: each for each in seen}
-    finally:
-        leave()
-        tracker.close("FINISHED")
-        patch.undo()
+    folder = tmp_path_factory.mktemp("runs")
+    config = small(shards, folder)
+    on_ranks(record, config, 1, folder / "seen.pt")
+    seen, between, total = torch.load(folder / "seen.pt", weights_only=False)
+    plan = TrainingPlan(shards, config.data, config.clip, SEED)
+    return Run(config, shards, plan, {each.step: each for each in seen}, between, total)
 
 
 def test_learning_rates_of_first_and_last_steps(run):
     """By what the weights did, not by what is said: w' - w = -rate * momentum, for biases twice the rate."""
-    config, trainer, steps = run
-    assert trainer.total_steps == EPOCHS
-    published = {step: published_rate(step) for step in steps}
+    assert run.total_steps == EPOCHS
+    assert list(run.steps) == [*range(7), LAST - 1, LAST]
+    published = {step: published_rate(step) for step in run.steps}
     assert published[0] == WARMUP_LR
     assert published[1] == pytest.approx(0.001664)
     assert published[WARMUP_EPOCHS] == pytest.approx(0.0079659, rel=1e-4)
     assert published[LAST] == pytest.approx(1.737e-5, rel=1e-3)
     for step, rate in ((30, 0.0068306), (60, 0.004008), (90, 0.0011852)):
-        trainer.schedule.step_update(step)
-        group, biases = trainer.schedule.optimizer.param_groups
-        assert (group["lr"], biases["lr"]) == pytest.approx((rate, 2 * rate), rel=1e-3)
-    assert dict(logged(config, "train/lr")) == pytest.approx(
+        assert run.between[step] == pytest.approx([rate, BIAS_FACTOR * rate], rel=1e-3)
+    assert dict(logged(run.config, "train/lr")) == pytest.approx(
         {step + 1: rate for step, rate in published.items()}, rel=1e-6
     )
-    for step, of in steps.items():
+    for step, of in run.steps.items():
         assert of.rates["weight"] == pytest.approx(published[step], rel=2e-3), step
         assert of.rates["bias"] == pytest.approx(BIAS_FACTOR * published[step], rel=2e-3), step
 
 
 def test_momentum_and_weight_decay(run):
     """A camera that no clip has gets no gradient, so that it shows both alone: m' = .9 m + 1e-4 w."""
-    _, _, steps = run
-    key = f"{CAMERA_TABLE}/momentum_buffer"
+    key = CAMERA_TABLE + MOMENTA
     for step in (0, 1, 2, 5, LAST):
-        before, after = steps[step].before, steps[step].after
+        before, after = run.steps[step].before, run.steps[step].after
         expected = MOMENTUM * before[key][UNSEEN] + WEIGHT_DECAY * before[CAMERA_TABLE][UNSEEN]
         assert expected.any()
         torch.testing.assert_close(after[key][UNSEEN], expected, rtol=1e-5, atol=1e-12)
@@ -205,10 +225,9 @@ def branch(features, logits, labels, centres, seen) -> torch.Tensor:
 @pytest.mark.parametrize("step", [0, 1, LAST])
 def test_what_is_minimised(run, step):
     """Alpha, the four weights, label smoothing, the soft margin, and who is erased and seen: from the plan itself."""
-    _, trainer, steps = run
-    of = steps[step]
+    of = run.steps[step]
     (whole, parts, scores), logits, labels, *_ = of.given
-    erased, seen = (torch.as_tensor(values) for values in planned(trainer, of.batch))
+    erased, seen = (torch.as_tensor(values) for values in planned(run, of.batch))
     whole_loss = branch(whole, logits[0], labels, of.before["global_centres"], torch.ones(16, dtype=torch.bool))
     centres = of.before["part_centres"]
     part_losses = [branch(parts[p], logits[1 + p], labels, centres[p], seen[:, p] > 0) for p in range(6)]
@@ -218,25 +237,24 @@ def test_what_is_minimised(run, step):
     assert of.loss == pytest.approx(expected.item(), rel=1e-5)
 
 
-def planned(trainer, batch) -> tuple[np.ndarray, np.ndarray]:
+def planned(run, batch) -> tuple[np.ndarray, np.ndarray]:
     """Erased frames [B, T] and the share of frames that show each part [B, P] (left and right swapped by a flip)."""
-    steps = [trainer.plan.step(epoch, step) for epoch in range(7) for step in range(trainer.plan.steps_per_epoch)]
-    keys = {tuple(trainer.shards.tracklets[clip.tracklet].key for clip in clips): clips for clips in steps}
+    steps = [run.plan.step(epoch, step) for epoch in range(7) for step in range(run.plan.steps_per_epoch)]
+    keys = {tuple(run.shards.tracklets[clip.tracklet].key for clip in clips): clips for clips in steps}
     clips = keys[tuple(batch.keys)]
     erased = np.stack([clip.erase[:, 2] > 0 for clip in clips])
     seen = np.zeros((len(clips), FRAMES, 6), bool)
     for row, clip in enumerate(clips):
         for number, (frame, flip) in enumerate(zip(clip.frames, clip.flip, strict=True)):
-            visible = trainer.shards.tracklets[clip.tracklet].visible[frame]
+            visible = run.shards.tracklets[clip.tracklet].visible[frame]
             seen[row, number] = visible[[0, 1, 3, 2, 5, 4]] if flip else visible
     return erased.astype(np.float32), seen.mean(1)
 
 
 def test_losses_know_what_the_plan_did(run):
-    _, trainer, steps = run
     for step in (0, 1, 5):
-        erased, seen = planned(trainer, steps[step].batch)
-        given = steps[step].given
+        erased, seen = planned(run, run.steps[step].batch)
+        given = run.steps[step].given
         assert 0.2 < erased.mean() < 0.8
         assert len(np.unique(seen)) > 2  # flips show in it
         np.testing.assert_array_equal(given[3].numpy(), erased)
@@ -245,11 +263,10 @@ def test_losses_know_what_the_plan_did(run):
 
 def test_centres_move_with_each_step(run):
     """By .5 * sum(x - c) / (1 + n) after the step, the parts' by the clips that show them."""
-    _, trainer, steps = run
     for step in (0, 1, 6, LAST):
-        of = steps[step]
+        of = run.steps[step]
         (whole, parts, _), _, labels, *_ = of.given
-        _, seen = planned(trainer, of.batch)
+        _, seen = planned(run, of.batch)
         seen = torch.as_tensor(seen > 0)
         for identity in range(5):
             own = labels == identity
@@ -263,8 +280,7 @@ def test_centres_move_with_each_step(run):
 
 
 def test_a_batch_is_four_identities_of_four_tracklets_of_four_frames(run):
-    _, _, steps = run
-    for of in steps.values():
+    for of in run.steps.values():
         assert of.batch.images.shape == (IDENTITIES * TRACKLETS, FRAMES, 3, 64, 32)
         labels = of.batch.labels.view(IDENTITIES, TRACKLETS)
         assert (labels == labels[:, :1]).all()
@@ -297,7 +313,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("source", ["configs/mars.yaml", "the defaults"])
+@pytest.mark.parametrize("source", ["configs/mars.yaml", "defaults"])
 def test_configurations_say_the_published_values(source):
     config = load_config(source) if "/" in source else check_config({"data": {"shards": "x"}}, source)
     for place, values in PUBLISHED.items():
