@@ -341,6 +341,8 @@ def test_the_network_of_the_recipe():
     assert network.global_branch.temporal.kernel_size == (3,)
     assert network.global_classifier.weight.shape == (1, 625, 192)
     assert network.part_classifiers.weight.shape == (6, 625, FRAMES * 192)
+    assert not network.part_necks.bias.requires_grad
+    assert network.part_classifiers.weight.std().item() == pytest.approx(0.001, rel=0.01)
     network.eval()
     first, other = (network.backbone.with_cameras(torch.zeros(1, 1, 192), torch.tensor([n])) for n in (0, 1))
     table = network.backbone.camera.detach()
