@@ -25,7 +25,8 @@ from typing import NamedTuple
 REPOSITORY = Path(__file__).resolve().parents[1]
 SECONDS = 300  # a break that takes longer to be noticed hangs, which is noticed too
 SERVER = multiprocessing.get_context("forkserver")  # has imported what takes long, and nothing of ours
-PRELOADED = "torch timm deepspeed.runtime.zero.muon.muon_optimizer scipy.sparse pandas pyarrow.parquet optuna mlflow nvidia.dali.fn cv2 typer pytest"
+PRELOADED = "torch timm deepspeed.runtime.zero.muon.muon_optimizer scipy.sparse pandas pyarrow.parquet".split()
+PRELOADED += "optuna mlflow nvidia.dali.fn cv2 typer pytest".split()
 LEFT_OUT = (".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "runs", "mlruns", "*.egg-info", "build")
 
 
@@ -656,6 +657,8 @@ def run_tests(copy: str, arguments: list[str], output: str) -> None:
     os.chdir(copy)
     os.environ.update(PYTHONPATH=copy, OMP_NUM_THREADS="1")
     sys.path[:] = [copy, *(path for path in sys.path if not path.startswith(str(REPOSITORY)))]
+    # Servers of processes that a test would start would import all again: its processes are forks of this one.
+    multiprocessing.context._concrete_contexts["forkserver"] = multiprocessing.get_context("fork")
     sys.stdout.flush()
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream)
@@ -676,7 +679,7 @@ def main() -> None:
         raise SystemExit("stale:\n" + "\n".join(faults))
     missed = 0
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
-    SERVER.set_forkserver_preload(PRELOADED.split())
+    SERVER.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
