@@ -217,6 +217,8 @@ def test_evaluation_streams_every_frame_of_whole_tracklets_in_order(packed, read
         for row, clip in enumerate(chosen):
             assert not batch.guidance[row, torch.from_numpy(clip.blank)].any()
             assert not batch.erased[row].any()
+            seen = shards.tracklets[clip.tracklet].visible[clip.frames] & ~clip.blank[:, None]
+            np.testing.assert_allclose(batch.visibility[row].numpy(), seen.mean(0))
 
 
 @pytest.mark.parametrize("reader", READERS)
