@@ -53,6 +53,17 @@ def test_a_tracklets_vector_is_the_mean_over_its_clips(toy):
     assert not model.training
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_network_is_left_in_the_mode_that_it_was_in(toy, training):
+    """A training that evaluates goes on with stochastic depth and the batch's statistics."""
+    shards, config, model = toy
+    model.train(training)
+    found = extract(model, shards, [3], config)
+    assert model.training == training
+    model.eval()
+    np.testing.assert_array_equal(found.vectors, extract(model, shards, [3], config).vectors)
+
+
 def test_cameras_that_the_network_does_not_know(toy):
     shards, config, model = toy
     known, unknown = (extract(model, shards, [3, 8], config, cameras_known=flag) for flag in (True, False))

@@ -14,12 +14,14 @@ from typer.testing import CliRunner
 from keyreid.checkpoints.released import to_released
 from keyreid.checkpoints.trained import open_trained
 from keyreid.cli import app
+from keyreid.config import EvaluationConfig
 from keyreid.embedding.distance import pairwise
+from keyreid.embedding.reranking import rerank
 from keyreid.embedding.vectors import Vectors
 from keyreid.errors import CheckpointError, ConfigError, DataError, KeyreidError
 from keyreid.evaluation.judging import check_judgeable, evaluate
 from keyreid.evaluation.protocols import judge
-from keyreid.evaluation.ranking import side_of
+from keyreid.evaluation.ranking import rank_gallery, side_of
 
 SETTINGS = ["training.precision=fp32", "data.reader=plain", "data.workers=1", "evaluation.pictures=1"]
 
@@ -64,6 +66,19 @@ def test_scores_are_the_protocols_of_the_vectors(toy, evaluated):
     assert f"{100 * expected['mAP']:.2f} %" in output
     assert "clips/s on 1 rank(s)" in output
     assert json.loads((out / "too.json").read_text())["metrics"] == result["metrics"]
+
+
+def test_reranking_replaces_the_distances(toy, evaluated):
+    vectors, shards = Vectors.load(evaluated[0] / "vectors.parquet"), toy[0]
+    query, gallery = (
+        vectors[vectors.rows_of([shards.tracklets[p].key for p in shards.select(s)])] for s in ("query", "gallery")
+    )
+    plain, again = (
+        rank_gallery(query, gallery, EvaluationConfig(rerank=reranked), ["torchreid"])["torchreid"].distance
+        for reranked in (False, True)
+    )
+    np.testing.assert_array_equal(plain, pairwise(query.embeddings, gallery.embeddings))
+    np.testing.assert_array_equal(again, rerank(query.embeddings, gallery.embeddings))
 
 
 def test_everything_is_on_one_page(evaluated):

@@ -164,6 +164,38 @@ def test_weights_and_terms():
     assert not list(criterion.parameters())
 
 
+def test_the_parts_losses_are_those_of_each_part_on_average():
+    """By the plain functions, part by part, of the clips that show it; a part that nobody shows costs nothing."""
+    given, logits = features(), torch.randn(7, 6, 5)
+    criterion = Criterion(LossConfig(centre=0.1), 5, 8, 16, 6)
+    visibility = torch.ones(6, 6)
+    visibility[1, 2] = visibility[3, 5] = 0
+    visibility[:, 4] = 0
+    total, terms = criterion(given, logits, LABELS, torch.ones(6, 4), visibility)
+    parts = torch.zeros(3)
+    for part in (0, 1, 2, 3, 5):
+        seen = visibility[:, part] > 0
+        x, labels = given.part_features[part, seen], LABELS[seen]
+        parts[0] += identity_loss(logits[1 + part, seen], labels) / 6
+        parts[1] += triplet_loss(x, labels) / 6
+        parts[2] += centre_loss(x, labels, criterion.part_centres[part]) / 6
+    for name, expected in zip(("identity", "triplet", "centre"), parts, strict=True):
+        torch.testing.assert_close(terms[f"{name}_parts"], expected)
+    whole = terms["identity_global"] + terms["triplet_global"] + 0.1 * terms["centre_global"]
+    weighted = parts[0] + parts[1] + 0.1 * parts[2]
+    torch.testing.assert_close(total, 0.75 * whole + 0.25 * weighted + terms["attention"])
+
+
+def test_smoothing_gives_each_class_its_share():
+    """.1 by default, over all classes, the right one included."""
+    logits = torch.randn(6, 5)
+    target = torch.full((6, 5), 0.1 / 5)
+    target[torch.arange(6), LABELS] += 0.9
+    expected = -(target * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(identity_loss(logits, LABELS), expected)
+    assert identity_loss(logits, LABELS, 0.0) != expected
+
+
 def test_centres_move_by_the_mean_whatever_the_batch():
     given = features()
     criterion = Criterion(LossConfig(centre_rate=0.5), 5, 8, 16, 6)

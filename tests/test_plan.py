@@ -227,6 +227,16 @@ def test_changes_of_frames_have_the_published_distribution():
     assert same_flip < 0.2  # each frame by itself
 
 
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_never_and_always_are_what_they_say(probability):
+    augment = {"flip_probability": probability, "erase_probability": probability, "pad_pixels": 0}
+    order = plan(mars_like(), clip__height=256, clip__width=128, data__augment=augment)
+    for clip in order.step(0, 3):
+        assert (clip.flip == bool(probability)).all()
+        assert ((clip.erase[:, 2] > 0) == bool(probability)).all()
+        assert not clip.crop.any()
+
+
 def test_frames_sampler_prefers_long_tracklets():
     shards = mars_like()
     frames = np.array([record.frames for record in shards.tracklets])

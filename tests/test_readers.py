@@ -173,6 +173,27 @@ def test_guidance_is_the_heatmap_after_flip_crop_and_erasure(packed, reader):
     assert dataset.tracklets[0].keypoints is not None
 
 
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("mode", ["aligned", "released"])
+def test_visibility_changes_sides_with_a_flip(tmp_path, reader, mode):
+    """A left arm that nobody sees is the right one of a flipped frame; not so in the published code."""
+    dataset = make_dataset(tmp_path / "source", identities=4, tracklets=2)
+    for record in dataset.tracklets:
+        record.keypoints[..., 2] = 1
+        record.keypoints[:, [7, 9], 2] = 0
+    shards = pack_dataset(dataset, tmp_path / "source", tmp_path / "shards")
+    config = make_config(shards.location, data__reader=reader, model__guidance=mode)
+    clips = planned(shards, config).step(0, 0)
+    (batch,) = read(shards, config, [clips])
+    flips = np.array([clip.flip.mean() for clip in clips])
+    assert flips.max() > 0
+    assert flips.min() < 1
+    assert (batch.visibility[:, [0, 1, 4, 5]] == 1).all()
+    left, right = batch.visibility[:, 2].numpy(), batch.visibility[:, 3].numpy()
+    np.testing.assert_allclose(left, flips if mode == "aligned" else 0 * flips)
+    np.testing.assert_allclose(right, 1 - flips if mode == "aligned" else 1 + 0 * flips)
+
+
 def test_guidance_from_keypoints_is_the_published_gaussian(large):
     config = make_config(large.location, data__guidance_from="keypoints")
     clips = evaluation_clips(large, [0], 4)[:1]
@@ -196,6 +217,8 @@ def test_evaluation_streams_every_frame_of_whole_tracklets_in_order(packed, read
         for row, clip in enumerate(chosen):
             assert not batch.guidance[row, torch.from_numpy(clip.blank)].any()
             assert not batch.erased[row].any()
+            seen = shards.tracklets[clip.tracklet].visible[clip.frames] & ~clip.blank[:, None]
+            np.testing.assert_allclose(batch.visibility[row].numpy(), seen.mean(0))
 
 
 @pytest.mark.parametrize("reader", READERS)
