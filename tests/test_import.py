@@ -2,6 +2,11 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -11,6 +16,7 @@ from PIL import Image
 from training_runs import run, toy_config, train
 from typer.testing import CliRunner
 
+from keyreid import ownership
 from keyreid.checkpoints.trained import find_weights
 from keyreid.checkpoints.weights_file import read_header
 from keyreid.cli import app
@@ -199,3 +205,87 @@ def test_a_table_with_names_and_unequal_pictures_trains_and_evaluates(tmp_path):
     assert read_header(find_weights(config.run_dir)).identities == sorted(
         {t.identity for t in open_dataset("folder", tmp_path / "people").tracklets if t.split == "train"}
     )
+
+
+def test_an_import_waits_for_the_folders_owner(recording, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(ownership, "PATIENCE_SECONDS", 0.2)
+    out = tmp_path / "people"
+    with ThreadPoolExecutor(1) as pool:
+        with ownership.owned(out, "keyreid import"):
+            waiting = pool.submit(import_video, recording / "yard.avi", out, recording / "yard.txt", "Yard", SMALL)
+            time.sleep(0.5)
+            assert not waiting.done() and not (out / "crops").exists()
+        assert waiting.result().tracklets == 3
+    assert "keyreid import (pid" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_four_imports_at_once_are_all_kept(recording, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "keyreid.cli",
+        "import",
+        "video",
+        recording / "yard.avi",
+        "--out",
+        tmp_path / "people",
+    ]
+    command += ["--tracks", recording / "yard.txt", "--min-width", "10", "--min-height", "20"]
+    running = [
+        subprocess.Popen([*map(str, command), "--camera", camera, "--name", f"from-{camera}"], stderr=subprocess.PIPE)
+        for camera in "ABCD"
+    ]
+    for process in running:
+        assert process.wait() == 0, process.stderr.read()
+    assert set(pd.read_parquet(tmp_path / "people" / "manifest.parquet").camera) == set("ABCD")
+    card = read_import_card(tmp_path / "people")
+    assert set(card.sources) == {f"from-{camera}" for camera in "ABCD"} and sorted(card.names["camera"].values()) == [
+        *range(1, 5)
+    ]
+    assert {path.name for path in (tmp_path / "people").iterdir()} == {"crops", "imported.json", "manifest.parquet"}
+
+
+def test_another_file_of_a_name_does_not_replace_the_first(recording, tmp_path):
+    (tmp_path / "gate").mkdir()
+    shutil.copy(recording / "yard.avi", tmp_path / "gate" / "yard.avi")
+    out = tmp_path / "people"
+    import_video(recording / "yard.avi", out, recording / "yard.txt", "Yard", SMALL)
+    with pytest.raises(DataError, match=r"yard is .*yard.avi; --name OTHER adds .*gate/yard.avi, --name yard replaces"):
+        import_video(tmp_path / "gate" / "yard.avi", out, recording / "yard.txt", "Gate", SMALL)
+    import_video(tmp_path / "gate" / "yard.avi", out, recording / "yard.txt", "Gate", SMALL, name="gate")
+    assert open_dataset("folder", out).names["camera"] == {"Yard": 1, "Gate": 2}
+    for name in ("..", "../elsewhere", "a/b", "", "x" * 40, "ä"):
+        with pytest.raises(DataError, match="--name"):
+            import_video(recording / "yard.avi", out, recording / "yard.txt", "Yard", SMALL, name=name)
+
+
+def test_tracks_and_pictures_of_like_names_are_all_cut(tmp_path):
+    """Ids that are one in letters, and pictures whose names hold no number or the same one."""
+    (tmp_path / "street").mkdir()
+    for number, name in enumerate(("a1.png", "b1.png", "c①.png", "d².png")):
+        Image.new("L", SIZE, 60 * number).save(tmp_path / "street" / name)
+    lines = [f"{frame},{track},20,20,40,80" for track in ("a.b", "a-b", "A-B") for frame in range(1, 5)]
+    (tmp_path / "tracks.csv").write_text("\n".join(["frame,id,x,y,w,h", *lines]))
+    import_video(tmp_path / "street", tmp_path / "out", tmp_path / "tracks.csv", settings=SMALL)
+    data = open_dataset("folder", tmp_path / "out")
+    assert [len(tracklet.frames) for tracklet in data.tracklets] == [4, 4, 4]
+    assert len({frame.path for tracklet in data.tracklets for frame in tracklet.frames}) == 12
+    shades = [decode_picture(read_frame(frame)[0]).mean() for frame in data.tracklets[0].frames]
+    np.testing.assert_allclose(shades, [0, 60, 120, 180], atol=3)
+
+
+def test_an_imported_folder_of_an_earlier_version_keeps_its_numbers(tmp_path):
+    make_table(tmp_path, people=2)
+    import_folder(tmp_path / "people.csv", tmp_path / "out")
+    path = tmp_path / "out" / "imported.json"
+    card = json.loads(path.read_text())
+    decomposed = {"Stra\u00dfe 5": 2, "hall/north": 1}
+    card["names"] = {"identity": {"person A": 5, "person B": 3, "Zoe\u0308": 9, "7.0": 8, "7": 6}, "camera": decomposed}
+    path.write_text(json.dumps(card))
+    assert read_import_card(tmp_path / "out").names["identity"] == {"Zoë": 9, "7": 6, "person A": 5, "person B": 3}
+    assert open_dataset("folder", tmp_path / "out").names["identity"] == {"person A": 5, "person B": 3}
+    card["names"]["camera"]["lift"] = 2
+    path.write_text(json.dumps(card))
+    with pytest.raises(DataError, match="two have one number"):
+        open_dataset("folder", tmp_path / "out")

@@ -111,3 +111,11 @@ for _ in range(5):
     workers = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path)]) for _ in range(4)]
     assert [worker.wait() for worker in workers] == [0] * 4
     assert (tmp_path / "count").read_text() == "20"
+
+
+def test_files_of_one_folder_have_owners_of_their_own(tmp_path: Path) -> None:
+    with owned(tmp_path, "keyreid embed", "a.parquet"), owned(tmp_path, "keyreid embed", "b.parquet"):
+        with pytest.raises(KeyreidError, match=r"a.parquet: keyreid embed \(pid"), owned(tmp_path, "x", "a.parquet"):
+            pass
+        assert len(list(tmp_path.iterdir())) == 4
+    assert not list(tmp_path.iterdir())

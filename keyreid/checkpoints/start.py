@@ -10,10 +10,12 @@ from keyreid.backbones import build_backbone, family, patch_grid
 from keyreid.backbones.backbone import Source, fill
 from keyreid.checkpoints.released import from_released, is_released, released_grid
 from keyreid.checkpoints.run_folder import check_whole
+from keyreid.checkpoints.same_data import keep_known
 from keyreid.checkpoints.weights_file import read_header, read_weights
 from keyreid.config import ClipConfig, ModelConfig
 from keyreid.errors import CheckpointError
 from keyreid.model import KeyReID, build_model
+from keyreid.shards.shard_set import ShardSet
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +24,13 @@ BACKBONE = "backbone."
 CAMERAS = "backbone.camera"
 
 
-def start_network(model: ModelConfig, clip: ClipConfig, num_identities: int, num_cameras: int) -> KeyReID:
+def start_network(
+    model: ModelConfig, clip: ClipConfig, num_identities: int, num_cameras: int, shards: ShardSet | None = None
+) -> KeyReID:
     """`build_model`, filled from `model.weights`.
+
+    Args:
+        shards: of the training: classifiers and cameras of a network of other data are not taken for theirs.
 
     Raises:
         ConfigError: the backbone, picture size, heads or parts do not fit together.
@@ -44,7 +51,8 @@ def start_network(model: ModelConfig, clip: ClipConfig, num_identities: int, num
         backbone.load(state, source)
     network = build_model(model, clip, num_identities, num_cameras, backbone)
     if whole:
-        load_network(network, state, source, model.keep_classifiers)
+        known = shards is None or keep_known(state, model.weights, shards, CLASSIFIERS[0], CAMERAS)
+        load_network(network, state, source, model.keep_classifiers and known)
     elif state and network.guidance.starts_as_backbone:
         started = network.local_branch.start_from(network.global_branch)
         log.info("the local block starts %s", "as the backbone's last block" if started else "at random")

@@ -10,6 +10,7 @@ import torch
 from keyreid.backbones.backbone import Source
 from keyreid.checkpoints.released import from_released, is_released, released_model
 from keyreid.checkpoints.run_folder import RunFolder, check_whole, find_weights
+from keyreid.checkpoints.same_data import same_data
 from keyreid.checkpoints.start import CLASSIFIERS, load_network
 from keyreid.checkpoints.weights_file import WeightsHeader, read_header, read_weights
 from keyreid.config import ClipConfig, Config, ModelConfig, check_config, load_config, merge_overrides
@@ -30,14 +31,15 @@ class Trained:
 
     def knows_cameras(self, shards: ShardSet) -> bool:
         """Whether the camera embeddings belong to the cameras of these shards."""
+        if not same_data(self.header, self.network.num_identities, shards.card):
+            return False
         if self.header is None:
             return len(shards.camera_index) == self.network.num_cameras
-        same_dataset = self.header.about.get("dataset") in (None, shards.card["name"])
-        return same_dataset and list(self.header.cameras) == list(shards.camera_index)
+        return list(self.header.cameras) == list(shards.camera_index)
 
     def trained_on(self, shards: ShardSet, positions: Sequence[int]) -> set[int]:
         """Identities of these tracklets that the network was trained on, as far as its file tells."""
-        if self.header is None or self.header.about.get("dataset") != shards.card["name"]:
+        if self.header is None or not same_data(self.header, self.network.num_identities, shards.card):
             return set()
         return set(self.header.identities) & {shards.tracklets[position].identity for position in positions}
 

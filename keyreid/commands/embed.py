@@ -1,5 +1,6 @@
 """`keyreid embed`: vectors of tracklets in a Parquet file."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -49,23 +50,25 @@ def embed(
     from keyreid.distributed.launch import default_ranks, is_launched, run_ranks
     from keyreid.distributed.ranks import position
     from keyreid.embedding.job import EmbedSettings
+    from keyreid.ownership import owned
     from keyreid.retrieval.sources import as_shards
 
     if out.suffix != ".parquet":
         raise ConfigError(f"--out {out}: the name of a vector file ends in .parquet")
-    work = out.with_name(f"{out.name}.shards")
-    shards = os.environ.get(PACKED) or as_shards(source, dataset, option or [], tracks, camera, keypoints, work)
-    ranks = ranks or default_ranks()
-    if ranks > 1 and not is_launched():
-        os.environ[PACKED] = shards
-        status = run_ranks(ranks, out.with_name(f"{out.name}.logs"))
-        del os.environ[PACKED]
-        if status:
-            sys.exit(status)
-    else:
-        _embed(weights, shards, out, overrides or [], split, EmbedSettings(features, dtype, pictures), verify)
-    if position()[0] == 0 and work.is_dir() and out.is_file():
-        shutil.rmtree(work)
+    with contextlib.nullcontext() if is_launched() else owned(out.parent, "keyreid embed", out.name):
+        work = out.with_name(f"{out.name}.shards")
+        shards = os.environ.get(PACKED) or as_shards(source, dataset, option or [], tracks, camera, keypoints, work)
+        ranks = ranks or default_ranks()
+        if ranks > 1 and not is_launched():
+            os.environ[PACKED] = shards
+            status = run_ranks(ranks, out.with_name(f"{out.name}.logs"))
+            del os.environ[PACKED]
+            if status:
+                sys.exit(status)
+        else:
+            _embed(weights, shards, out, overrides or [], split, EmbedSettings(features, dtype, pictures), verify)
+        if position()[0] == 0 and work.is_dir() and out.is_file():
+            shutil.rmtree(work)
 
 
 def _embed(weights: str, source: str, out: Path, overrides: list[str], split: Selection, settings: Any, verify: bool):

@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 
 from keyreid.commands.options import Verify, Weights
+from keyreid.ownership import owned
 
+VERB = "keyreid export"
 app = typer.Typer(help="Write a trained network for others to use.", no_args_is_help=True)
 
 Best = Annotated[bool, typer.Option("--best/--newest", help="Which checkpoint of the run.")]
@@ -28,9 +30,10 @@ def weights(
     from keyreid.export.source import export_weights, open_source, write_card
 
     exported = open_source(source, best, averaged, verify)
-    export_weights(exported, out)
     usage = f"keyreid embed {out.name} SHARDS --out vectors.parquet\nkeyreid search vectors.parquet --query KEY"
-    card = write_card(exported, [out], usage)
+    with owned(out.parent, VERB, out.name):
+        export_weights(exported, out)
+        card = write_card(exported, [out], usage)
     kind = "averaged" if exported.averaged else "raw"
     print(f"{out}: {kind} weights of {exported.file}, {out.stat().st_size / 1e6:.0f} MB")
     print(f"{card}: model card; read what it says of limits and intended use before you pass it on")
@@ -49,9 +52,10 @@ def onnx(
     from keyreid.export.source import open_source, write_card
 
     exported = open_source(source, best, averaged, verify)
-    difference = export_onnx(exported, out)
-    files = [path for path in (out, out.with_name(f"{out.name}.data")) if path.is_file()]
-    card = write_card(exported, files)
+    with owned(out.parent, VERB, out.name):
+        difference = export_onnx(exported, out)
+        files = [path for path in (out, out.with_name(f"{out.name}.data")) if path.is_file()]
+        card = write_card(exported, files)
     size = sum(path.stat().st_size for path in files)
     print(f"{out}: {size / 1e6:.0f} MB; onnxruntime's vectors differ from torch's")
     print(f"by {difference:.1e} at most, allowed are {TOLERANCE:.0e}; {card}: model card")
@@ -77,7 +81,6 @@ def released(
             "local branch and would give other features. Train with model.guidance=released to export for it"
         )
     tensors = to_released(state)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out, alone=True) as partial:
+    with owned(out.parent, VERB, out.name), replacing(out, alone=True) as partial:
         torch.save(tensors, partial)
     print(f"{out}: {len(tensors)} entries, {out.stat().st_size / 1e6:.0f} MB")

@@ -1,5 +1,6 @@
 """`keyreid pose` and its companions: keypoints of a dataset, their quality, imports and exports, the small network."""
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -7,6 +8,7 @@ import typer
 
 from keyreid.commands.options import DatasetName, ReaderOptions, Root, Share, parse_share
 from keyreid.datasets import open_dataset, parse_options
+from keyreid.ownership import owned
 from keyreid.plain_text import say
 
 KeypointType = Annotated[
@@ -61,7 +63,9 @@ def pose(
     settings = PoseSettings(checkpoint, long_edge, threshold, select, dtype)
     work = PoseWork(batch_size, workers, parse_devices(device), trust, max_unreadable)
     data = open_dataset(dataset, root, **parse_options(option or []))
-    summary = estimate(data, out, settings, work, parse_share(share))
+    part = parse_share(share)
+    with owned(out, "keyreid pose") if part[1] == 1 else contextlib.nullcontext():
+        summary = estimate(data, out, settings, work, part)
     for fault in summary.unreadable:
         say(f"not read: {fault}", err=True)
     typer.echo(f"{out}: {summary}")
@@ -106,7 +110,8 @@ def pose_import(
 
     data = open_dataset(dataset, root, **parse_options(option or []))
     read = imports.import_poses if kind == "pose" else imports.import_heatmaps
-    moved = read(data, root.expanduser(), tree, out, dtype, max_missing)
+    with owned(out, "keyreid pose-import"):
+        moved = read(data, root.expanduser(), tree, out, dtype, max_missing)
     missing = f"{len(moved.missing)} of them without a file"
     typer.echo(f"{out}: {moved.tracklets} tracklets, {moved.frames} frames, {missing}")
 
@@ -123,7 +128,8 @@ def pose_export(
     from keyreid.pose import imports
 
     data = open_dataset(dataset, root, **parse_options(option or []))
-    moved = imports.export_tree(data, root.expanduser(), files, tree, kind)
+    with owned(tree, "keyreid pose-export"):
+        moved = imports.export_tree(data, root.expanduser(), files, tree, kind)
     typer.echo(f"{tree}: {moved.frames} .{kind} files of {moved.tracklets} tracklets")
 
 

@@ -1,5 +1,6 @@
 """`keyreid shard`: pack a dataset into shards."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -8,6 +9,7 @@ import typer
 
 from keyreid.commands.options import DatasetName, ReaderOptions, Root, Share, parse_share
 from keyreid.datasets import open_dataset, parse_options
+from keyreid.ownership import owned
 
 if TYPE_CHECKING:
     from keyreid.shards.pack import ShardLayout
@@ -53,14 +55,18 @@ def shard(
         for name, tracklets in layout.shards:
             typer.echo(f"{name}: {len(tracklets)} tracklets, {tracklets[0].key} .. {tracklets[-1].key}")
         return
-    packing.check_destination(layout, out)
     if not finish:
-        written, kept = packing.pack(layout, out, processes or len(os.sched_getaffinity(0)), part)
+        # Shares write other shards, side by side; whoever packs alone has the folder alone.
+        with owned(out, "keyreid shard") if part[1] == 1 else contextlib.nullcontext():
+            packing.check_destination(layout, out)
+            written, kept = packing.pack(layout, out, processes or len(os.sched_getaffinity(0)), part)
         typer.echo(f"{written} shards written, {kept} were there already")
         if part[1] > 1 and packing.missing(layout, out):
             typer.echo("other shares are still to be packed; the last one to end writes the card")
             return
-    card = packing.finish(layout, out)
+    with owned(out, "keyreid shard", wait=True):
+        packing.check_destination(layout, out)
+        card = packing.finish(layout, out)
     size = sum(entry["bytes"] for entry in card["shards"]) / 1e9
     text = "{tracklets} tracklets of {identities} identities, {frames} frames, {frames_with_keypoints} with keypoints"
     typer.echo(f"{out}: {text.format_map(card['counts'])}; {len(card['shards'])} shards, {size:.3g} GB")

@@ -42,10 +42,12 @@ def open_dataset(name: str, root: Path | str, **options: Any) -> "Dataset":
     if unknown:
         raise ConfigError(f"dataset {name} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
     root = Path(root).expanduser()
-    if not root.exists():
-        raise DataError(f"{root}: no such dataset folder")
     try:
-        return pydantic.validate_call(reader)(root, **options)
+        if not root.exists():
+            raise DataError(f"{root}: no such dataset folder")
+        return pydantic.validate_call(reader, config={"allow_inf_nan": False})(root, **options)
+    except OSError as error:  # no permission, names too long, links in a circle
+        raise DataError(f"{error.filename or root}: cannot be read: {error.strerror or error}") from None
     except pydantic.ValidationError as error:
         wrong = error.errors()[0]
         raise ConfigError(f"dataset {name}, option {wrong['loc'][0]}={wrong['input']!r}: {wrong['msg']}") from None

@@ -12,24 +12,31 @@ What `keyreid import` writes is such a table with a card, by which names keep th
 
 import json
 import logging
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from pydantic import TypeAdapter
 
-from keyreid.datasets.listing import RESERVED, folders, new_key, numbered, pictures
+from keyreid.datasets.listing import RESERVED, folders, inside, keys_of, numbered, pictures, plain_name, plain_names
+from keyreid.datasets.table import read_table
 from keyreid.datasets.tracklet import JUNK_IDENTITY, Dataset, Frame, Tracklet
 from keyreid.errors import DataError
 
 log = logging.getLogger(__name__)
 
 LEVELS = ("split", "camera", "identity", "tracklet")
+NAMED = {"identity", "camera"}  # the levels whose names have numbers
 SPLITS = ("train", "test", "query", "gallery", "junk", "all")
 MANIFEST, CARD = "manifest.parquet", "imported.json"
 CARD_FORMAT = "keyreid-imported/1"
+LIKE_RESERVED = re.compile(
+    r"-1|0+|00-1|junk|distractor", re.IGNORECASE
+)  # what other datasets call nobody in particular
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,8 @@ def open_folder(
     """Read a folder of folders, a table when `root` is a file, or what `keyreid import` wrote.
 
     A table has the column `path` (below the table's folder, or absolute) and any of identity, camera, tracklet, split
-    and frame (the order within a tracklet; otherwise the order of the rows). An empty identity is unknown. Without the
-    column tracklet, the pictures of one identity and one camera are one tracklet.
+    and frame (the order within a tracklet; otherwise the order of the rows). An empty identity is unknown. Without a
+    tracklet, the pictures of one identity and one camera are one.
 
     Args:
         layout: what each level of folders means: `split`, `camera`, `identity`, `tracklet`, in any order, as many as
@@ -60,8 +67,8 @@ def open_folder(
     Raises:
         DataError: a folder, file or column is missing, or a name is not as the layout says.
     """
-    if not 0 <= test_share < 1:
-        raise DataError(f"test_share={test_share}: from 0 to below 1")
+    if not 0 <= test_share < 1 or seed < 0:
+        raise DataError(f"test_share={test_share}, seed={seed}: from 0 to below 1, and from 0")
     card = ImportCard()
     if is_imported(root):
         card, root = read_import_card(root), root / MANIFEST
@@ -99,57 +106,68 @@ def _walk(place: Path, levels: Sequence[str], names: dict[str, str], root: Path)
 
 
 def _read_table(path: Path) -> list[Record]:
-    try:
-        parquet = path.suffix.lower() == ".parquet"
-        table = pd.read_parquet(path) if parquet else pd.read_csv(path, dtype=str, skipinitialspace=True)
-    except Exception as error:  # pandas and pyarrow raise many kinds
-        raise DataError(f"{path}: not a CSV or Parquet table: {error}") from None
+    table = read_table(path)
     unknown = [name for name in table.columns if name not in (*LEVELS, "path", "frame")]
     if unknown or "path" not in table.columns:
         wrong = f"unknown column {unknown[0]}" if "path" in table.columns else "no column path"
         raise DataError(f"{path}: {wrong}; the columns are path, {', '.join(LEVELS)}, frame")
     if "frame" in table.columns:
-        table = table.assign(frame=pd.to_numeric(table["frame"], errors="coerce"))
-    for column, what in (("path", "path"), ("frame", "frame number")):
-        if column in table.columns and table[column].isna().any():
-            raise DataError(f"{path}: row {table[column].isna().to_numpy().argmax() + 1} has no {what}")
+        table = table.assign(frame=pd.to_numeric(table["frame"], errors="coerce").replace([np.inf, -np.inf], np.nan))
+    for column, what in (("path", "path"), ("camera", "camera"), ("frame", "frame number")):
+        if column in table.columns and (blank := table[column].isna() | (table[column] == "")).any():
+            raise DataError(f"{path}: row {table.index[blank][0] + 1} has no {what}")
     if "frame" in table.columns:
         table = table.sort_values("frame", kind="stable")
     levels = [level for level in LEVELS if level in table.columns]
-    names = table[levels].map(lambda value: "" if pd.isna(value) else str(value).strip())
-    if "tracklet" not in levels and ("identity" not in levels or (names["identity"] == "").any()):
+    names = table[levels].apply(lambda column: column.map(plain_names(column, f"{path}, column {column.name}")))
+    if (names[names.columns.intersection(["identity", "tracklet"])] == "").all(axis=1).any():
         raise DataError(f"{path}: pictures without an identity need the column tracklet, to say which belong together")
     groups: dict[tuple[str, ...], list[Path]] = {}
-    for values, picture in zip(names.itertuples(index=False), table["path"], strict=True):
-        groups.setdefault(tuple(values), []).append(path.parent / picture)
+    for values, picture in zip(names.itertuples(index=False, name=None), table["path"], strict=True):
+        groups.setdefault(values, []).append(_picture(path, picture))
     for frames in groups.values():
         if not frames[0].is_file():
             raise DataError(f"{frames[0]}: no such file, named by {path}")
     return [({n: v for n, v in zip(levels, values, strict=True) if v}, frames) for values, frames in groups.items()]
 
 
+def _picture(table: Path, name: str) -> Path:
+    """A picture of a table; an absolute path is the user's own word, a relative one stays below the table's folder."""
+    plain = Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
+    return Path(name) if plain else inside(table.parent, name, table)
+
+
 def _dataset(records: list[Record], origin: str, test_share: float, seed: int, card: ImportCard) -> Dataset:
-    named = (names["identity"] for names, _ in records if "identity" in names)
-    identities = numbered(named, card.names["identity"] | RESERVED)
-    cameras = numbered((names.get("camera", "1") for names, _ in records), card.names["camera"])
+    plain = {
+        level: plain_names((names[level] for names, _ in records if level in names), f"{origin}, {level}")
+        for level in NAMED
+    }
+    plain["camera"].setdefault("1", "1")  # where the layout has none
+    identities = numbered(plain["identity"].values(), card.names["identity"] | RESERVED)
+    cameras = numbered((plain["camera"][names.get("camera", "1")] for names, _ in records), card.names["camera"])
+    if odd := sorted(name for name in identities if name not in RESERVED and LIKE_RESERVED.fullmatch(name)):
+        meant = "rename those that are `distractor` (whom no query looks for) or `junk` (shows nobody)"
+        log.warning("%s: identity %s is taken for a person like others; %s", origin, ", ".join(odd), meant)
     wanted = {names["split"] for names, _ in records if "split" in names}
     if wanted - set(SPLITS):
         raise DataError(f"{origin}: split {sorted(wanted - set(SPLITS))[0]!r}; splits are {', '.join(SPLITS)}")
     drawn = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed])))
     drawn = drawn.permutation(sorted(n for n in identities.values() if n > 0)).tolist()
     testers = {None, 0, JUNK_IDENTITY, *drawn[: round(test_share * len(drawn))]}
-    people = [identities[names["identity"]] if "identity" in names else None for names, _ in records]
-    places = [cameras[names.get("camera", "1")] for names, _ in records]
+    people = [identities[plain["identity"][names["identity"]]] if "identity" in names else None for names, _ in records]
+    places = [cameras[plain["camera"][names.get("camera", "1")]] for names, _ in records]
     undecided = ["all" if not test_share else "test" if person in testers else "train" for person in people]
     splits = [names.get("split") or split for (names, _), split in zip(records, undecided, strict=True)]
     asking = _queries([at for at, split in enumerate(splits) if split == "test"], people, places)
-    keys, tracklets = set(), []
-    for at, (names, frames) in enumerate(records):
+    parts = [(n.get("identity", "unknown"), n.get("camera", "1"), n.get("tracklet", "0")) for n, _ in records]
+    keys = keys_of(
+        [part[-1:] for part in parts] if card.sources else parts
+    )  # an import's tracklets have their own names
+    tracklets = []
+    for at, (_, frames) in enumerate(records):
         split = splits[at] if splits[at] != "test" else "query" if at in asking else "gallery"
         split = "junk" if people[at] == JUNK_IDENTITY else split
-        parts = names.get("identity", "unknown"), names.get("camera", "1"), names.get("tracklet", "0")
-        key = new_key(keys, *(parts[-1:] if card.sources else parts))  # an import's tracklets have their own names
-        tracklets.append(Tracklet(key, people[at], places[at], split, tuple(map(Frame, frames))))
+        tracklets.append(Tracklet(keys[at], people[at], places[at], split, tuple(map(Frame, frames))))
     numbers = {"identity": identities, "camera": cameras}
     return Dataset("folder", tuple(tracklets), names=numbers, frames_per_second=card.frames_per_second)
 
@@ -180,11 +198,17 @@ def read_import_card(root: Path) -> ImportCard:
     """The card of an imported folder, an empty one where there is none; DataError if damaged or of another version."""
     path = root / CARD
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         if values.pop("format") != CARD_FORMAT:
             raise ValueError(f"its format is not {CARD_FORMAT}")
-        return ImportCard(**values)
+        card = TypeAdapter(ImportCard).validate_python(values)
+        if any(len(set(names.values())) < len(names) for names in card.names.values()) or card.names.keys() != NAMED:
+            raise ValueError("names are missing, or two have one number")
     except FileNotFoundError:
         return ImportCard()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not the card of an imported folder ({error}); import into another folder") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = " ".join(str(error).split())
+        raise DataError(f"{path}: not the card of an imported folder ({why}); import into another folder") from None
+    # Names that an earlier version told apart have the lower number.
+    names = {kind: sorted(known.items(), key=lambda item: -item[1]) for kind, known in card.names.items()}
+    return replace(card, names={kind: {plain_name(name): number for name, number in names[kind]} for kind in names})

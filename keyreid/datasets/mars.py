@@ -7,16 +7,19 @@ form a tracklet; a name's folder is what stands before its camera: `0001C1T0001F
 
 import gzip
 import re
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from keyreid.datasets.listing import read_mat
+from keyreid.datasets.mat import read_mat
 from keyreid.datasets.tracklet import JUNK_IDENTITY, Dataset, Frame, Tracklet
 from keyreid.errors import DataError
 
-NAME = re.compile(r"(?P<key>(?P<folder>[0-9-]+)C(?P<camera>\d)T\d+)F\d+\.(?:jpg|png)")
+KEY = re.compile(r"(?P<folder>[0-9]{1,9}|00-1)C(?P<camera>[0-9])T[0-9]+")
+PICTURE = re.compile(r"F[0-9]+\.(?:jpg|png)")  # follows the key in a name
+NAMES_BYTES = 1 << 28  # of a file of names, at most: a gzipped one may be a bomb
 
 
 class MarsIndex(NamedTuple):
@@ -55,7 +58,10 @@ def read_index(info: Path) -> MarsIndex:
     train_rows = _read_rows(info / "tracks_train_info.mat", "track_train_info", train_names, train_file)
     test_rows = _read_rows(info / "tracks_test_info.mat", "track_test_info", test_names, test_file)
     path = info / "query_IDX.mat"
-    queries = read_mat(path, "query_IDX").reshape(-1).astype(np.int64)
+    queries = read_mat(path, "query_IDX")
+    if queries.size != max(queries.shape):
+        raise DataError(f"{path}: query_IDX is {queries.shape}, expected one row of numbers")
+    queries = queries.reshape(-1)
     wrong = np.flatnonzero((queries < 1) | (queries > len(test_rows)))
     for at in wrong[:1]:
         raise DataError(f"{path}: query {at + 1} is row {queries[at]}, but there are {len(test_rows)} test tracklets")
@@ -68,13 +74,16 @@ def _read_names(info: Path, name: str) -> tuple[list[str], Path]:
         raise DataError(f"{info / name}: no such file (nor {name}.gz)")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="ascii") as file:
-            return file.read().split(), path  # split: lines end in CRLF
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+            names = file.read(NAMES_BYTES + 1)
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
+    if len(names) > NAMES_BYTES:
+        raise DataError(f"{path}: more than {NAMES_BYTES} letters of names; MARS has 14 million")
+    return names.split(), path  # split: lines end in CRLF
 
 
 def _read_rows(path: Path, variable: str, names: list[str], names_file: Path) -> np.ndarray:
-    rows = read_mat(path, variable).astype(np.int64)
+    rows = read_mat(path, variable)
     if rows.ndim != 2 or rows.shape[1] != 4:
         raise DataError(f"{path}: {variable} is {rows.shape}, expected rows of start, end, identity, camera")
     wrong = np.flatnonzero((rows[:, 0] < 1) | (rows[:, 1] < rows[:, 0]) | (rows[:, 1] > len(names)))
@@ -90,10 +99,10 @@ def _tracklets(folder: Path, names: list[str], rows: np.ndarray, queries: set[in
     tracklets = []
     for row, (start, end, identity, camera) in enumerate(rows.tolist()):
         own = names[start - 1 : end]
-        if (match := NAME.fullmatch(own[0])) is None:
+        if (match := KEY.match(own[0])) is None:
             raise DataError(f"{folder}: {own[0]!r} is not a MARS picture name such as 0001C1T0001F001.jpg")
-        key = match["key"]
-        strays = [name for name in own if not name.startswith(key)]
+        key = match[0]
+        strays = [name for name in own if not (name.startswith(key) and PICTURE.fullmatch(name, len(key)))]
         if strays or int(match["camera"]) != camera or int(match["folder"].replace("00-1", "-1")) != identity:
             said, shown = f"identity {identity}, camera {camera}", f"{own[0]} .. {(strays or own)[-1]}"
             raise DataError(f"{folder}: row {row + 1} of the index says {said}, but its pictures are {shown}")

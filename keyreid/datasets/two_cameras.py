@@ -12,12 +12,15 @@ data is used where there is one, and otherwise ten splits are drawn by `seed`. F
 """
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from keyreid.datasets.listing import folders, pictures, read_mat
+from keyreid.datasets.listing import folders, pictures
+from keyreid.datasets.mat import read_mat
 from keyreid.datasets.tracklet import Dataset, Frame, Tracklet
 from keyreid.errors import DataError
 
@@ -79,6 +82,9 @@ def _read_people(root: Path, inner: tuple[str, ...], cameras: tuple[str, str], d
     both = [name for name in seen[0] if name in seen[1]]
     if not both:
         raise DataError(f"{place}: {' and '.join(cameras)} have no person's folder in common")
+    for number, times in Counter(map(_person_number, both)).most_common(1):
+        if times > 1:
+            raise DataError(f"{place}: {times} people have the number {number}; rename all but one")
     tracklets = []
     for name in both:
         for camera, people in enumerate(seen, start=1):
@@ -90,10 +96,10 @@ def _read_people(root: Path, inner: tuple[str, ...], cameras: tuple[str, str], d
 
 def _person_number(folder: str) -> int:
     """`person017` -> 17."""
-    digits = folder.lower().removeprefix("person").lstrip("_")
-    if not digits.isdigit():
-        raise DataError(f"{folder!r} is not a person's folder such as person001")
-    return int(digits)
+    number = re.fullmatch(r"(?:person)?_*([0-9]{1,18})", folder.lower())
+    if number is None:
+        raise DataError(f"{folder[:80]!r} is not a person's folder such as person001")
+    return int(number[1])
 
 
 def _find_splits(root: Path, name: Path | str) -> Path | None:
@@ -103,7 +109,7 @@ def _find_splits(root: Path, name: Path | str) -> Path | None:
 
 
 def _read_published(path: Path, people: list[int]) -> Splits:
-    places = read_mat(path, "ls_set").astype(np.int64)  # [splits, people], from 1
+    places = read_mat(path, "ls_set")  # [splits, people], from 1
     order = np.arange(1, len(people) + 1)
     if places.ndim != 2 or places.shape[1] != len(people) or (np.sort(places, axis=1) != order).any():
         expected = f"expected rows that order the {len(people)} people of both cameras"
@@ -118,7 +124,7 @@ def _read_json_splits(path: Path, people: set[int]) -> Splits:
             tuple(tuple(sorted(_person_number(str(name)) for name in split[half])) for half in ("train", "test"))
             for split in json.loads(path.read_text())
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, DataError) as error:
         wanted = '{"train": [...], "test": [...]}'
         raise DataError(f"{path}: not a list of {wanted} of person folders: {error!r}") from None
     return _checked(splits, people, path)

@@ -16,7 +16,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from filelock import FileLock
 
 from keyreid.checkpoints.trained import Trained
 from keyreid.distributed.ranks import Ranks
@@ -25,6 +24,7 @@ from keyreid.embedding.features import about_vectors, extract
 from keyreid.embedding.vectors import VectorFiles, read_about, write_vectors
 from keyreid.errors import DataError
 from keyreid.files import sha256
+from keyreid.ownership import owned
 from keyreid.progress import track
 from keyreid.shards.shard_set import ShardSet
 
@@ -88,8 +88,7 @@ class EmbeddingJob:
 
     def join(self) -> int | None:
         """Write the output where all parts are there; gives its rows, or None while parts are missing."""
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.out.with_name(f".{self.out.name}.lock")):
+        with owned(self.out.parent, "keyreid embed", f"{self.out.name}.parts", wait=True):
             if not self.done:
                 if not all(map(self._is_ours, self.paths)):
                     return None

@@ -1,8 +1,9 @@
 """Evaluation of saved weights: on one split of a dataset, or on all of them with mean and deviation."""
 
+import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from keyreid.errors import ConfigError
 from keyreid.evaluation.judging import VECTORS, judge_vectors
 from keyreid.evaluation.ranking import query_and_gallery
 from keyreid.evaluation.scores import mean_over_splits
-from keyreid.files import writing
+from keyreid.ownership import owned
 from keyreid.shards.shard_set import ShardSet
 from keyreid.tracking import RUN_ID, Tracker
 
@@ -49,11 +50,11 @@ class SavedEvaluation:
         number = config.data.split_number if number is None else number
         settings = _on_split(config, number)
         shards = ShardSet.from_config(settings.data)
-        folder = self._folder(trained, shards)
-        vectors = self._embed(trained, shards, [number], folder)
-        model = trained and trained.network
-        result = judge_vectors(vectors, model, shards, settings, folder, self.ranks, self.protocols)
-        return self._tracked(trained, config, result, folder, result["files"])
+        with self._folder(trained, shards) as folder:
+            vectors = self._embed(trained, shards, [number], folder)
+            model = trained and trained.network
+            result = judge_vectors(vectors, model, shards, settings, folder, self.ranks, self.protocols)
+            return self._tracked(trained, config, result, folder, result["files"])
 
     def all_splits(self) -> dict[str, Any]:
         """Mean and sample standard deviation (`RATE_deviation`) over all splits.
@@ -68,19 +69,19 @@ class SavedEvaluation:
         splits = range(len(shards.card["splits"]))
         if len(splits) < 2:
             raise ConfigError(f"{shards.location}: {shards.card['name']} has one split; leave out --all-splits")
-        folder = self._folder(trained, shards)
         weights_by_split = self.weights is not None and "{split}" in self.weights
-        vectors = None if weights_by_split else self._embed(trained, shards, splits, folder)
         results = []
-        for number in splits:
-            own = folder / f"split-{number}"
-            if weights_by_split:
-                trained, config = self._open(number)
-                vectors = self._embed(trained, shards, [number], own)
-            model, settings = trained and trained.network, _on_split(config, number)
-            results.append(judge_vectors(vectors, model, shards, settings, own, self.ranks, self.protocols))
-        files = [file for split in results for file in split["files"]]
-        return self._tracked(trained, config, mean_over_splits(results, shards.card["name"]), folder, files)
+        with self._folder(trained, shards) as folder:
+            vectors = None if weights_by_split else self._embed(trained, shards, splits, folder)
+            for number in splits:
+                own = folder / f"split-{number}"
+                if weights_by_split:
+                    trained, config = self._open(number)
+                    vectors = self._embed(trained, shards, [number], own)
+                model, settings = trained and trained.network, _on_split(config, number)
+                results.append(judge_vectors(vectors, model, shards, settings, own, self.ranks, self.protocols))
+            files = [file for split in results for file in split["files"]]
+            return self._tracked(trained, config, mean_over_splits(results, shards.card["name"]), folder, files)
 
     def _open(self, number: int) -> tuple[Trained | None, Config]:
         if self.weights is None:
@@ -90,16 +91,16 @@ class SavedEvaluation:
         trained.network.to(self.ranks.device)
         return trained, trained.config
 
-    def _folder(self, trained: Trained | None, shards: ShardSet) -> Path:
-        """Where results go; made before the long work, which would be lost if it could not be."""
+    @contextlib.contextmanager
+    def _folder(self, trained: Trained | None, shards: ShardSet) -> Iterator[Path]:
+        """Where results go; had alone, from before the long work, which would be lost if it could not be."""
         name, folder = shards.card["name"], self.out
         if folder is None and trained.run is None:
             folder = trained.file.with_name(f"{trained.file.stem}-evaluation-{name}")
         elif folder is None:
             folder = trained.run.evaluation / f"{name}-{trained.file.parent.name}"
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        with owned(folder, "keyreid evaluate", wait=True) if self.ranks.first else contextlib.nullcontext():
+            yield folder
 
     def _embed(self, trained: Trained | None, shards: ShardSet, splits: Iterable[int], folder: Path) -> Vectors | None:
         """The vectors of these splits' test tracklets on the first rank, kept in `folder`."""

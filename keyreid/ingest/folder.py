@@ -1,9 +1,10 @@
 """Bring folders and tables of pictures into an imported folder; and what each source adds to its manifest and card."""
 
+import contextlib
 import json
-import zlib
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import compress
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from keyreid.datasets.folder import CARD, CARD_FORMAT, MANIFEST, ImportCard, is_imported, open_folder, read_import_card
+from keyreid.datasets import open_dataset
+from keyreid.datasets.folder import CARD, CARD_FORMAT, MANIFEST, ImportCard, is_imported, read_import_card
 from keyreid.datasets.frames import picture_size
-from keyreid.datasets.listing import RESERVED, numbered, safe_key
+from keyreid.datasets.listing import RESERVED, keys_of, numbered, safe_key
 from keyreid.errors import DataError
 from keyreid.files import replace_text, replacing
+from keyreid.ownership import owned
 from keyreid.progress import track
 
 SOURCE_LENGTH, NAME_LENGTH = 32, 44  # keys have at most 80 characters
@@ -64,40 +67,57 @@ def import_folder(
     Raises:
         DataError: files are missing, are no pictures, or nothing is kept.
     """
-    check_target(out)
     if out.resolve() == source.resolve():
         raise DataError(f"{out}: import into another folder than the source's own")
-    settings = {"layout": layout, "test_share": test_share, "seed": seed}
-    data = open_folder(source, **settings)
-    cameras, people = ({number: text for text, number in data.names[kind].items()} for kind in ("camera", "identity"))
-    rows: list[Row] = []
-    left_out: Counter[str] = Counter()
-    for tracklet in track(data.tracklets, len(data.tracklets), "importing", "tracklets"):
-        sizes = np.array([picture_size(frame.path) for frame in tracklet.frames])
-        frames = list(compress(tracklet.frames, (sizes >= (min_width, min_height)).all(axis=1)))
-        left_out["pictures too small"] += len(tracklet.frames) - len(frames)
-        if len(frames) < min_length:
-            left_out["tracklets too short"] += 1
-            continue
-        split = "" if tracklet.split == "all" else tracklet.split
-        names = split, cameras[tracklet.camera], people.get(tracklet.identity, ""), tracklet.key
-        rows += [Row(frame.path, *names, number) for number, frame in enumerate(frames)]
-    settings |= {"min_width": min_width, "min_height": min_height, "min_length": min_length}
-    about = {"kind": "folder", "file": str(source.resolve()), "settings": settings}
-    return add_source(out, name or source_name(source), rows, about, left_out)
+    with importing(out, source, name) as name:
+        settings = {"layout": layout, "test_share": test_share, "seed": seed}
+        data = open_dataset("folder", source, **settings)
+        cameras, people = ({n: text for text, n in data.names[kind].items()} for kind in ("camera", "identity"))
+        rows: list[Row] = []
+        left_out: Counter[str] = Counter()
+        for tracklet in track(data.tracklets, len(data.tracklets), "importing", "tracklets"):
+            sizes = np.array([picture_size(frame.path) for frame in tracklet.frames])
+            frames = list(compress(tracklet.frames, (sizes >= (min_width, min_height)).all(axis=1)))
+            left_out["pictures too small"] += len(tracklet.frames) - len(frames)
+            if len(frames) < min_length:
+                left_out["tracklets too short"] += 1
+                continue
+            split = "" if tracklet.split == "all" else tracklet.split
+            names = split, cameras[tracklet.camera], people.get(tracklet.identity, ""), tracklet.key
+            rows += [Row(frame.path, *names, number) for number, frame in enumerate(frames)]
+        settings |= {"min_width": min_width, "min_height": min_height, "min_length": min_length}
+        about = {"kind": "folder", "file": str(source.resolve()), "settings": settings}
+        return add_source(out, name, rows, about, left_out)
+
+
+@contextlib.contextmanager
+def importing(root: Path, file: Path, name: str | None) -> Iterator[str]:
+    """Have an imported folder alone, after whoever has it now; gives the source's name, by default its file's.
+
+    Raises:
+        DataError: `root` holds other things, or by default another file's pictures would be replaced.
+    """
+    check_target(root)
+    if name is not None and not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9_-]{{,{SOURCE_LENGTH - 1}}}", name):
+        raise DataError(f"--name {name!r}: 1 to {SOURCE_LENGTH} letters, digits, `_` and `-`")
+    with owned(root, "keyreid import", wait=True):
+        source = name or safe_key(file.resolve().stem)[:SOURCE_LENGTH]
+        earlier = read_import_card(root).sources.get(source, {}).get("file")
+        if name is None and earlier not in (None, str(file.resolve())):
+            raise DataError(f"{root}: {source} is {earlier}; --name OTHER adds {file}, --name {source} replaces that")
+        yield source
 
 
 def check_target(root: Path) -> None:
     """Raise DataError where a folder holds things that `keyreid import` did not write."""
     if root.exists() and not root.is_dir():
         raise DataError(f"{root}: not a folder")
-    if root.is_dir() and not (root / CARD).is_file() and any(path.name != "crops" for path in root.iterdir()):
+    if (
+        root.is_dir()
+        and not (root / CARD).is_file()
+        and any(path.name != "crops" and not path.name.startswith(".") for path in root.iterdir())
+    ):
         raise DataError(f"{root}: not empty, and not an imported folder; name a new folder with --out")
-
-
-def source_name(path: Path) -> str:
-    """What a source is called in manifest and folders: its file's name in letters, digits, `_` and `-`."""
-    return safe_key(path.resolve().stem)[:SOURCE_LENGTH]
 
 
 def add_source(
@@ -121,9 +141,9 @@ def add_source(
     """
     if not rows:
         raise DataError(f"{source}: nothing is left to import; lower the bounds of size, length or visibility")
-    check_target(root)
-    root.mkdir(parents=True, exist_ok=True)
-    stored = [row._replace(path=_stored(row.path, root), tracklet=f"{source}/{_short(row.tracklet)}") for row in rows]
+    tracklets = list(dict.fromkeys((row.tracklet,) for row in rows))
+    short = dict(zip(tracklets, keys_of(tracklets, NAME_LENGTH), strict=True))
+    stored = [row._replace(path=_stored(row.path, root), tracklet=f"{source}/{short[(row.tracklet,)]}") for row in rows]
     own = table = pd.DataFrame(stored, columns=Row._fields)
     if is_imported(root):
         others = pd.read_parquet(root / MANIFEST)
@@ -149,8 +169,3 @@ def _stored(path: Path, root: Path) -> str:
     """Relative where the picture lies in the imported folder, so that the folder can be moved; else absolute."""
     path, root = path.resolve(), root.resolve()
     return str(path.relative_to(root) if path.is_relative_to(root) else path)
-
-
-def _short(name: str) -> str:
-    """A name that, with its source's, is no longer than a key may be."""
-    return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 9]}-{zlib.crc32(name.encode()):08x}"

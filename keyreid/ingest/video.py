@@ -3,6 +3,7 @@
 A video is read once from its beginning to its end, however many people are in it.
 """
 
+import contextlib
 import functools
 import shutil
 from collections import Counter
@@ -13,12 +14,13 @@ from typing import Literal
 
 import cv2
 
+from keyreid.datasets import open_dataset
 from keyreid.datasets.frames import picture_size, read_frame, video_property
-from keyreid.datasets.listing import safe_key
-from keyreid.datasets.mot import VIDEO_SUFFIXES, open_mot, read_seqinfo, sequences_root
+from keyreid.datasets.listing import keys_of
+from keyreid.datasets.mot import TrackSequence, find_sequences, read_seqinfo
 from keyreid.datasets.tracklet import Dataset, Frame
 from keyreid.errors import DataError
-from keyreid.ingest.folder import Imported, Row, add_source, check_target, source_name
+from keyreid.ingest.folder import Imported, Row, add_source, importing
 from keyreid.progress import track
 
 LEAST_INSIDE = 0.5  # share of a box that lies in the picture
@@ -66,46 +68,46 @@ def import_video(
         DataError: files are missing or damaged, or nothing is kept.
     """
     settings = settings or VideoSettings()
-    check_target(out)
-    name = name or source_name(file)
-    file = sequences_root(file)
-    tracks = tracks and str(tracks.resolve())
+    text = tracks and str(tracks.resolve())
     passed = ("classes", "min_length", "min_visibility", "min_confidence", "max_gap", "padding")
     options = {option: getattr(settings, option) for option in passed}
-    options |= {"min_size": (settings.min_width, settings.min_height)}
+    options |= {"min_size": (settings.min_width, settings.min_height), "tracks": text, "camera": camera}
     options |= {"max_frames": settings.max_frames * settings.every}
-    data = open_mot(file, tracks, camera, split="all", **options)
-    folder = out / "crops" / name
-    left_out: Counter[str] = Counter()
-    rows, frames = _choose(data, settings, folder, left_out)
-    _cut_all(frames, [row.path for row in rows], folder)
-    about = {"kind": "video", "file": str(file.resolve()), "tracks": tracks, "settings": asdict(settings)}
-    places = list(data.names["camera"])
-    rates = {place: frames_per_second or _rate(file, file / place if len(places) > 1 else file) for place in places}
-    return add_source(out, name, rows, about, left_out, rates)
+    with importing(out, file, name) as name:
+        data = open_dataset("mot", file, split="all", **options)
+        sequences = find_sequences(file, text, camera)
+        folder = out / "crops" / name
+        left_out: Counter[str] = Counter()
+        rows, frames = _choose(data, sequences, settings, folder, left_out)
+        _cut_all(frames, [row.path for row in rows], folder)
+        about = {"kind": "video", "file": str(file.resolve()), "tracks": text, "settings": asdict(settings)}
+        rates = {sequence.name: frames_per_second or _rate(sequence) for sequence in sequences}
+        return add_source(out, name, rows, about, left_out, rates)
 
 
 def _choose(
-    data: Dataset, settings: VideoSettings, folder: Path, left_out: Counter[str]
+    data: Dataset, sequences: list[TrackSequence], settings: VideoSettings, folder: Path, left_out: Counter[str]
 ) -> tuple[list[Row], list[Frame]]:
     """What is to be cut: the pictures as the manifest names them, and the frames that they come from."""
     places, people = ({n: name for name, n in data.names[kind].items()} for kind in ("camera", "identity"))
+    number_of = {path: number for sequence in sequences for number, path in sequence.pictures.items()}
     size_of = functools.cache(_size)
     pieces: Counter[int] = Counter()
-    rows, chosen = [], []
+    ids, names = [], []
     for tracklet in data.tracklets:
         place, person = places[tracklet.camera], people[tracklet.identity]
-        track_id = person.removeprefix(f"{place}/")
-        name = safe_key(*([place] if len(places) > 1 else []), track_id, str(pieces[tracklet.identity]))
+        ids.append(person.removeprefix(f"{place}/"))
+        names.append((*([place] if len(places) > 1 else []), ids[-1], str(pieces[tracklet.identity])))
         pieces[tracklet.identity] += 1
+    rows, chosen = [], []
+    for tracklet, track_id, name in zip(data.tracklets, ids, keys_of(names), strict=True):
+        place, person = places[tracklet.camera], people[tracklet.identity]
         inside = [frame for frame in tracklet.frames if _share_inside(frame, size_of) >= LEAST_INSIDE]
         left_out["boxes mostly outside the picture"] += len(tracklet.frames) - len(inside)
         identity = {"none": "", "track": person, "person": track_id}[settings.identity]
         for frame in inside[:: settings.every]:
             # The number in the video from 0, or of a picture as its name says; the kind as `read_frame` gives it.
-            number = frame.video_frame
-            if number is None:
-                number = int("".join(filter(str.isdigit, frame.path.stem)) or 0)
+            number = number_of[frame.path] if frame.video_frame is None else frame.video_frame
             kind = "png" if frame.video_frame is None and frame.path.suffix.lower() == ".png" else "jpg"
             rows.append(Row(folder / name / f"{number:06d}.{kind}", "", place, identity, name, number))
             chosen.append(frame)
@@ -143,12 +145,12 @@ def _size(path: Path, video: bool) -> tuple[float, float]:
     return video_property(path, cv2.CAP_PROP_FRAME_WIDTH), video_property(path, cv2.CAP_PROP_FRAME_HEIGHT)
 
 
-def _rate(file: Path, sequence: Path) -> float | None:
-    """Frames a second of a video or a sequence's folder, where it says."""
-    if file.suffix.lower() in VIDEO_SUFFIXES:
-        rate = video_property(file, cv2.CAP_PROP_FPS)
-        return rate if 0 < rate < 1000 else None
-    try:
-        return read_seqinfo(sequence).getfloat("Sequence", "frameRate", fallback=None)
-    except ValueError:
-        return None
+def _rate(sequence: TrackSequence) -> float | None:
+    """Frames a second, where the video or the sequence says."""
+    rate = None
+    if sequence.video:
+        rate = video_property(sequence.video, cv2.CAP_PROP_FPS)
+    else:
+        with contextlib.suppress(ValueError):
+            rate = read_seqinfo(sequence.place).getfloat("Sequence", "frameRate", fallback=None)
+    return rate if rate and 0 < rate < 1000 else None

@@ -119,7 +119,7 @@ def _read(
 def _read_pose(path: Path) -> np.ndarray:
     try:
         pose = np.array(json.loads(path.read_text()), np.float32)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, OverflowError) as error:
         raise DataError(f"{path}: not a .pose file ({error})") from None
     if pose.shape != (NUM_KEYPOINTS, 3):
         raise DataError(f"{path}: a pose of shape {pose.shape}, expected 17 joints of x, y, confidence")
@@ -128,8 +128,8 @@ def _read_pose(path: Path) -> np.ndarray:
 
 def _read_heatmap(path: Path) -> np.ndarray:
     try:
-        heatmap = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        heatmap = np.asarray(np.load(path, allow_pickle=False))  # not an .npz
+    except Exception as error:  # NumPy raises many kinds
         raise DataError(f"{path}: not a heatmap file ({error})") from None
     if heatmap.ndim != 3:
         raise DataError(f"{path}: heatmaps of shape {heatmap.shape}, expected [parts, height, width]")

@@ -16,6 +16,7 @@ from keyreid.embedding.distance import Metric
 from keyreid.embedding.vectors import VectorFiles, matrix
 from keyreid.errors import ConfigError, DataError, install_hint
 from keyreid.files import replacing, writing
+from keyreid.ownership import owned
 from keyreid.progress import track
 
 FORMAT = "keyreid-gallery-index/1"
@@ -30,7 +31,9 @@ class GalleryIndex:
     def fitting(cls, path: Path, gallery: VectorFiles, metric: Metric, probes: int | None = None) -> "GalleryIndex":
         """The index at a path, built first where it is not there or not of these very vectors."""
         if not cls.fits(path, gallery, metric):
-            cls.build(gallery, path, metric)
+            with owned(path.parent, "keyreid search", path.name, wait=True):
+                if not cls.fits(path, gallery, metric):
+                    cls.build(gallery, path, metric)
         return cls(path, gallery, metric, probes)
 
     @staticmethod

@@ -27,6 +27,7 @@ import scipy.io
 
 from keyreid.datasets.tracklet import DISTRACTOR_IDENTITY, JUNK_IDENTITY
 from keyreid.errors import DataError
+from keyreid.ownership import LOCK, OWNER, owned
 from keyreid.pose import keypoint_files
 from keyreid.processes import end_with_parent
 from keyreid.progress import track
@@ -35,6 +36,7 @@ from keyreid.synthetic.clothes import dress
 from keyreid.synthetic.filming import random_stream, render_tracklet
 
 VERSION = 3  # of the drawing: raised whenever the same settings give other pictures
+PARTS = {"bbox_train", "bbox_test", "keypoints", "info"}
 _PERSON, _CAMERA, _VISITS, _TRACKLET, _DISTRACTOR, _JUNK = range(1, 7)  # random streams
 
 
@@ -108,17 +110,18 @@ def render(
     walkers = Walkers(identities=identities, cameras=cameras, seed=seed, **settings)
     description = json.dumps({"version": VERSION, **asdict(walkers)}, indent=1)
     done = root / "walkers.json"
-    if done.is_file():
-        if done.read_text() != description:
-            raise DataError(f"{root} holds walkers of other settings ({done}); choose another folder or remove it")
-        return walkers
-    if root.is_dir() and {path.name for path in root.iterdir()} - {"bbox_train", "bbox_test", "keypoints", "info"}:
-        raise DataError(f"{root} is not empty and not a folder of walkers; choose another folder")
-    train, test = _plan(walkers)
-    for name, jobs in (("train", train), ("test", test)):
-        _render_all(walkers, root, f"bbox_{name}", jobs, processes, quiet)
-    _write_info(root / "info", train, test)
-    done.write_text(description)
+    with contextlib.nullcontext() if done.is_file() else owned(root, "keyreid walkers"):
+        if done.is_file():
+            if done.read_text() != description:
+                raise DataError(f"{root} holds walkers of other settings ({done}); choose another folder or remove it")
+            return walkers
+        if {path.name for path in root.iterdir() if path.name not in (LOCK, OWNER)} - PARTS:
+            raise DataError(f"{root} is not empty and not a folder of walkers; choose another folder")
+        train, test = _plan(walkers)
+        for name, jobs in (("train", train), ("test", test)):
+            _render_all(walkers, root, f"bbox_{name}", jobs, processes, quiet)
+        _write_info(root / "info", train, test)
+        done.write_text(description)
     return walkers
 
 

@@ -12,6 +12,7 @@ import torch
 from keyreid.checkpoints import folder as checkpoints
 from keyreid.checkpoints.folder import BackgroundWriter, Snapshot, TrainingState
 from keyreid.checkpoints.run_folder import RunFolder
+from keyreid.checkpoints.same_data import data_about
 from keyreid.checkpoints.start import start_network
 from keyreid.checkpoints.weights_file import WeightsHeader
 from keyreid.config import Config
@@ -81,7 +82,7 @@ class Trainer:
         self.steps_per_epoch = config.schedule.steps_per_epoch or self.plan.steps_per_epoch
         self.total_steps = config.schedule.epochs * self.steps_per_epoch
         identities, cameras = sorted(self.shards.label_of), list(self.shards.camera_index)
-        about = {"run": config.name, "dataset": self.shards.card["name"]}
+        about = {"run": config.name, **data_about(self.shards.card)}
         self.header = WeightsHeader(
             model=config.model, clip=config.clip, identities=identities, cameras=cameras, about=about
         )
@@ -114,7 +115,8 @@ class Trainer:
         config, ranks = self.config, self.ranks
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         model = config.model.model_copy(update={"weights": None}) if restored else config.model
-        network = start_network(model, config.clip, self.plan.num_identities, len(self.shards.camera_index))
+        cameras = len(self.shards.camera_index)
+        network = start_network(model, config.clip, self.plan.num_identities, cameras, self.shards)
         widths = network.width, network.part_width
         criterion = Criterion(config.loss, self.plan.num_identities, *widths, config.model.parts)
         if restored:
