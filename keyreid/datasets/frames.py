@@ -6,6 +6,7 @@ Every picture from outside is decoded here, and whatever is wrong with it is sai
 """
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import io
@@ -31,11 +32,11 @@ EIGHTH = cv2.IMREAD_REDUCED_GRAYSCALE_8  # flag of `decode`: small and grey, in 
 Encoding = Literal["jpg", "png"]
 
 _TURNS = (b"Exif", b"eXIf", b"EXIF", b"exif", b"irot", b"imir")  # without one of these, no format's picture is turned
-# What decoders print of damage that they paint over, or refuse. A few bytes too many before the end do no harm, and
-# some cameras write them.
+# What decoders print of damage that they paint over or refuse, and what means nothing. A few bytes too many before the
+# end do no harm, and some cameras write them.
 _DAMAGE = re.compile(
-    rb"(?:Corrupt JPEG data(?!: \d extraneous bytes before marker 0xd9)|Premature end of JPEG|Invalid SOS"
-    rb"|Inconsistent progression|libpng error|libpng warning: IDAT|\[ERROR:).*\n+"
+    rb"((?:Corrupt JPEG data(?!: \d extraneous bytes before marker 0xd9)|Premature end of JPEG|Invalid SOS"
+    rb"|Inconsistent progression|libpng error|libpng warning: IDAT|\[ERROR:).*\n+)|(?:\[ WARN:|libpng warning).*\n+"
 )
 _ONE_LISTENER = threading.Lock()  # of a process's standard error
 
@@ -129,6 +130,7 @@ def decode(content: bytes, flags: int = cv2.IMREAD_COLOR_RGB) -> np.ndarray:
     flags = flags if scale == 8 or flags != EIGHTH else cv2.IMREAD_COLOR
     with _ONE_LISTENER:  # what libraries print of damage is said nowhere else
         said, screen = os.memfd_create("said"), os.dup(2)
+        fcntl.fcntl(said, fcntl.F_SETFL, os.O_APPEND)  # threads do not write over each other's words
         os.dup2(said, 2)
         try:
             picture = cv2.imdecode(np.frombuffer(content, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -140,7 +142,7 @@ def decode(content: bytes, flags: int = cv2.IMREAD_COLOR_RGB) -> np.ndarray:
             os.close(said)
             os.close(screen)
     os.write(2, _DAMAGE.sub(b"", text))  # other threads' words
-    damage = [" ".join(line.decode(errors="replace").split()) for line in _DAMAGE.findall(text)]
+    damage = [" ".join(line.decode(errors="replace").split()) for line in _DAMAGE.findall(text) if line]
     if picture is None or damage:
         raise ValueError(": ".join(["not a picture that decodes", *damage[:1]]))
     if any(abs(scale * got - said) >= scale for got, said in zip(picture.shape, (height, width), strict=False)):

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import scipy.io
 
+from keyreid.datasets.suffixes import is_picture
 from keyreid.errors import DataError
 
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 RESERVED = {"distractor": 0, "junk": -1}  # identity names with the meaning they have in MARS
 
 
@@ -21,7 +21,7 @@ def folders(parent: Path) -> list[Path]:
 
 def pictures(parent: Path) -> list[Path]:
     """Picture files in natural order (`2.jpg` before `10.jpg`); DataError where `parent` is not a folder."""
-    return [path for path in _visible(parent) if path.suffix.lower() in PICTURE_SUFFIXES]
+    return [path for path in _visible(parent) if is_picture(path)]
 
 
 def _visible(parent: Path) -> list[Path]:
