@@ -123,11 +123,11 @@ def max_pixels() -> int:
 def decode(content: bytes, flags: int = cv2.IMREAD_COLOR_RGB) -> np.ndarray:
     """An encoded picture, upright: uint8 [H, W, 3], RGB unless OpenCV's `flags` say otherwise.
 
-    ValueError where it is none, damaged or too large, or where its data are not of the size that its header says.
+    ValueError where it is none, damaged or too large, or has other data than its header says.
     """
     width, height, turn = picture_header(content)
-    scale = 8 if flags == EIGHTH and min(width, height) >= 8 else 1  # an eighth of less is nothing
-    flags = flags if scale == 8 or flags != EIGHTH else cv2.IMREAD_COLOR
+    if flags == EIGHTH and min(width, height) < 8:
+        flags = cv2.IMREAD_COLOR  # an eighth of that is nothing
     with _ONE_LISTENER:  # what libraries print of damage is said nowhere else
         said, screen = os.memfd_create("said"), os.dup(2)
         fcntl.fcntl(said, fcntl.F_SETFL, os.O_APPEND)  # threads do not write over each other's words
@@ -145,8 +145,6 @@ def decode(content: bytes, flags: int = cv2.IMREAD_COLOR_RGB) -> np.ndarray:
     damage = [" ".join(line.decode(errors="replace").split()) for line in _DAMAGE.findall(text) if line]
     if picture is None or damage:
         raise ValueError(": ".join(["not a picture that decodes", *damage[:1]]))
-    if any(abs(scale * got - said) >= scale for got, said in zip(picture.shape, (height, width), strict=False)):
-        raise ValueError(f"its header says {width} x {height} pixels, its data {picture.shape[1]} x {picture.shape[0]}")
     if turn > 4:
         picture = picture.swapaxes(0, 1)
     picture = picture[:: -1 if turn in (3, 4, 7, 8) else 1, :: -1 if turn in (2, 3, 6, 7) else 1]
