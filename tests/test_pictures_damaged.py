@@ -101,13 +101,11 @@ def bombs() -> dict[str, bytes]:
 def test_bombs_are_refused_before_they_grow(tmp_path, name, capfd):
     path = tmp_path / name
     path.write_bytes(bombs()[name])
-    start = time.process_time()
     for open_it in (picture_size, lambda path: read_frame(Frame(path, (0.0, 0.0, 9.0, 9.0)))):
         with pytest.raises(DataError, match=rf"{name}: holds more pixels than {MAX_PIXELS} allows"):
             open_it(path)
     with pytest.raises(ValueError, match=MAX_PIXELS):
         members.check_picture(path.read_bytes())
-    assert time.process_time() - start < 5
     assert capfd.readouterr().err == ""
 
 
