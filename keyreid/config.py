@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import pydantic
 import yaml
@@ -32,6 +32,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+Ratio = Annotated[float, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 SectionType = TypeVar("SectionType", bound=Section)
 
 
@@ -49,8 +52,8 @@ class AugmentConfig(Section):
     flip_probability: float = Field(0.5, ge=0, le=1)
     pad_pixels: int = Field(10, ge=0, description="zero border added on each side before the random crop")
     erase_probability: float = Field(0.5, ge=0, le=1)
-    erase_area: tuple[float, float] = Field((0.02, 0.4), description="share of the picture, least and most")
-    erase_aspect: tuple[float, float] = Field((0.3, 3.3), description="height over width, least and most")
+    erase_area: tuple[Share, Share] = Field((0.02, 0.4), description="share of the picture, least and most")
+    erase_aspect: tuple[Ratio, Ratio] = Field((0.3, 3.3), description="height over width, least and most")
 
 
 class DataConfig(Section):
@@ -144,7 +147,7 @@ class OptimizerConfig(Section):
     lr: float = Field(0.008, gt=0)
     bias_lr_factor: float = Field(2.0, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="adamw")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="adamw")
     weight_decay: float = Field(1e-4, ge=0)
 
 

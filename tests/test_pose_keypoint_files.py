@@ -11,7 +11,7 @@ from keyreid.pose.keypoint_files import KeypointFile
 def example(frames: int = 3) -> KeypointFile:
     rng = np.random.default_rng(0)
     return KeypointFile(
-        keypoints=rng.uniform(0, 200, (frames, 17, 3)).astype(np.float32),
+        keypoints=rng.uniform(0, (200, 200, 1), (frames, 17, 3)).astype(np.float32),
         scores=rng.uniform(0, 1, frames).astype(np.float32),
         frame_names=tuple(f"0001C1T0001F{i:03d}.jpg" for i in range(frames)),
         provenance={"tool": "test", "threshold": 0.15},

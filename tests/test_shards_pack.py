@@ -18,6 +18,7 @@ import psutil
 import pytest
 from packed import make_dataset, pack_dataset, read_named
 
+from keyreid.datasets.frames import frame_hashes
 from keyreid.datasets.tracklet import Dataset, Frame
 from keyreid.errors import DataError, KeyreidError
 from keyreid.pose import heatmap_files, keypoint_files
@@ -106,7 +107,7 @@ def test_shards_of_other_data_or_settings_are_not_kept(source, tmp_path, change)
     pack(planned(source), tmp_path, quiet=True)
     first = dataset.tracklets[0]
     changed = {
-        "keypoints": (replace(first, keypoints=first.keypoints + 1), 6),
+        "keypoints": (replace(first, keypoints=first.keypoints + np.float32((1, 1, 0))), 6),
         "identity": (replace(first, identity=99), 6),
         "parts": (first, 4),
     }[change]
@@ -221,9 +222,10 @@ def test_keypoint_files_take_the_place_of_the_datasets_own(source, tmp_path):
     dataset, root = source
     rng = np.random.default_rng(3)
     for tracklet in dataset.tracklets:
-        keypoints = rng.uniform(0, 30, (len(tracklet.frames), 17, 3)).astype(np.float32)
+        keypoints = rng.uniform(0, (30, 30, 1), (len(tracklet.frames), 17, 3)).astype(np.float32)
         names = tuple(frame.path.name for frame in tracklet.frames)
-        file = keypoint_files.KeypointFile(keypoints, np.ones(len(names), np.float32), names)
+        hashes = frame_hashes(tracklet.frames)
+        file = keypoint_files.KeypointFile(keypoints, np.ones(len(names), np.float32), names, {}, hashes)
         keypoint_files.save(keypoint_files.path_of(tmp_path / "kp", tracklet.key), file)
     shards = pack_dataset(dataset, root, tmp_path / "out", keypoints=tmp_path / "kp")
     np.testing.assert_array_equal(shards.keypoints(len(dataset.tracklets) - 1), keypoints)
@@ -253,7 +255,8 @@ def test_published_heatmap_files_are_pooled_to_tiles(source, tmp_path):
     imported = tmp_path / "imported"
     for tracklet in dataset.tracklets:
         heatmaps = [np.load(tmp_path / "npy" / f.path.relative_to(root).with_suffix(".npy")) for f in tracklet.frames]
-        heatmap_files.save(heatmap_files.path_of(imported, tracklet.key), heatmaps, [""] * len(heatmaps), {})
+        names, hashes = keypoint_files.frame_names(tracklet), frame_hashes(tracklet.frames)
+        heatmap_files.save(heatmap_files.path_of(imported, tracklet.key), heatmaps, names, {}, hashes)
     again = pack_dataset(bare, root, tmp_path / "again", heatmaps=imported)
     np.testing.assert_array_equal(again.heatmaps(7, 1), shards.heatmaps(7, 1))
     np.save(path, np.full((6, 256, 128), 2.0))

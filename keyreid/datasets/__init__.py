@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keyreid.datasets.suffixes import naming_strangers
 from keyreid.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ READERS = {
 }
 
 
+@naming_strangers()
 def open_dataset(name: str, root: Path | str, **options: Any) -> "Dataset":
     """Open a dataset by name; docs/datasets.md says how each must lie on disk and which options it takes.
 

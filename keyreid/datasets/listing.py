@@ -10,9 +10,9 @@ from decimal import Decimal
 from itertools import count
 from pathlib import Path
 
+from keyreid.datasets.suffixes import is_picture
 from keyreid.errors import DataError
 
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 RESERVED = {"distractor": 0, "junk": -1}  # identity names with the meaning they have in MARS
 KEY_LENGTH = 80  # of a tracklet's key, at most: what shards take
 NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?(e[+-]?[0-9]{1,3})?", re.IGNORECASE)
@@ -27,7 +27,7 @@ def folders(parent: Path) -> list[Path]:
 
 def pictures(parent: Path) -> list[Path]:
     """Picture files in natural order (`2.jpg` before `10.jpg`); DataError where `parent` is not a folder."""
-    return [path for path in _visible(parent) if path.suffix.lower() in PICTURE_SUFFIXES]
+    return [path for path in _visible(parent) if is_picture(path)]
 
 
 def _visible(parent: Path) -> list[Path]:

@@ -25,6 +25,10 @@ class Frame:
     box: tuple[float, float, float, float] | None = None  # x, y, width, height in pixels; may leave the picture
     video_frame: int | None = None  # from 0, when `path` is a video
 
+    def __post_init__(self) -> None:
+        if self.box is not None and not (np.isfinite(self.box).all() and min(self.box[2:]) > 0):
+            raise DataError(f"{self.path}: a box of {self.box} (x, y, width, height); it must have an area")
+
 
 @dataclass(frozen=True)
 class Tracklet:
@@ -43,9 +47,17 @@ class Tracklet:
             raise DataError(f"tracklet key {self.key!r}: only letters, digits, '_' and '-' are allowed")
         if not self.frames:
             raise DataError(f"tracklet {self.key} has no frames")
-        if self.keypoints is not None and self.keypoints.shape != (len(self.frames), 17, 3):
-            shape = self.keypoints.shape
-            raise DataError(f"tracklet {self.key}: keypoints {shape} do not fit its {len(self.frames)} frames")
+        if self.keypoints is not None:
+            check_keypoints(f"tracklet {self.key}", self.keypoints, len(self.frames))
+
+
+def check_keypoints(name: str, keypoints: np.ndarray, frames: int) -> None:
+    """Raise DataError, with the name, for keypoints that are not numbers [T, 17, 3] or whose confidence is not one."""
+    if keypoints.dtype.kind not in "fiu" or keypoints.shape != (frames, 17, 3):
+        raise DataError(f"{name}: keypoints {keypoints.dtype} {keypoints.shape} do not fit {frames} frames")
+    wrong = ~np.isfinite(keypoints).all((1, 2)) | (np.abs(keypoints[..., 2] - 0.5) > 0.501).any(1)
+    if wrong.any():
+        raise DataError(f"{name}: frame {wrong.argmax()}: keypoints must be finite, their confidences from 0 to 1")
 
 
 @dataclass(frozen=True)

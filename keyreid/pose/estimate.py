@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 import torch
 
-from keyreid.datasets.frames import read_frame
+from keyreid.datasets.frames import content_hash, frame_hashes, read_frame
 from keyreid.datasets.tracklet import Dataset, Frame, Tracklet
 from keyreid.errors import ConfigError, DataError
 from keyreid.files import replace_text
@@ -65,6 +65,7 @@ class Summary:
 
     tracklets: int = 0  # written by this run
     there: int = 0  # tracklets that an earlier run had written
+    changed: int = 0  # of `tracklets`: an earlier run had written them, from frames that are no longer the same
     frames: int = 0  # of `tracklets`
     empty: int = 0  # readable frames without a person
     unreadable: list[str] = field(default_factory=list)  # frames and why; their keypoints are zeros
@@ -74,13 +75,16 @@ class Summary:
 
     def __str__(self) -> str:
         found = f"{self.frames} frames, {self.empty} without a person, {len(self.unreadable)} not readable"
-        return f"{self.tracklets} tracklets written, {self.there} were there; {found}"
+        again = f" ({self.changed} anew, of other frames than before)" if self.changed else ""
+        return f"{self.tracklets} tracklets written{again}, {self.there} were there; {found}"
 
 
 def estimate(
     dataset: Dataset, out: Path, settings: PoseSettings, work: PoseWork, share: tuple[int, int] = (0, 1)
 ) -> Summary:
     """Write into `out` the keypoint file of each tracklet without one; share (i, n): as task i, from 0, of n.
+
+    A file that is damaged, or was made from other frames or pictures than the tracklet now has, is written anew.
 
     Raises:
         ConfigError: `out` holds keypoints of other settings, or there is no such share or device.
@@ -123,11 +127,17 @@ def _estimate_on(
     provenance = {"tool": tool, "checkpoint_sha256": sha256, **asdict(settings), "checkpoint": checkpoint}
     _claim(out, provenance)
 
-    todo = [tracklet for tracklet in mine if not keypoint_files.path_of(out, tracklet.key).exists()]
-    summary, total = Summary(there=len(mine) - len(todo)), sum(len(tracklet.frames) for tracklet in todo)
+    there = [tracklet for tracklet in mine if keypoint_files.path_of(out, tracklet.key).exists()]
+    options = {"batch_size": None, "num_workers": work.workers, "worker_init_fn": _one_thread}
+    checks = torch.utils.data.DataLoader(there, collate_fn=partial(_stands, out), **options) if there else ()
+    checked = list(track(checks, len(there), "comparing", "tracklets", quiet))
+    kept = {tracklet.key for tracklet, stands in zip(there, checked, strict=True) if stands}
+    todo = [tracklet for tracklet in mine if tracklet.key not in kept]
+    summary = Summary(there=len(kept), changed=len(there) - len(kept))
+    total = sum(len(tracklet.frames) for tracklet in todo)
     found = track(_find(todo, settings, work, decoder), total, "keypoints", "frames", not total or quiet)
     for number, frames in groupby(found, key=itemgetter(0)):
-        poses, faults = zip(*((pose, fault) for _, pose, fault in frames), strict=True)
+        _, poses, faults, hashes = zip(*frames, strict=True)
         summary.unreadable += filter(None, faults)
         if len(summary.unreadable) > work.max_unreadable:
             count, last = len(summary.unreadable), "; ".join(summary.unreadable[-3:])
@@ -137,6 +147,7 @@ def _estimate_on(
             scores=np.array([pose.score for pose in poses], np.float32),
             frame_names=keypoint_files.frame_names(todo[number]),
             provenance=provenance | {"unreadable": [i for i, fault in enumerate(faults) if fault]},
+            pictures=hashes,
         )
         keypoint_files.save(keypoint_files.path_of(out, todo[number].key), file, settings.dtype)
         summary.tracklets += 1
@@ -160,22 +171,34 @@ def _claim(out: Path, provenance: dict[str, Any]) -> None:
     replace_text(path, json.dumps(provenance, indent=1, sort_keys=True) + "\n")
 
 
-def _read(long_edge: int | None, chunk: tuple[int, Sequence[Frame]]) -> tuple[int, list[Fitted | str]]:
-    """What the reader processes do: the chunk's number, and for each frame a picture, or why it could not be read."""
+def _stands(out: Path, tracklet: Tracklet) -> bool:
+    """Whether a keypoint file is whole, and of the frames that its tracklet now has."""
+    try:
+        keypoint_files.load(keypoint_files.path_of(out, tracklet.key), tracklet, frame_hashes(tracklet.frames))
+    except DataError:
+        return False
+    return True
+
+
+def _read(long_edge: int | None, chunk: tuple[int, Sequence[Frame]]) -> tuple[int, list[Fitted | str], list[str]]:
+    """What the reader processes do: the chunk's number, for each frame a picture, or why there is none, and hashes."""
     pictures: list[Fitted | str] = []
-    for frame in chunk[1]:
+    hashes = [""] * len(chunk[1])
+    for number, frame in enumerate(chunk[1]):
         try:
-            pictures.append(fit(decode(read_frame(frame)[0]), long_edge))
+            content = read_frame(frame)[0]
+            hashes[number] = content_hash(content)
+            pictures.append(fit(decode(content), long_edge))
         except (DataError, OSError, cv2.error) as error:
             place = f"{frame.path}" + ("" if frame.video_frame is None else f" frame {frame.video_frame}")
             pictures.append(str(error) if str(frame.path) in str(error) else f"{place}: {error}")
-    return chunk[0], pictures
+    return chunk[0], pictures, hashes
 
 
 def _find(
     tracklets: Sequence[Tracklet], settings: PoseSettings, work: PoseWork, decoder: pifpaf.PoseDecoder
-) -> Iterator[tuple[int, Pose, str | None]]:
-    """Frame after frame, in order: the tracklet's number, what was found, and why it could not be read.
+) -> Iterator[tuple[int, Pose, str | None, str]]:
+    """Frame after frame, in order: the tracklet's number, what was found, why it could not be read, and its hash.
 
     A chunk is up to `batch_size` frames of one tracklet; those of one size go through the network together.
     """
@@ -184,7 +207,7 @@ def _find(
     chunks = [(i, t.frames[at : at + size]) for i, t in enumerate(tracklets) for at in range(0, len(t.frames), size)]
     options = {"batch_size": None, "num_workers": work.workers, "worker_init_fn": _one_thread}
     read = partial(_read, settings.long_edge)
-    for number, pictures in torch.utils.data.DataLoader(chunks, collate_fn=read, **options) if chunks else ():
+    for number, pictures, hashes in torch.utils.data.DataLoader(chunks, collate_fn=read, **options) if chunks else ():
         results = [nobody] * len(pictures)
         by_size = defaultdict(list)
         for position, picture in enumerate(pictures):
@@ -196,8 +219,8 @@ def _find(
                 picture = pictures[position]
                 people = [picture.to_picture(pose) for pose in poses]
                 results[position] = choose(people, picture.size, settings.select) or nobody
-        for picture, pose in zip(pictures, results, strict=True):
-            yield number, pose, picture if isinstance(picture, str) else None
+        for picture, pose, known_by in zip(pictures, results, hashes, strict=True):
+            yield number, pose, picture if isinstance(picture, str) else None, known_by
 
 
 def _one_thread(_worker: int) -> None:

@@ -15,13 +15,16 @@ x 23 are touched, on one canvas that stays in the cache. Measured in benchmarks/
 
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from keyreid.errors import DataError
 from keyreid.pose.parts import NUM_KEYPOINTS, joint_parts, part_joints
 
 MIN_CONFIDENCE = 0.1
+TOLERANCE = 1e-6  # how far a published heatmap may leave [0, 1]
 PICTURE_HEIGHT, PICTURE_WIDTH = 256, 128  # what tiles are rendered at
 TILE_HEIGHT, TILE_WIDTH = 64, 32
 _CELL = PICTURE_HEIGHT // TILE_HEIGHT
@@ -70,6 +73,15 @@ def scale_keypoints(
     ratio[:, 0, 0] = to_width / np.asarray(width, np.float64)
     ratio[:, 0, 1] = to_height / np.asarray(height, np.float64)
     return keypoints * ratio
+
+
+def check_heatmaps(path: Path, heatmaps: NDArray) -> None:
+    """Raise DataError, with the path, for part heatmaps that are not numbers [P, H, W] from 0 to 1."""
+    if heatmaps.ndim != 3 or not heatmaps.size or heatmaps.dtype.kind not in "fiu":
+        raise DataError(f"{path}: heatmaps {heatmaps.dtype} {heatmaps.shape}, expected numbers [parts, height, width]")
+    low, high = float(heatmaps.min()), float(heatmaps.max())
+    if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # false of NaN
+        raise DataError(f"{path}: heatmap values from {low:.3g} to {high:.3g}; they must lie in [0, 1]")
 
 
 def _centres(keypoints: NDArray, width: ArrayLike, height: ArrayLike) -> tuple[NDArray, NDArray, NDArray]:

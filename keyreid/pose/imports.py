@@ -14,11 +14,11 @@ from typing import Literal
 
 import numpy as np
 
-from keyreid.datasets.frames import read_frame
-from keyreid.datasets.tracklet import Dataset, Tracklet
+from keyreid.datasets.frames import frame_hashes, read_frame
+from keyreid.datasets.tracklet import Dataset, Tracklet, check_keypoints
 from keyreid.errors import DataError
 from keyreid.pose import heatmap_files, keypoint_files
-from keyreid.pose.heatmaps import render_heatmaps
+from keyreid.pose.heatmaps import check_heatmaps, render_heatmaps
 from keyreid.pose.keypoint_files import KeypointFile, frame_names
 from keyreid.pose.parts import NUM_KEYPOINTS
 from keyreid.pose.pictures import decode
@@ -49,10 +49,12 @@ def import_poses(
     Raises:
         DataError: a file is not a pose, frames are not picture files, or too many have none.
     """
-    moved, nobody, made = Moved(), np.zeros((NUM_KEYPOINTS, 3), np.float32), {"tool": "import of .pose files"}
+    moved, nobody = Moved(), np.zeros((NUM_KEYPOINTS, 3), np.float32)
+    made = {"tool": "import of .pose files", "tree": tree.resolve().name}
     for tracklet, paths in _walk(dataset, root, tree, ".pose", "importing poses", moved):
         keypoints = np.stack(list(_read(paths, _read_pose, nobody, moved, max_missing)))
-        file = KeypointFile(keypoints, keypoints[..., 2].mean(1), frame_names(tracklet), made)
+        names, pictures = frame_names(tracklet), frame_hashes(tracklet.frames)
+        file = KeypointFile(keypoints, keypoints[..., 2].mean(1), names, made, pictures)
         keypoint_files.save(keypoint_files.path_of(out, tracklet.key), file, dtype or "float32")
     return moved
 
@@ -65,11 +67,12 @@ def import_heatmaps(
     `dtype` of what is stored is `float16`, `float32` or `float64`; None keeps each file's.
     """
     moved, nobody = Moved(), np.zeros((6, 1, 1))
-    provenance = {"tool": "import of .npy heatmaps", "dtype": dtype}
+    provenance = {"tool": "import of .npy heatmaps", "tree": tree.resolve().name, "dtype": dtype}
     for tracklet, paths in _walk(dataset, root, tree, ".npy", "importing heatmaps", moved):
         heatmaps = _read(paths, _read_heatmap, nobody, moved, max_missing)
         stored = (heatmap.astype(dtype or heatmap.dtype) for heatmap in heatmaps)
-        heatmap_files.save(heatmap_files.path_of(out, tracklet.key), stored, frame_names(tracklet), provenance)
+        names, pictures = frame_names(tracklet), frame_hashes(tracklet.frames)
+        heatmap_files.save(heatmap_files.path_of(out, tracklet.key), stored, names, provenance, pictures)
     return moved
 
 
@@ -121,8 +124,7 @@ def _read_pose(path: Path) -> np.ndarray:
         pose = np.array(json.loads(path.read_text()), np.float32)
     except (OSError, ValueError, TypeError, RecursionError, OverflowError) as error:
         raise DataError(f"{path}: not a .pose file ({error})") from None
-    if pose.shape != (NUM_KEYPOINTS, 3):
-        raise DataError(f"{path}: a pose of shape {pose.shape}, expected 17 joints of x, y, confidence")
+    check_keypoints(str(path), pose[None], 1)
     return pose
 
 
@@ -131,23 +133,19 @@ def _read_heatmap(path: Path) -> np.ndarray:
         heatmap = np.asarray(np.load(path, allow_pickle=False))  # not an .npz
     except Exception as error:  # NumPy raises many kinds
         raise DataError(f"{path}: not a heatmap file ({error})") from None
-    if heatmap.ndim != 3:
-        raise DataError(f"{path}: heatmaps of shape {heatmap.shape}, expected [parts, height, width]")
+    check_heatmaps(path, heatmap)
     return heatmap
 
 
 def _keypoints(files: Path, tracklet: Tracklet) -> np.ndarray:
     path = keypoint_files.path_of(files, tracklet.key)
-    file = keypoint_files.load(path)
-    if file.frame_names != frame_names(tracklet):
-        raise DataError(f"{path}: keypoints of other frames than the tracklet's ({file.frame_names[0]} ... )")
-    return file.keypoints
+    return keypoint_files.load(path, tracklet, frame_hashes(tracklet.frames)).keypoints
 
 
 def _heatmaps(files: Path, tracklet: Tracklet) -> Iterator[np.ndarray]:
     stored = heatmap_files.path_of(files, tracklet.key)
     if stored.exists():
-        yield from (heatmap for _, heatmap in heatmap_files.load(stored))
+        yield from (heatmap for _, heatmap in heatmap_files.load(stored, tracklet, frame_hashes(tracklet.frames)))
     else:
         for frame, joints in zip(tracklet.frames, _keypoints(files, tracklet), strict=True):
             height, width = decode(read_frame(frame)[0]).shape[:2]

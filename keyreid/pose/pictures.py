@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import cv2
 import numpy as np
 
+from keyreid.datasets import frames
 from keyreid.errors import DataError
 
 PADDING_COLOUR = (124, 116, 104)  # the mean that OpenPifPaf normalises by
@@ -43,18 +44,19 @@ class Fitted:
         pixel = np.trunc(moved[:, :2])  # as heatmaps place it: (-1, 0) still is pixel 0
         inside = ((pixel >= 0) & (pixel < (width, height))).all(1)
         moved[:, :2] = np.maximum(moved[:, :2], 0)
-        moved[~inside | (moved[:, 2] <= 0)] = 0
+        moved[~(inside & (moved[:, 2] > 0))] = 0  # also where something is no number
         return Pose(moved, pose.score)
 
 
 def decode(data: bytes) -> np.ndarray:
     """An encoded picture to uint8 [H, W, 3], RGB; DataError where it is none, or too small to hold a person."""
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
-    if pixels is None:
-        raise DataError("not a picture that can be decoded")
+    try:
+        pixels = frames.decode(data)
+    except ValueError as error:
+        raise DataError(str(error)) from None
     if min(pixels.shape[:2]) < 2:
         raise DataError(f"a picture of {pixels.shape[1]} x {pixels.shape[0]} pixels")
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return pixels
 
 
 def fit(picture: np.ndarray, long_edge: int | None) -> Fitted:

@@ -1,6 +1,5 @@
 """How good the keypoints of a dataset are: numbers, histograms, a contact sheet, and the distance from true ones."""
 
-import io
 import json
 from dataclasses import dataclass
 from itertools import pairwise
@@ -68,9 +67,7 @@ def _gather(dataset: Dataset, files: Path) -> _Found:
         if not path.exists():
             absent.append(tracklet.key)
             continue
-        file = keypoint_files.load(path)
-        if (count := len(file.frame_names)) != len(tracklet.frames):
-            raise DataError(f"{path}: keypoints of {count} frames; its tracklet has {len(tracklet.frames)}")
+        file = keypoint_files.load(path, tracklet)
         starts.append(len(frames))
         keypoints.append(file.keypoints)
         scores.append(file.scores)
@@ -106,7 +103,7 @@ def _accuracy(found: _Found, dataset: Dataset, truth: Path) -> dict:
     true = np.concatenate([keypoint_files.load(keypoint_files.path_of(truth, key)).keypoints for key in keys])
     if true.shape != found.keypoints.shape:
         raise DataError(f"{truth}: true keypoints of {len(true)} frames for {len(found.keypoints)} found ones")
-    heights = np.array([Image.open(io.BytesIO(read_frame(frame)[0])).height for frame in found.frames])
+    heights = np.array([decode(read_frame(frame)[0]).shape[0] for frame in found.frames])
     return {"truth": str(truth), **judge_keypoints(found.keypoints, true, heights)}
 
 

@@ -101,7 +101,7 @@ class DaliReader(Reader):
         """Carry out the plan: all of a list's clips at once, for storage that takes its time."""
         read = 0
         # A picture that does not decode would end the pipeline, so that it is found before.
-        decode = members.check_picture if self.faults.policy == "skip" else None
+        decode = members.try_picture if self.faults.policy == "skip" else None
         with ThreadPoolExecutor(self._workers, thread_name_prefix="keyreid-fetch") as pool:
             for clips in batches:
                 fetched = list(pool.map(self._fetcher.fetch, clips, itertools.repeat(decode)))

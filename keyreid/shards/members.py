@@ -19,6 +19,7 @@ import numpy as np
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
+from keyreid.datasets import frames
 from keyreid.datasets.tracklet import KEY_PATTERN
 from keyreid.errors import DataError, KeyreidError
 from keyreid.pose.heatmaps import TILE_HEIGHT, TILE_WIDTH
@@ -128,6 +129,8 @@ def decode_keypoints(content: bytes, frames: int) -> np.ndarray:
     keypoints = decode_array(content)
     if keypoints.shape != (frames, 17, 3) or keypoints.dtype != np.float32:
         raise ValueError(f"keypoints are {keypoints.dtype} {keypoints.shape}, not float32 ({frames}, 17, 3)")
+    if not np.isfinite(keypoints).all():
+        raise ValueError("keypoints that are not finite")
     return keypoints
 
 
@@ -150,7 +153,7 @@ def picture_size(content: bytes, kind: str) -> tuple[int, int]:
 
 @refusing
 def decode_picture(content: bytes) -> np.ndarray:
-    """Decode a JPEG or PNG to uint8 RGB [H, W, 3], or ValueError; every reader here ignores orientation tags."""
+    """Decode a JPEG or PNG to uint8 RGB [H, W, 3], or ValueError; packed pictures are upright, tags ignored."""
     picture = _decode(content, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     if picture is None:
         raise ValueError("the picture does not decode")
@@ -159,6 +162,18 @@ def decode_picture(content: bytes) -> np.ndarray:
 
 @refusing
 def check_picture(content: bytes) -> bytes:
+    """The same bytes, or ValueError where a picture is damaged, larger than KEYREID_MAX_PIXELS, lies or is not upright.
+
+    For packing and verifying; takes standard error for itself.
+    """
+    frames.decode(content, frames.EIGHTH)
+    if (turn := frames.orientation(content)) != 1:
+        raise ValueError(f"is stored sideways (EXIF orientation {turn}); pack the dataset again")
+    return content
+
+
+@refusing
+def try_picture(content: bytes) -> bytes:
     """The same bytes, or ValueError: a picture is decoded small and grey, in half the time, to know that it can be."""
     if _decode(content, cv2.IMREAD_REDUCED_GRAYSCALE_8) is None:
         decode_picture(content)  # an eighth of a PNG of fewer than 8 pixels a side is nothing

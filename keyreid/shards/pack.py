@@ -4,6 +4,7 @@ Which tracklet goes to which shard follows from the dataset alone, so processes 
 the work without talking: each writes whole shards, finished shards are kept, and the card appears when all are there.
 """
 
+import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,12 +20,15 @@ import keyreid
 from keyreid.datasets.tracklet import Dataset, Tracklet
 from keyreid.errors import DataError, KeyreidError
 from keyreid.files import replace_bytes, sha256, writing
+from keyreid.pose import keypoint_files
 from keyreid.processes import end_with_parent, worker_context
 from keyreid.progress import track
 from keyreid.shards.card import CARD_NAME, card_digest, encode_card, read_card
 from keyreid.shards.index_file import index_path, read_index
 from keyreid.shards.members import SPLITS, VERSION
 from keyreid.shards.writer import PackSettings, fingerprint, kept, write_shard
+
+log = logging.getLogger(__name__)
 
 _PICTURES_MEASURED = 1000  # file sizes are looked up for so many, evenly spaced
 _BYTES_OF_A_CROP = 8000  # guess for frames that are boxes in a picture or a video
@@ -44,8 +48,27 @@ class ShardLayout:
 
     @cached_property
     def fingerprints(self) -> list[str]:
-        """What each finished shard is known by."""
-        return [fingerprint(name, tracklets, self.settings) for name, tracklets in self.shards]
+        """What each finished shard is known by.
+
+        DataError where keypoint files are of other frames, or nothing in them says that they are not.
+        """
+        hashes, unknown = zip(*(fingerprint(*shard, self.settings) for shard in self.shards), strict=True)
+        unsaid = list(chain.from_iterable(unknown))
+        shared = keypoint_files.shared_names(self.dataset.tracklets) if unsaid else set()
+        for tracklet in unsaid:
+            if shared.issuperset(keypoint_files.frame_names(tracklet)):
+                raise DataError(
+                    f"{keypoint_files.path_of(self.settings.keypoints, tracklet.key)}: does not say which pictures it "
+                    "was made from, and other tracklets have frames of the same names; delete it and run `keyreid pose`"
+                )
+        if unsaid:
+            log.warning(
+                "%s: %d keypoint files of an earlier version do not say which pictures they were made from; only the "
+                "names of frames were compared",
+                self.settings.keypoints,
+                len(unsaid),
+            )
+        return list(hashes)
 
 
 def plan_shards(dataset: Dataset, settings: PackSettings, target_bytes: int = 256_000_000) -> ShardLayout:
@@ -94,9 +117,9 @@ def pack(
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     numbers = range(share[0], len(layout.shards), share[1])
-    tars = {number: out / layout.shards[number][0] for number in numbers}
+    tars, hashes = {number: out / layout.shards[number][0] for number in numbers}, layout.fingerprints
     with ThreadPoolExecutor(processes) as pool:
-        checks = pool.map(lambda number: kept(tars[number], layout.fingerprints[number], every_byte=True), numbers)
+        checks = pool.map(lambda n: kept(tars[n], hashes[n], every_byte=True) and _newest(tars[n], layout, n), numbers)
         checked = track(zip(numbers, checks, strict=True), len(numbers), "checking", "shards", quiet=quiet)
         todo = [number for number, is_whole in checked if not is_whole]
     if todo:
@@ -198,6 +221,16 @@ def _bytes_of_a_picture(dataset: Dataset) -> float:
                 raise DataError(f"{frame.path}: {error.strerror} (tracklet {tracklet.key})") from None
         number += len(tracklet.frames)
     return sum(sizes) / len(sizes)
+
+
+def _newest(tar: Path, layout: ShardLayout, number: int) -> bool:
+    """Whether none of a finished shard's pictures has changed since it was written."""
+    paths = {frame.path for tracklet in layout.shards[number][1] for frame in tracklet.frames}
+    try:
+        changes = (max(stat.st_mtime_ns, stat.st_ctime_ns) for stat in map(Path.stat, paths))
+        return max(changes) <= index_path(tar).stat().st_mtime_ns
+    except OSError:
+        return False
 
 
 _Job = tuple[Path, list[Tracklet], PackSettings, str]

@@ -23,13 +23,11 @@ from keyreid.datasets.tracklet import Frame, Tracklet
 from keyreid.errors import DataError, KeyreidError
 from keyreid.files import replace_bytes, replacing, sha256, sync, writing
 from keyreid.pose import heatmap_files, keypoint_files
-from keyreid.pose.heatmaps import TILE_HEIGHT, TILE_WIDTH, render_tiles, visibility
+from keyreid.pose.heatmaps import TILE_HEIGHT, TILE_WIDTH, check_heatmaps, render_tiles, visibility
 from keyreid.pose.parts import part_names
 from keyreid.shards import members
 from keyreid.shards.index_file import TAR_BLOCK, ShardIndex, encode_index, index_path, read_index
 from keyreid.shards.members import VERSION
-
-HEATMAP_FILE_TOLERANCE = 1e-6  # how far a published heatmap may leave [0, 1]
 
 
 @dataclass(frozen=True)
@@ -59,13 +57,21 @@ class PackSettings:
         return {**image, "heatmaps": heatmaps, "keypoints": keypoints}
 
 
-def fingerprint(name: str, tracklets: list[Tracklet], settings: PackSettings) -> str:
-    """A hash of all that decides a shard's content, short of the content of pictures and heatmap files."""
+def fingerprint(name: str, tracklets: list[Tracklet], settings: PackSettings) -> tuple[str, list[Tracklet]]:
+    """A hash of all that decides a shard's content, short of the content of pictures and published heatmaps.
+
+    And the tracklets with a keypoint file that does not say which pictures it was made from.
+    """
     digest = hashlib.sha256(members.encode_json({"version": VERSION, "shard": name, **settings.described()}))
+    unknown = []
     for tracklet in tracklets:
         digest.update(members.encode_json(_described(tracklet, settings.root)))
-        digest.update(load_keypoints(tracklet, settings).tobytes())
-    return digest.hexdigest()
+        keypoints, pictures = _joined_keypoints(tracklet, settings)
+        digest.update(keypoints.tobytes())
+        digest.update("".join(pictures).encode())
+        if settings.keypoints and not pictures:
+            unknown.append(tracklet)
+    return digest.hexdigest(), unknown
 
 
 def kept(tar: Path, settings_hash: str, every_byte: bool = False) -> bool:
@@ -116,11 +122,12 @@ def write_shard(tar: Path, tracklets: list[Tracklet], settings: PackSettings, se
 def _write_tracklet(out: TarWriter, tracklet: Tracklet, settings: PackSettings) -> ShardIndex:
     """Add a tracklet to the tar; gives its part of the index."""
     members.check_key(tracklet.key)
-    pictures, kinds, sizes = zip(*(_picture(tracklet, frame, settings) for frame in tracklet.frames), strict=True)
+    packed = (_picture(tracklet, frame, settings) for frame in tracklet.frames)
+    pictures, kinds, sizes, hashes = zip(*packed, strict=True)
     width, height = np.array(sizes).T
-    keypoints = load_keypoints(tracklet, settings)
+    keypoints, _ = _joined_keypoints(tracklet, settings, hashes)
     if settings.heatmaps:
-        tiles = _foreign_tiles(tracklet, settings)
+        tiles = _foreign_tiles(tracklet, settings, hashes)
         visible = tiles.any((2, 3))
     else:
         tiles = render_tiles(keypoints, width, height, settings.parts)
@@ -177,19 +184,20 @@ def _sources(paths: list[Path], root: Path) -> dict[str, Any]:
     return {"folder": folders.pop(), "files": [name.rpartition("/")[2] for name in names]}
 
 
-def _picture(tracklet: Tracklet, frame: Frame, settings: PackSettings) -> tuple[bytes, str, tuple[int, int]]:
-    """A frame's file content, its kind and its size, after a look whether it decodes."""
+def _picture(tracklet: Tracklet, frame: Frame, settings: PackSettings) -> tuple[bytes, str, tuple[int, int], str]:
+    """A frame's file content, its kind, its size and the hash of its source, after a look whether it decodes."""
     try:
         content, kind = source.read_frame(frame)
+        known_by = source.content_hash(content)
         if settings.image == "jpeg" and kind != "jpg":
-            picture = cv2.cvtColor(members.decode_picture(content), cv2.COLOR_RGB2BGR)
+            picture = source.decode(content, cv2.IMREAD_COLOR)
             content = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, settings.quality])[1].tobytes()
             kind = "jpg"
         size = members.picture_size(content, kind)
         if max(size) > members.LARGEST_SIDE:
             raise ValueError(f"{size[0]} x {size[1]} pixels: more than {members.LARGEST_SIDE} on a side")
         members.check_picture(content)
-        return content, kind, size
+        return content, kind, size, known_by
     except (DataError, ValueError) as error:
         place = "" if str(frame.path) in str(error) else f"{frame.path}: "
         raise DataError(
@@ -199,27 +207,28 @@ def _picture(tracklet: Tracklet, frame: Frame, settings: PackSettings) -> tuple[
 
 def load_keypoints(tracklet: Tracklet, settings: PackSettings) -> np.ndarray:
     """float32 [T, 17, 3] of a tracklet: from its keypoint file, its own, or zeros."""
-    frames = len(tracklet.frames)
+    return _joined_keypoints(tracklet, settings)[0]
+
+
+def _joined_keypoints(
+    tracklet: Tracklet, settings: PackSettings, hashes: tuple[str, ...] = ()
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The same, and what their file says of its pictures, which with `hashes` must be these."""
     if settings.keypoints is None:
         own = tracklet.keypoints
-        return np.zeros((frames, 17, 3), np.float32) if own is None else np.asarray(own, np.float32)
-    path = keypoint_files.path_of(settings.keypoints, tracklet.key)
-    keypoints = keypoint_files.load(path).keypoints
-    if len(keypoints) != frames:
-        raise DataError(f"{path}: keypoints of {len(keypoints)} frames, but tracklet {tracklet.key} has {frames}")
-    return keypoints
+        return np.zeros((len(tracklet.frames), 17, 3), np.float32) if own is None else np.asarray(own, np.float32), ()
+    file = keypoint_files.load(keypoint_files.path_of(settings.keypoints, tracklet.key), tracklet, hashes)
+    return file.keypoints, file.pictures
 
 
-def _foreign_tiles(tracklet: Tracklet, settings: PackSettings) -> np.ndarray:
+def _foreign_tiles(tracklet: Tracklet, settings: PackSettings, hashes: tuple[str, ...]) -> np.ndarray:
     """Heatmaps that somebody else made, as tiles uint8 [T, P, 64, 32]: the tracklet's file, or one `.npy` a frame."""
     assert settings.heatmaps is not None
     path = heatmap_files.path_of(settings.heatmaps, tracklet.key)
     if path.is_file():
-        heatmaps = [(path, heatmap) for _, heatmap in heatmap_files.load(path)]
+        heatmaps = [(path, heatmap) for _, heatmap in heatmap_files.load(path, tracklet, hashes)]
     else:
         heatmaps = [_published_heatmap(tracklet, frame, settings) for frame in tracklet.frames]
-    if len(heatmaps) != len(tracklet.frames):
-        raise DataError(f"{path}: {len(heatmaps)} frames, but tracklet {tracklet.key} has {len(tracklet.frames)}")
     return np.stack([_tiles(origin, heatmap, settings.parts) for origin, heatmap in heatmaps])
 
 
@@ -231,17 +240,15 @@ def _published_heatmap(tracklet: Tracklet, frame: Frame, settings: PackSettings)
     if path is None or frame.box is not None or frame.video_frame is not None:
         raise DataError(f"tracklet {tracklet.key}: no heatmap file {candidates[0]}, nor {candidates[1]}")
     try:
-        return path, np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        return path, np.asarray(np.load(path, allow_pickle=False))
+    except Exception as error:  # NumPy raises many kinds
         raise DataError(f"{path}: not a heatmap file: {error} (tracklet {tracklet.key})") from None
 
 
 def _tiles(path: Path, heatmap: np.ndarray, parts: int) -> np.ndarray:
-    if heatmap.ndim != 3 or len(heatmap) != parts:
+    check_heatmaps(path, heatmap)
+    if len(heatmap) != parts:
         raise DataError(f"{path}: heatmaps of shape {heatmap.shape}, expected [{parts}, height, width]")
-    low, high = float(heatmap.min()), float(heatmap.max())
-    if not (low >= -HEATMAP_FILE_TOLERANCE and high <= 1 + HEATMAP_FILE_TOLERANCE):
-        raise DataError(f"{path}: heatmap values from {low:.3g} to {high:.3g}; they must lie in [0, 1]")
     size = TILE_WIDTH, TILE_HEIGHT
     pooled = [cv2.resize(part, size, interpolation=cv2.INTER_AREA) for part in heatmap.astype(np.float32)]
     return (np.stack(pooled).clip(0, 1) * 255 + 0.5).astype(np.uint8)

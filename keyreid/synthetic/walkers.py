@@ -25,6 +25,7 @@ import cv2
 import numpy as np
 import scipy.io
 
+from keyreid.datasets.frames import content_hash
 from keyreid.datasets.tracklet import DISTRACTOR_IDENTITY, JUNK_IDENTITY
 from keyreid.errors import DataError
 from keyreid.ownership import LOCK, OWNER, owned
@@ -189,7 +190,8 @@ def _render_person(walkers: Walkers, root: Path, folder: str, jobs: list[_Job]) 
             (directory / name).write_bytes(picture)
         scores = rendered.keypoints[..., 2].mean(axis=1)
         provenance = {"tool": "keyreid walkers", "version": VERSION, "seed": walkers.seed}
-        truth = keypoint_files.KeypointFile(rendered.keypoints, scores, names, provenance)
+        hashes = tuple(map(content_hash, rendered.pictures))
+        truth = keypoint_files.KeypointFile(rendered.keypoints, scores, names, provenance, hashes)
         keypoint_files.save(keypoint_files.path_of(root / "keypoints", job.key), truth, durable=False)
     cv2.setNumThreads(threads)
 
