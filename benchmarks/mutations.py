@@ -446,7 +446,7 @@ BREAKS = [
         ),
         (
             "keypoints not in the fingerprint",
-            "digest.update(load_keypoints(tracklet, settings).tobytes())",
+            "digest.update(keypoints.tobytes())",
             "pass",
             "tests/test_shards_pack.py -k other_data_or_settings",
         ),
