@@ -64,11 +64,10 @@ def watch(command, folder: Path, ends=lambda _: False, seconds: float = SECONDS)
             time.sleep(0.05)
     finally:
         left = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        process.terminate()
-        status = process.wait(60)
-        for each in left:
+        for each in [*left, process]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
+        status = process.wait()
     assert ends(found) or status == 0, output.read_text()
     return found
 
