@@ -460,7 +460,7 @@ BREAKS = [
             "visibility bits reversed",
             "visible << np.arange(settings.parts)",
             "visible << np.arange(settings.parts)[::-1]",
-            "tests/test_shards_format.py -k index_knows",
+            f"{READERS} -k visibility_changes",
         ),
     ),
     *room(
