@@ -97,12 +97,13 @@ def test_a_store_deleted_under_a_running_training_is_told(tmp_path, capfd, monke
 
 @pytest.fixture
 def server():
-    """A real server; gives its address and the answer to everything, to be filled."""
+    """A real server; gives its address and a list to fill with the answer to everything; what is asked comes after."""
     answer = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            answer.append(self.path)
             self.send_response(answer[0])
             self.send_header("Content-Length", str(len(answer[1])))
             self.end_headers()
@@ -127,7 +128,7 @@ def test_a_server_that_answers_nonsense_delays_but_loses_nothing(kind, server, t
     address, answer = server
     answer[:] = ANSWERS[kind]
     tracker = start(tmp_path, (1, 2), QUIET.model_copy(update={"uri": address}))
-    assert not tracker.all_sent and tracker.run_id is None
+    assert not tracker.all_sent and not log_of(tmp_path).with_name("run_id").exists()
     assert f"MLflow at {address}: 5 events are unsent; the run's next start sends them" in capfd.readouterr().err
     assert len(log_of(tmp_path).read_text().splitlines()) == 5
 
@@ -138,6 +139,7 @@ def test_empty_answers_are_no_receipt_and_the_next_start_sends_what_was_not_take
     answer[:] = ANSWERS["an empty object"]  # what MLflow says to numbers that it took
     first = start(tmp_path, (1,)).run_id
     assert not start(tmp_path, (2,), QUIET.model_copy(update={"uri": address})).all_sent
+    assert answer[2:] and not [path for path in answer[2:] if path.endswith("runs/create")]  # nor is the run lost
     tracker = start(tmp_path, (3,))
     assert tracker.all_sent and tracker.run_id == first
     assert curve(f"sqlite:///{tmp_path}/mlflow.db", tracker.run_id) == [(1, 0.1), (2, 0.2), (3, 0.3)]
