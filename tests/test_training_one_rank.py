@@ -69,7 +69,7 @@ def scale_after_a_resume(trainer):
     state = replace(trainer.state, loss_scale=engine.loss_scale_state())
     taken = snapshot.take(engine, None, state, trainer.header, True)
     engine._deepspeed.torch_autocast_z0_gradscaler = torch.amp.GradScaler("cpu")
-    snapshot.restore_after(taken, engine, None)
+    snapshot.restore_after(taken, engine, None, same_optimizer=True)
     return engine.loss_scale
 
 

@@ -141,7 +141,7 @@ def decode(content: bytes, flags: int = cv2.IMREAD_COLOR_RGB) -> np.ndarray:
             text = os.pread(said, 1 << 16, 0)
             os.close(said)
             os.close(screen)
-    os.write(2, _DAMAGE.sub(b"", text))  # other threads' words
+    os.write(2, _DAMAGE.sub(b"", text))  # other threads' words, but for those of this very instant
     damage = [" ".join(line.decode(errors="replace").split()) for line in _DAMAGE.findall(text) if line]
     if picture is None or damage:
         raise ValueError(": ".join(["not a picture that decodes", *damage[:1]]))

@@ -24,7 +24,8 @@ def read_mat(path: Path, variable: str) -> np.ndarray:
         raise DataError(f"{path}: no such file")
     try:
         content = path.read_bytes()
-        order = {b"IM": "<", b"MI": ">"}[content[126:128]]
+        if (order := {b"IM": "<", b"MI": ">"}.get(content[126:128])) is None:
+            raise DataError(f"{path}: not a MATLAB 5 file (save it with -v7)")
         for kind, body in _elements(content[128:], order):
             if kind == COMPRESSED:
                 unpacked = zlib.decompressobj()
