@@ -23,6 +23,7 @@ from keyreid.shards.plan import TrainingPlan
 from keyreid.shards.shard_set import ShardSet
 from keyreid.tracking import Tracker
 from keyreid.training import OnEvaluation
+from keyreid.training.loop import Interrupted, Trainer
 from keyreid.version import commit, version
 
 log = logging.getLogger("keyreid")
@@ -74,8 +75,6 @@ def train(
 
 
 def _tracked(config: Config, ranks: Ranks, tracker: Tracker, **trainer: object) -> dict | None:
-    from keyreid.training.loop import Interrupted, Trainer
-
     environment = {"python": platform.python_version(), "host": platform.node()}
     tracker.params(_flatten(config.model_dump(mode="json")) | environment | _versions())
     tracker.artifact(config.run_dir / RESOLVED)
