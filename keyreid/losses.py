@@ -74,8 +74,8 @@ def triplet_loss(
     present = torch.ones_like(labels, dtype=torch.bool) if weights is None else weights > 0
     same, other = (mask & present.unsqueeze(-2) for mask in (same, ~same))
     squared = _squared_distances(features)
-    farthest = _hardest(features, squared.masked_fill(~same, -torch.inf), sign=1)
-    nearest = _hardest(features, -squared.masked_fill(~other, torch.inf), sign=-1)
+    farthest = _hardest(features, squared, same, sign=1)
+    nearest = _hardest(features, squared, other, sign=-1)
     distance = _distances(features, torch.cat([farthest, nearest], -1))
     positive = distance[..., 0].masked_fill(~same.any(-1), 0.0)
     negative = distance[..., 1].masked_fill(~other.any(-1), torch.inf)
@@ -96,12 +96,12 @@ def _squared_distances(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _hardest(features: Tensor, preference: Tensor, sign: int) -> Tensor:
-    """The clip that each clip prefers, [..., B, 1]: of its first two, by sign * their exact distances.
+def _hardest(features: Tensor, squared: Tensor, allowed: Tensor, sign: int) -> Tensor:
+    """The farthest (sign 1) or nearest (-1) clip of each clip, [..., B, 1], among those allowed, if there are any.
 
-    A preference of -inf is never chosen, unless there is no other.
+    Of the two that the squared distances put first, the exact distances choose.
     """
-    first = preference.topk(min(2, preference.shape[-1]))
+    first = (sign * squared).masked_fill(~allowed, -torch.inf).topk(min(2, squared.shape[-1]))
     exact = (sign * _distances(features, first.indices)).masked_fill(first.values == -torch.inf, -torch.inf)
     return first.indices.gather(-1, exact.argmax(-1, keepdim=True))
 

@@ -2,7 +2,8 @@
 
 The slow but plain counterpart of keyreid.model: what it gives, and its gradients, the fast form must give too. Its
 modules are named as in the published state dict, so `keyreid.checkpoints.released.to_released` fills it and
-`from_released` brings its gradients into our layout. benchmarks/model.py measures against it.
+`from_released` brings its gradients into our layout. The triplet loss is here too, by the distances of all pairs.
+benchmarks/model.py and benchmarks/losses.py measure against them.
 """
 
 from __future__ import annotations
@@ -146,3 +147,17 @@ class Oracle(nn.Module):
             if parameter.grad is not None:
                 gradients[name] = parameter.grad
         return from_released(gradients)
+
+
+def triplet_of_all_pairs(
+    features: torch.Tensor, labels: torch.Tensor, margin: float | None = None, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The triplet loss by its definition: features [..., B, D], labels [B], weights [..., B] -> [...]."""
+    distance = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+    same = labels.unsqueeze(1) == labels
+    seen = torch.ones_like(same) if weights is None else (weights > 0).unsqueeze(-2)
+    positive = torch.where(same & seen, distance, 0.0).amax(-1)
+    negative = torch.where(~same & seen, distance, torch.inf).amin(-1)
+    hard = positive - negative
+    loss = F.softplus(hard) if margin is None else (hard + margin).relu()
+    return loss.mean(-1) if weights is None else (loss * weights).sum(-1) / weights.sum(-1).clamp(min=1e-6)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from oracle import triplet_of_all_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -73,18 +74,6 @@ def test_triplet_is_batch_hard():
     torch.testing.assert_close(stacked[1], triplet_loss(2 * points, labels))
 
 
-def every_pair(features, labels, margin=None, weights=None):
-    """The definition of the triplet loss, over the distances of all pairs."""
-    distance = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
-    same = labels.unsqueeze(1) == labels
-    seen = torch.ones_like(same) if weights is None else (weights > 0).unsqueeze(-2)
-    positive = torch.where(same & seen, distance, 0.0).amax(-1)
-    negative = torch.where(~same & seen, distance, torch.inf).amin(-1)
-    hard = positive - negative
-    loss = torch.nn.functional.softplus(hard) if margin is None else (hard + margin).relu()
-    return loss.mean(-1) if weights is None else (loss * weights).sum(-1) / weights.sum(-1).clamp(min=1e-6)
-
-
 @pytest.mark.parametrize("offset", [0.0, 100.0])  # far from the origin a float32 product loses small distances
 @pytest.mark.parametrize("margin", [None, 0.3])
 def test_triplet_finds_the_hardest_of_all_pairs(offset, margin):
@@ -96,7 +85,7 @@ def test_triplet_finds_the_hardest_of_all_pairs(offset, margin):
         for weights in (None, (torch.rand(6, batch) > 0.3).float()):
             found, plain = (
                 [loss.detach(), *torch.autograd.grad(loss.sum(), x)]
-                for loss in (function(x, labels, margin, weights) for function in (triplet_loss, every_pair))
+                for loss in (function(x, labels, margin, weights) for function in (triplet_loss, triplet_of_all_pairs))
             )
             torch.testing.assert_close(found[0], plain[0], rtol=1e-6, atol=0)
             if not offset:  # far away, distances that are equal in float32 share the gradient of the plain form

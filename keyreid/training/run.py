@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 
@@ -28,11 +27,9 @@ from keyreid.shards.plan import TrainingPlan
 from keyreid.shards.shard_set import ShardSet
 from keyreid.tracking import TRACKING, Tracker
 from keyreid.training import OnEvaluation
+from keyreid.training.loop import Interrupted, Trainer
 from keyreid.training.recipe import DATA, fingerprint, flatten, settings
 from keyreid.version import commit, version
-
-if TYPE_CHECKING:
-    from keyreid.training.loop import Trainer
 
 log = logging.getLogger("keyreid")
 
@@ -71,8 +68,6 @@ def train(
     Raises:
         KeyreidError: the folder is another training's, the checkpoint another run's; see also Trainer.run.
     """
-    from keyreid.training.loop import Trainer
-
     ranks = join()
     about = config.tracking, Path(config.output), config.run_dir, config.name, tags
     try:
@@ -141,9 +136,7 @@ def _is_of(run_dir: Path, config: Config) -> bool:
         return not (run_dir / RESOLVED).exists()
 
 
-def _tracked(config: Config, ranks: Ranks, trainer: "Trainer") -> dict | None:
-    from keyreid.training.loop import Interrupted
-
+def _tracked(config: Config, ranks: Ranks, trainer: Trainer) -> dict | None:
     tracker = trainer.tracker
     environment = {"python": platform.python_version(), "host": platform.node()}
     tracker.params(flatten(config.model_dump(mode="json")) | environment | _versions())
