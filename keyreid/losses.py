@@ -66,20 +66,53 @@ def triplet_loss(
         weights: [..., B]; clips of weight 0 are neither anchor, positive nor negative.
 
     Returns:
-        [...], a (weighted) mean over B. Without any other identity it is 0.
+        [...], a (weighted) mean over B. Without any other identity it is 0. Of clips at exactly the same distance one
+        gets the gradient.
     """
     features = full(features)
-    # mm-based distances lose the small ones that batch-hard mining lives on
-    distance = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
-    same = (labels.unsqueeze(1) == labels).expand(distance.shape)
-    other = ~same
-    if weights is not None:
-        present = (weights > 0).unsqueeze(-2)
-        same, other = same & present, other & present
-    positive = torch.where(same, distance, 0.0).amax(-1)
-    negative = torch.where(other, distance, torch.inf).amin(-1)
+    same = labels.unsqueeze(1) == labels
+    present = torch.ones_like(labels, dtype=torch.bool) if weights is None else weights > 0
+    same, other = (mask & present.unsqueeze(-2) for mask in (same, ~same))
+    squared = _squared_distances(features)
+    farthest = _hardest(features, squared.masked_fill(~same, -torch.inf), sign=1)
+    nearest = _hardest(features, -squared.masked_fill(~other, torch.inf), sign=-1)
+    distance = _distances(features, torch.cat([farthest, nearest], -1))
+    positive = distance[..., 0].masked_fill(~same.any(-1), 0.0)
+    negative = distance[..., 1].masked_fill(~other.any(-1), torch.inf)
     violation = positive - negative
     return _mean(F.softplus(violation) if margin is None else (violation + margin).relu(), weights)
+
+
+@torch.no_grad()
+def _squared_distances(features: Tensor) -> Tensor:
+    """[..., B, D] -> float64 [..., B, B], by a matrix product.
+
+    To choose by: in float32 it would lose the small distances that batch-hard mining lives on, and the differences of
+    all pairs, which the backward pass of `cdist` keeps on a GPU, are B * B * D numbers.
+    """
+    features = features.double()
+    squares = features.square().sum(-1)
+    return squares.unsqueeze(-1) + squares.unsqueeze(-2) - 2 * (features @ features.mT)
+
+
+@torch.no_grad()
+def _hardest(features: Tensor, preference: Tensor, sign: int) -> Tensor:
+    """The clip that each clip prefers, [..., B, 1]: of its first two, by sign * their exact distances.
+
+    A preference of -inf is never chosen, unless there is no other.
+    """
+    first = preference.topk(min(2, preference.shape[-1]))
+    exact = (sign * _distances(features, first.indices)).masked_fill(first.values == -torch.inf, -torch.inf)
+    return first.indices.gather(-1, exact.argmax(-1, keepdim=True))
+
+
+def _distances(features: Tensor, columns: Tensor) -> Tensor:
+    """Euclidean distances of each clip to k others, by their differences: features [..., B, D], columns [..., B, k]."""
+    clips, width = features.shape[-2:]
+    flat = features.reshape(-1, width)
+    first = torch.arange(0, len(flat), clips, device=flat.device).view(*columns.shape[:-2], 1, 1)
+    others = flat.index_select(0, (first + columns).flatten()).view(*columns.shape, width)
+    return torch.cdist(features.unsqueeze(-2), others, compute_mode="donot_use_mm_for_euclid_dist").squeeze(-2)
 
 
 def centre_loss(features: Tensor, labels: Tensor, centres: Tensor, weights: Tensor | None = None) -> Tensor:

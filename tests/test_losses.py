@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from keyreid.config import ClipConfig, LossConfig, ModelConfig
 from keyreid.distributed.ranks import gather
@@ -69,6 +71,53 @@ def test_triplet_is_batch_hard():
     torch.testing.assert_close(triplet_loss(points, labels, margin=0.3), (positive - negative + 0.3).relu().mean())
     stacked = triplet_loss(torch.stack([points, 2 * points]), labels)
     torch.testing.assert_close(stacked[1], triplet_loss(2 * points, labels))
+
+
+def every_pair(features, labels, margin=None, weights=None):
+    """The definition of the triplet loss, over the distances of all pairs."""
+    distance = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+    same = labels.unsqueeze(1) == labels
+    seen = torch.ones_like(same) if weights is None else (weights > 0).unsqueeze(-2)
+    positive = torch.where(same & seen, distance, 0.0).amax(-1)
+    negative = torch.where(~same & seen, distance, torch.inf).amin(-1)
+    hard = positive - negative
+    loss = torch.nn.functional.softplus(hard) if margin is None else (hard + margin).relu()
+    return loss.mean(-1) if weights is None else (loss * weights).sum(-1) / weights.sum(-1).clamp(min=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])  # far from the origin a float32 product loses small distances
+@pytest.mark.parametrize("margin", [None, 0.3])
+def test_triplet_finds_the_hardest_of_all_pairs(offset, margin):
+    for trial, (batch, width, identities) in enumerate(((1, 8, 1), (5, 9, 3), (16, 64, 4), (40, 300, 9), (40, 8, 40))):
+        torch.manual_seed(trial)
+        labels = torch.randint(0, identities, (batch,))
+        side = torch.where(torch.arange(batch) % 2 == 0, offset, -offset).unsqueeze(1)
+        x = (0.01 * torch.randn(6, batch, width) + side).requires_grad_()
+        for weights in (None, (torch.rand(6, batch) > 0.3).float()):
+            found, plain = (
+                [loss.detach(), *torch.autograd.grad(loss.sum(), x)]
+                for loss in (function(x, labels, margin, weights) for function in (triplet_loss, every_pair))
+            )
+            torch.testing.assert_close(found[0], plain[0], rtol=1e-6, atol=0)
+            if not offset:  # far away, distances that are equal in float32 share the gradient of the plain form
+                torch.testing.assert_close(found[1], plain[1], rtol=1e-5, atol=1e-6)
+
+
+def test_triplet_never_holds_the_differences_of_all_pairs():
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **kwargs or {})
+            tensors = [value for value in tree_leaves(made) if isinstance(value, torch.Tensor)]
+            self.numbers = max([self.numbers, *(tensor.untyped_storage().nbytes() // 4 for tensor in tensors)])
+            return made
+
+    batch, width = 96, 512
+    x = torch.randn(2, batch, width, requires_grad=True)
+    with Largest() as largest:
+        triplet_loss(x, torch.arange(batch) // 4).sum().backward()
+    assert largest.numbers <= 2 * 2 * 2 * batch * max(batch, width)  # two neighbours each, in float64
 
 
 def test_triplet_of_equal_features_has_finite_gradients():
