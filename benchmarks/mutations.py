@@ -691,7 +691,8 @@ def run_tests(copy: str, arguments: list[str], output: str, forks: bool) -> None
 
     os.chdir(copy)
     os.environ.update(PYTHONPATH=copy, OMP_NUM_THREADS="1")
-    sys.path[:] = [copy, *(path for path in sys.path if not path.startswith(str(REPOSITORY)))]
+    ours = {str(REPOSITORY), str(REPOSITORY / "benchmarks")}
+    sys.path[:] = [copy, *(path for path in sys.path if path not in ours)]
     if forks:  # servers of processes that a test starts would import all again; few tests, so few threads to get stuck
         multiprocessing.context._concrete_contexts["forkserver"] = multiprocessing.get_context("fork")
     sys.stdout.flush()
