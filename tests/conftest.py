@@ -3,6 +3,14 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How many inputs a fuzz test gives its reader: CI has `--hypothesis-profile thorough`.
+settings.register_profile(
+    "quick", max_examples=100, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile("thorough", settings.get_profile("quick"), max_examples=10_000)
+settings.load_profile("quick")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 LONGEST = ("tests/slurm", "tests/test_tuning_search.py", "tests/test_training_resume.py", "tests/test_docs.py")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from fuzzing import fuzz
 from hypothesis import strategies as st
 
 from keyreid.checkpoints.weights_file import FORMAT, check_sha256, read_header
@@ -18,7 +18,6 @@ SEED = (CONFIGS / "mars.yaml").read_bytes()
 SEARCH = (
     b"base: base.yaml\ntrials: 3\nspace:\n  loss.alpha: {uniform: [0.3, 0.9]}\n  data.identities: {choice: [4, 8]}\n"
 )
-DEADLINE_MS = 10_000
 PIECES = """
 *a [ ] { } ~ null yes 2026-11-25 12:30:45 0o17 007 1e5 .inf -.nan 999999999999999999999999999999 ${ } ${a.b}
 ${oc.env:HOME} é 🙂 ../ /dev/null ~nobody/x
@@ -74,19 +73,7 @@ OVERRIDES = st.one_of(
 )
 
 
-@pytest.fixture(params=[100, pytest.param(10_000, marks=pytest.mark.slow)], ids=["quick", "thorough"])
-def fuzz(request):
-    """Run a check on many examples."""
-
-    def run(check, *strategies):
-        quiet = list(HealthCheck)
-        options = settings(max_examples=request.param, deadline=DEADLINE_MS, suppress_health_check=quiet, database=None)
-        options(given(*strategies)(check))()
-
-    return run
-
-
-def test_configuration_files(fuzz, tmp_path):
+def test_configuration_files(tmp_path):
     def check(content):
         path = tmp_path / "config.yaml"
         path.write_bytes(content)
@@ -98,7 +85,7 @@ def test_configuration_files(fuzz, tmp_path):
     fuzz(check, documents(SEED))
 
 
-def test_overrides(fuzz):
+def test_overrides():
     def check(overrides):
         try:
             config = load_config(CONFIGS / "mars.yaml", overrides)
@@ -109,7 +96,7 @@ def test_overrides(fuzz):
     fuzz(check, st.lists(OVERRIDES, min_size=1, max_size=3))
 
 
-def test_search_files(fuzz, tmp_path):
+def test_search_files(tmp_path):
     pytest.importorskip("optuna")
     from keyreid.tuning.search import load_search
 
@@ -126,7 +113,7 @@ def test_search_files(fuzz, tmp_path):
     fuzz(check, documents(SEARCH), st.lists(OVERRIDES, max_size=1))
 
 
-def test_weights_headers(fuzz, tmp_path):
+def test_weights_headers(tmp_path):
     """Whatever JSON, or none, stands in a safetensors file's metadata."""
     header = {"sha256": "0" * 64, "model": {}, "clip": {}, "identities": [1], "cameras": [1], "about": {}}
     seed = json.dumps(header).encode()

@@ -6,14 +6,13 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from damages import MUTATIONS, damage, mutate, npy, zip_of
-from hypothesis import HealthCheck, given, settings
+from fuzzing import fuzz
 from hypothesis import strategies as st
 from packed import make_dataset, pack_dataset
 
@@ -30,7 +29,6 @@ from keyreid.shards.storage import LocalShardFiles
 from keyreid.shards.verify import verify
 from keyreid.shards.writer import kept
 
-PROFILES = [pytest.param(100, id="quick"), pytest.param(10_000, id="full", marks=pytest.mark.slow)]
 SHARDS, CHECKPOINT = "toy-00000", "step-00000007"
 
 NASTY = st.sampled_from(
@@ -63,13 +61,8 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def run(strategy: st.SearchStrategy, examples: int, reader: Callable[[bytes], object]) -> None:
-    """Give `reader` so many forged contents; it may raise a KeyreidError and has five seconds for each."""
-    unhealthy = [HealthCheck.too_slow, HealthCheck.data_too_large]
-    profile = settings(
-        *(), max_examples=examples, deadline=timedelta(seconds=5), derandomize=True, database=None,
-        suppress_health_check=unhealthy,
-    )  # fmt: skip
+def run(strategy: st.SearchStrategy, reader: Callable[[bytes], object]) -> None:
+    """Give `reader` forged contents; it may raise a KeyreidError."""
 
     def accepts(content):
         try:
@@ -77,7 +70,7 @@ def run(strategy: st.SearchStrategy, examples: int, reader: Callable[[bytes], ob
         except KeyreidError as error:
             str(error).encode()
 
-    profile(given(strategy)(accepts))()
+    fuzz(accepts, strategy)
 
 
 def bytes_like(content: bytes) -> st.SearchStrategy[bytes]:
@@ -143,8 +136,7 @@ def index_like(path: Path) -> st.SearchStrategy[bytes]:
     return numbers | others | signed | st.builds(file, names, CHANGES)
 
 
-@pytest.mark.parametrize("examples", PROFILES)
-def test_any_card(folder, tmp_path, examples):
+def test_any_card(folder, tmp_path):
     path = Path(shutil.copy(folder / "shards" / CARD_NAME, tmp_path))
     indices = [read_index(path) for path in sorted((folder / "shards").glob("*.npz"))]
     card = json.loads(path.read_bytes())
@@ -160,11 +152,10 @@ def test_any_card(folder, tmp_path, examples):
         return encode_card({**values, "card_sha256": card_digest(values)})
 
     signed = json_like(card, sign)
-    run(signed | signed | bytes_like(path.read_bytes()), examples, reader)
+    run(signed | signed | bytes_like(path.read_bytes()), reader)
 
 
-@pytest.mark.parametrize("examples", PROFILES)
-def test_any_index(folder, tmp_path, examples):
+def test_any_index(folder, tmp_path):
     tar = shutil.copy(folder / "shards" / f"{SHARDS}.tar", tmp_path)
     path = Path(tar).with_suffix(".index.npz")
     whole = folder / "shards" / path.name
@@ -175,7 +166,7 @@ def test_any_index(folder, tmp_path, examples):
         assert kept(Path(tar), settings_hash) in (True, False)
         encode_index(read_index(path)).strip()
 
-    run(index_like(whole) | bytes_like(whole.read_bytes()), examples, reader)
+    run(index_like(whole) | bytes_like(whole.read_bytes()), reader)
 
 
 MEMBERS = {
@@ -188,9 +179,8 @@ MEMBERS = {
 }
 
 
-@pytest.mark.parametrize("examples", PROFILES)
 @pytest.mark.parametrize("member", MEMBERS)
-def test_any_member(folder, member, examples):
+def test_any_member(folder, member):
     number, decode = MEMBERS[member]
 
     def reader(content):
@@ -201,7 +191,7 @@ def test_any_member(folder, member, examples):
 
     whole = ShardSet.open(folder / "shards").read_member(0, number)
     forged = bytes_like(whole)
-    run(forged if member != "json" else forged | json_like(json.loads(whole), members.encode_json), examples, reader)
+    run(forged if member != "json" else forged | json_like(json.loads(whole), members.encode_json), reader)
 
 
 CHECKPOINTS = {
@@ -212,9 +202,8 @@ CHECKPOINTS = {
 }
 
 
-@pytest.mark.parametrize("examples", PROFILES)
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_any_file_of_a_checkpoint(folder, tmp_path, name, examples):
+def test_any_file_of_a_checkpoint(folder, tmp_path, name):
     shutil.copytree(folder / "checkpoints" / CHECKPOINT, tmp_path / CHECKPOINT)
     path = tmp_path / CHECKPOINT / name
     forged = bytes_like(path.read_bytes())
@@ -225,7 +214,7 @@ def test_any_file_of_a_checkpoint(folder, tmp_path, name, examples):
         path.write_bytes(content)
         CHECKPOINTS[name](path)
 
-    run(forged, examples, reader)
+    run(forged, reader)
 
 
 @pytest.mark.parametrize("name", [CARD_NAME, f"{SHARDS}.index.npz", STATE, MANIFEST])

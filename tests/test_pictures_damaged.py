@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from packed import make_dataset, pack_dataset
 from PIL import Image
@@ -218,14 +218,6 @@ CHANGED = given(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @CHANGED
 def test_any_bytes_are_a_picture_or_an_error(seed, changes, length):
-    survive(seed, changes, length)
-
-
-@pytest.mark.slow
-@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
-@CHANGED
-def test_any_ten_thousand_bytes_are_a_picture_or_an_error(seed, changes, length):
     survive(seed, changes, length)
