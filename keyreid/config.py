@@ -69,6 +69,7 @@ class DataConfig(Section):
     prefetch: int = Field(2, ge=1, description="batches decoded ahead")
     identities: int = Field(4, ge=1, description="P: identities a global batch, over all ranks together")
     tracklets: int = Field(4, ge=1, description="K: tracklets an identity in a batch")
+    lanes: int = Field(1, ge=1, description="L: parts of P/L identities that a batch is planned, and compared, in")
     # identity: each tracklet has its turn. frames: an identity's tracklets are drawn by their length. camera: the K
     # tracklets of an identity come from as many cameras as it has.
     sampler: Literal["identity", "frames", "camera"] = "identity"
@@ -137,6 +138,7 @@ class LossConfig(Section):
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     triplet_margin: float | None = Field(None, ge=0, description="margin; default the soft margin")
     centre_rate: float = Field(0.5, ge=0, description="learning rate of the class centres")
+    compare: Literal["batch", "lane"] = Field("batch", description="clips of the batch, or of each of data.lanes")
     centres: Literal["all", "released"] = Field("all", description="released: one local table, never learnt")
 
 

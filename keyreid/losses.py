@@ -6,11 +6,14 @@ L_x = identity * cross entropy + triplet * batch-hard triplet + centre * centre 
 Another loss is a function, a line in `Criterion.branch_terms` (of each branch) or `batch_terms` (of the whole batch),
 and a weight of the same name in `LossConfig`; it is then minimised, logged and searched like the others.
 
-All of them see the GLOBAL batch: `gather` brings the features of all ranks together with their gradients, so that R
-ranks of b clips compute what one rank of R*b clips would.
+R ranks of b clips minimise what one rank of R*b clips would: see `Share`. A loss of single clips is their
+`share.mean`; one that compares clips is a plain function of a scope's clips, given to `share.compare`. The triplet loss
+has a form of its own for scopes that lie on several ranks, whose cost does not grow with them.
 """
 
 from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +21,11 @@ from torch import Tensor, nn
 
 from keyreid.config import LossConfig
 from keyreid.distributed.ranks import gather
+from keyreid.distributed.share import WHOLE, Compared, Share
 from keyreid.errors import DataError
 from keyreid.model.keyreid import Features
 from keyreid.model.precision import full
+from keyreid.triplet import triplet_loss, triplet_loss_across
 
 
 def check_labels(labels: Tensor, num_identities: int, keys: Sequence[str]) -> None:
@@ -39,94 +44,57 @@ def check_labels(labels: Tensor, num_identities: int, keys: Sequence[str]) -> No
 
 
 def gather_features(features: Features) -> Features:
-    """The features of all ranks' clips, in rank order, differentiable."""
+    """The features of all ranks' clips, in rank order, differentiable: for the plain form of the losses."""
     whole, parts, scores = features
     return Features(gather(whole), gather(parts, dim=1), gather(scores))
 
 
-def identity_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.1, weights: Tensor | None = None) -> Tensor:
+def identity_loss(
+    logits: Tensor, labels: Tensor, smoothing: float = 0.1, weights: Tensor | None = None, share: Share = WHOLE
+) -> Tensor:
     """Cross entropy with label smoothing: logits [..., B, C], labels [B] -> [...], a (weighted) mean over B."""
     classes = logits.shape[-1]
     flat_logits, flat_labels = full(logits).reshape(-1, classes), labels.expand(logits.shape[:-1]).reshape(-1)
     flat = F.cross_entropy(flat_logits, flat_labels, label_smoothing=smoothing, reduction="none")
-    return _mean(flat.view(logits.shape[:-1]), weights)
+    return share.mean(flat.view(logits.shape[:-1]), weights)
 
 
-def triplet_loss(
-    features: Tensor, labels: Tensor, margin: float | None = None, weights: Tensor | None = None
+def centre_loss(
+    features: Tensor, labels: Tensor, centres: Tensor, weights: Tensor | None = None, share: Share = WHOLE
 ) -> Tensor:
-    """Batch-hard triplet loss with Euclidean distance.
-
-    Each clip against its farthest clip of the same identity and its nearest of another; soft margin
-    log(1 + exp(positive - negative)) unless a margin is given.
-
-    Args:
-        features: [..., B, D], before the BatchNorm.
-        labels: [B].
-        weights: [..., B]; clips of weight 0 are neither anchor, positive nor negative.
-
-    Returns:
-        [...], a (weighted) mean over B. Without any other identity it is 0. Of clips at exactly the same distance one
-        gets the gradient.
-    """
-    features = full(features)
-    same = labels.unsqueeze(1) == labels
-    present = torch.ones_like(labels, dtype=torch.bool) if weights is None else weights > 0
-    same, other = (mask & present.unsqueeze(-2) for mask in (same, ~same))
-    squared = _squared_distances(features)
-    farthest = _hardest(features, squared, same, sign=1)
-    nearest = _hardest(features, squared, other, sign=-1)
-    distance = _distances(features, torch.cat([farthest, nearest], -1))
-    positive = distance[..., 0].masked_fill(~same.any(-1), 0.0)
-    negative = distance[..., 1].masked_fill(~other.any(-1), torch.inf)
-    violation = positive - negative
-    return _mean(F.softplus(violation) if margin is None else (violation + margin).relu(), weights)
-
-
-@torch.no_grad()
-def _squared_distances(features: Tensor) -> Tensor:
-    """[..., B, D] -> float64 [..., B, B], by a matrix product.
-
-    To choose by: in float32 it would lose the small distances that batch-hard mining lives on, and the differences of
-    all pairs, which the backward pass of `cdist` keeps on a GPU, are B * B * D numbers.
-    """
-    features = features.double()
-    squares = features.square().sum(-1)
-    return squares.unsqueeze(-1) + squares.unsqueeze(-2) - 2 * (features @ features.mT)
-
-
-@torch.no_grad()
-def _hardest(features: Tensor, squared: Tensor, allowed: Tensor, sign: int) -> Tensor:
-    """The farthest (sign 1) or nearest (-1) clip of each clip, [..., B, 1], among those allowed, if there are any.
-
-    Of the two that the squared distances put first, the exact distances choose.
-    """
-    first = (sign * squared).masked_fill(~allowed, -torch.inf).topk(min(2, squared.shape[-1]))
-    exact = (sign * _distances(features, first.indices)).masked_fill(first.values == -torch.inf, -torch.inf)
-    return first.indices.gather(-1, exact.argmax(-1, keepdim=True))
-
-
-def _distances(features: Tensor, columns: Tensor) -> Tensor:
-    """Euclidean distances of each clip to k others, by their differences: features [..., B, D], columns [..., B, k]."""
-    clips, width = features.shape[-2:]
-    flat = features.reshape(-1, width)
-    first = torch.arange(0, len(flat), clips, device=flat.device).view(*columns.shape[:-2], 1, 1)
-    others = flat.index_select(0, (first + columns).flatten()).view(*columns.shape, width)
-    return torch.cdist(features.unsqueeze(-2), others, compute_mode="donot_use_mm_for_euclid_dist").squeeze(-2)
-
-
-def centre_loss(features: Tensor, labels: Tensor, centres: Tensor, weights: Tensor | None = None) -> Tensor:
     """Squared distance to the identity's centre: features [..., B, D], centres [..., C, D] -> [...], a mean over B."""
-    return _mean((full(features) - centres[..., labels, :]).square().sum(-1), weights)
+    return share.mean((full(features) - centres[..., labels, :]).square().sum(-1), weights)
 
 
-def attention_loss(scores: Tensor, erased: Tensor) -> Tensor:
+def attention_loss(scores: Tensor, erased: Tensor, share: Share = WHOLE) -> Tensor:
     """Temporal attention (before its softmax) spent on erased frames: scores and erased [B, T] -> scalar."""
-    return (full(scores) * erased).sum(1).mean()
+    return share.mean((full(scores) * erased).sum(1))
 
 
-def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
-    return values.mean(-1) if weights is None else (values * weights).sum(-1) / weights.sum(-1).clamp(min=1e-6)
+class Scope(NamedTuple):
+    """What is known of the S clips that a rank's own are compared with, themselves among them, without gradient."""
+
+    features: Features
+    labels: Tensor  # [S]
+    visibility: Tensor | None  # [S, P]
+
+    @staticmethod
+    def gathered(features: Features, labels: Tensor, visibility: Tensor | None, share: Share) -> "Scope":
+        """From each peer's own; a collective of theirs."""
+        if share.peers is not None:
+            whole, parts, scores = (share.gather(f.to(share.wire or f.dtype)) for f in _clips_first(features))
+            features = Features(whole, parts.transpose(0, 1), scores)
+            visibility = None if visibility is None else share.gather(visibility)
+        return Scope(Features(*(of.detach() for of in features)), share.gather(labels), visibility)
+
+
+def _clips_first(features: Features) -> Features:
+    return features._replace(part_features=features.part_features.transpose(0, 1))
+
+
+def _seen(visibility: Tensor | None) -> Tensor | None:
+    """[B, P] -> [P, B], 1 where a clip ever shows the part."""
+    return None if visibility is None else (visibility > 0).float().T
 
 
 class Criterion(nn.Module):
@@ -148,49 +116,72 @@ class Criterion(nn.Module):
         self.register_buffer("part_centres", torch.randn(tables, num_identities, part_width))
 
     def forward(
-        self, features: Features, logits: Tensor, labels: Tensor, erased: Tensor, visibility: Tensor | None = None
+        self,
+        features: Features,
+        logits: Tensor,
+        labels: Tensor,
+        erased: Tensor,
+        visibility: Tensor | None = None,
+        share: Share = WHOLE,
+        scope: Scope | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the global batch.
+        """The loss of the global batch, or this rank's addend of it.
 
         Args:
-            features: of all ranks' clips.
-            logits: [1+P, B, C] of the same clips.
-            labels: int64 [B].
-            erased: [B, T], 1 where a frame has an erased rectangle.
-            visibility: [B, P], share of a clip's frames that show the part. Where given, a clip that never shows a
+            features: of the share's n clips.
+            logits: [1+P, n, C] of the same clips.
+            labels: int64 [n].
+            erased: [n, T], 1 where a frame has an erased rectangle.
+            visibility: [n, P], share of a clip's frames that show the part. Where given, a clip that never shows a
                 part takes no part in that part's losses: there is nothing of it to learn from.
+            scope: the clips that they are compared with; default themselves.
 
         Returns:
             The total, with gradient, and its terms before weighting, detached; `accuracy` is the global classifier's.
         """
         alpha = self.loss.alpha
-        seen = None if visibility is None else (visibility > 0).float().T  # [P, B]
-        whole = self.branch_terms(features.global_feature, logits[0], labels, self.global_centres)
-        parts = self.branch_terms(features.part_features, logits[1:], labels, self.part_centres, seen)
-        parts = {name: term.mean() for name, term in parts.items()}
-        batch = self.batch_terms(features, erased)
-        total = alpha * self._weighted(whole) + (1 - alpha) * self._weighted(parts) + self._weighted(batch)
-        terms = {f"{name}_{branch}": of[name] for name in whole for branch, of in (("global", whole), ("parts", parts))}
-        terms |= batch | {"accuracy": (logits[0].argmax(-1) == labels).float().mean()}
+        whole, parts, _ = features
+        others, other_labels, shown = scope or Scope(features, labels, visibility)
+        compared = Compared(others.global_feature, other_labels, None)
+        of_whole = self.branch_terms(whole, logits[0], labels, self.global_centres, None, share, compared)
+        seen, compared = _seen(visibility), Compared(others.part_features, other_labels, _seen(shown))
+        of_parts = self.branch_terms(parts, logits[1:], labels, self.part_centres, seen, share, compared)
+        of_parts = {name: term.mean() for name, term in of_parts.items()}
+        batch = self.batch_terms(features, erased, share)
+        total = alpha * self._weighted(of_whole) + (1 - alpha) * self._weighted(of_parts) + self._weighted(batch)
+        branches = ("global", of_whole), ("parts", of_parts)
+        terms = {f"{name}_{branch}": of[name] for name in of_whole for branch, of in branches}
+        terms |= batch | {"accuracy": share.mean((logits[0].argmax(-1) == labels).float())}
         return total, {name: term.detach() for name, term in terms.items()}
 
     def branch_terms(
-        self, features: Tensor, logits: Tensor, labels: Tensor, centres: Tensor, weights: Tensor | None = None
+        self,
+        features: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        centres: Tensor,
+        weights: Tensor | None,
+        share: Share,
+        compared: Compared,
     ) -> dict[str, Tensor]:
         """The losses of the global branch, or of the parts' with P in front of each shape: [] or [P] each.
 
         Their names are those of their weights in LossConfig. Shapes as in the functions above.
         """
         config = self.loss
+        if share.peers is None:
+            triplet = share.compare(partial(triplet_loss, margin=config.triplet_margin), features, compared)
+        else:
+            triplet = triplet_loss_across(features, compared, config.triplet_margin, share)
         return {
-            "identity": identity_loss(logits, labels, config.label_smoothing, weights),
-            "triplet": triplet_loss(features, labels, config.triplet_margin, weights),
-            "centre": centre_loss(features, labels, centres, weights),
+            "identity": identity_loss(logits, labels, config.label_smoothing, weights, share),
+            "triplet": triplet,
+            "centre": centre_loss(features, labels, centres, weights, share),
         }
 
-    def batch_terms(self, features: Features, erased: Tensor) -> dict[str, Tensor]:
+    def batch_terms(self, features: Features, erased: Tensor, share: Share) -> dict[str, Tensor]:
         """The losses that belong to no branch, each a scalar, under the names of their weights in LossConfig."""
-        return {"attention": attention_loss(features.temporal_scores, erased)}
+        return {"attention": attention_loss(features.temporal_scores, erased, share)}
 
     def _weighted(self, terms: dict[str, Tensor]) -> Tensor:
         return sum(getattr(self.loss, name) * term for name, term in terms.items())
@@ -208,10 +199,13 @@ class Criterion(nn.Module):
         if self.loss.centres == "released":
             self.global_centres.index_add_(0, labels, 2 * rate / len(labels) * pull)
             return
-        same = (labels.unsqueeze(1) == labels).float()
-        self.global_centres.index_add_(0, labels, rate / (1 + same.sum(1, keepdim=True)) * pull)
-        everywhere = torch.ones(self.part_centres.shape[0], len(labels), device=labels.device)
-        seen = everywhere if visibility is None else (visibility > 0).float().T
-        counts = seen @ same  # [P, B], the clips of one's identity that show the part
+        tables, classes, _ = self.part_centres.shape
+        seen = torch.ones(tables, len(labels), device=labels.device) if visibility is None else _seen(visibility)
+
+        def count(shown: Tensor) -> Tensor:  # [..., B], of each clip's identity
+            return shown.new_zeros(*shown.shape[:-1], classes).index_add_(-1, labels, shown)[..., labels]
+
+        self.global_centres.index_add_(0, labels, (rate / (1 + count(torch.ones_like(seen[0])))).unsqueeze(1) * pull)
+        counts = count(seen)  # [P, B], the clips of one's identity that show the part
         pull = full(features.part_features) - self.part_centres[:, labels]
         self.part_centres.index_add_(1, labels, (rate * seen / (1 + counts)).unsqueeze(-1) * pull)

@@ -115,7 +115,7 @@ def watch(trainer, seen: list[Seen]) -> None:
     given, step_of, state = [], trainer.stepper.step, state_of(trainer.engine)
 
     def note(_module, inputs, _output):
-        features, *others = inputs
+        features, *others = inputs[:5]
         given.append(([value.detach() for value in features], *(value.detach() for value in others)))
 
     def step(batch, number):

@@ -8,6 +8,7 @@ from torch import nn
 
 from keyreid.backbones import Backbone
 from keyreid.config import ModelConfig
+from keyreid.distributed.share import WHOLE, Share
 from keyreid.guidance import named
 from keyreid.model.global_branch import GlobalBranch
 from keyreid.model.heads import Classifiers, Neck
@@ -87,15 +88,29 @@ class KeyReID(nn.Module):
         global_feature, temporal_scores = global_branch(tokens, self.frames)
         return Features(global_feature, local_branch(tokens, guidance), temporal_scores)
 
-    def heads(self, features: Features) -> torch.Tensor:
-        """Logits [1+P, B, C] (the global branch first) from the features of the whole batch.
+    def heads(self, features: Features, share: Share = WHOLE) -> torch.Tensor:
+        """Logits [1+P, B, C] (the global branch first) from the features of B clips.
 
-        In training the necks take their statistics from the B features given: over all ranks where these were
-        gathered from all ranks.
+        In training the necks take their statistics from the scopes of the share, over all ranks that hold one together.
         """
-        whole = self.global_classifier(self.global_neck(features.global_feature.unsqueeze(0)))
-        parts = self.part_classifiers(self.part_necks(features.part_features))
+        whole = self.global_classifier(self.global_neck(features.global_feature.unsqueeze(0), share))
+        parts = self.part_classifiers(self.part_necks(features.part_features, share))
         return torch.cat([whole, parts])
+
+    def running_statistics(self) -> list[torch.Tensor]:
+        """A copy of the necks' running statistics."""
+        return [buffer.clone() for neck in (self.global_neck, self.part_necks) for buffer in neck.buffers()]
+
+    @torch.no_grad()
+    def restore_statistics(self, before: list[torch.Tensor]) -> None:
+        """Put back what `running_statistics` gave."""
+        buffers = [buffer for neck in (self.global_neck, self.part_necks) for buffer in neck.buffers()]
+        torch._foreach_copy_(buffers, before)
+
+    def learn_statistics(self, share: Share, scopes: int) -> None:
+        """After the passes of a step on a share: see Neck; a collective."""
+        for neck in (self.global_neck, self.part_necks):
+            neck.learn_statistics(share, scopes)
 
     def embed(self, images: torch.Tensor, guidance: torch.Tensor, cameras: torch.Tensor) -> torch.Tensor:
         """The vector of each clip that is compared in evaluation: [B, D + P*T*D], Euclidean, not normalised.

@@ -50,7 +50,7 @@ class Engine:
             model=module, optimizer=optimizer, config=deepspeed_config(config), dist_init_required=False
         )
         self.about = f"DeepSpeed {deepspeed.__version__} ({type(self._deepspeed).__name__}), ZeRO {self._stage}"
-        self._clipped_norm: float | None = None
+        self._clipped_norm: Tensor | None = None
         if self._stage == 0:  # ZeRO clips and reports the norm itself
             self._limit = config.training.clip_gradient_norm or float("inf")
             optimizer.register_step_pre_hook(self._clip_gradients)
@@ -77,16 +77,28 @@ class Engine:
         """Add the gradients of a scalar to the step's."""
         self._deepspeed.backward(loss)
 
+    def discard(self) -> None:
+        """Forget the gradients of this step's backward passes, instead of `step`."""
+        optimizer = self._deepspeed.optimizer
+        self._deepspeed.zero_grad()
+        if self._stage:
+            optimizer.zero_grad()
+            optimizer.reset_cpu_buffers()
+            optimizer.averaged_gradients = {}
+        if self._stage in (1, 2):
+            optimizer.micro_step_id = -1
+        if self._stage == 3:
+            optimizer.grad_partitions_flat_buffer.zero_()
+
     def step(self) -> bool:
         """Average the gradients over the ranks, clip and apply them; False where the fp16 gradients overflowed."""
         self._deepspeed.step()
         return self._deepspeed.was_step_applied()
 
     @property
-    def gradient_norm(self) -> float | None:
+    def gradient_norm(self) -> Tensor | float | None:
         """2-norm of the last step's global gradient before clipping."""
-        norm = self._deepspeed.get_global_grad_norm() if self._stage else self._clipped_norm
-        return None if norm is None else float(norm)
+        return self._deepspeed.get_global_grad_norm() if self._stage else self._clipped_norm
 
     @property
     def loss_scale(self) -> float:
@@ -97,7 +109,7 @@ class Engine:
 
     def _clip_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self._clipped_norm = torch.nn.utils.clip_grad_norm_(parameters, self._limit).item()
+        self._clipped_norm = torch.nn.utils.clip_grad_norm_(parameters, self._limit)
 
     def _create_optimizer_states(self, steps: int) -> None:
         """Give the optimizer the zero states that it would make at its first step, as if `steps` had been taken.

@@ -231,7 +231,7 @@ class Trainer:
         """What follows from a step that was applied, or not; an error after too many that were not, in a row."""
         if outcome.applied:
             self._bad_in_a_row = 0
-            meter.add(outcome.loss, outcome.terms, outcome.gradient_norm)
+            meter.add(outcome.terms, outcome.norm)
             if self.average:
                 self.average.update()
             return

@@ -33,10 +33,11 @@ class Meter:
         self.clips, self.total_steps, self.mfu_factor = clips, total_steps, mfu_factor
         self._reset(0.0)
 
-    def add(self, loss: float, terms: Mapping[str, torch.Tensor], gradient_norm: float | None) -> None:
-        """Count a step that was applied."""
+    def add(self, terms: Mapping[str, torch.Tensor], gradient_norm: torch.Tensor | float | None) -> None:
+        """Count a step that was applied; numbers stay on the device until they are reported."""
         self.steps += 1
-        for name, value in {"loss": loss, **terms, "gradient_norm": gradient_norm or 0.0}.items():
+        norm = 0.0 if gradient_norm is None else gradient_norm
+        for name, value in {**terms, "gradient_norm": norm}.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
 
     def report(self, step: int, lr: float, waited_seconds: float) -> dict[str, float]:

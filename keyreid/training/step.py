@@ -1,23 +1,23 @@
 """One optimizer step: clips in, losses out, the same whatever the number of ranks and micro-batches.
 
-The triplet and centre losses and the BatchNorm necks compare clips of the whole global batch, so gradients cannot
-simply be summed over micro-batches. A step of one micro-batch needs one pass (`_step_at_once`). With accumulation, a
-step first computes the features of every micro-batch without gradients, then necks, classifiers and losses once on all
-of them, and last runs each micro-batch again with the gradient that its features got (`_step_in_pieces`, known as
-gradient caching).
+The triplet loss and the BatchNorm necks compare the clips of a scope (see distributed/share.py). A step of one
+micro-batch needs one pass (`_step_at_once`), and so does each micro-batch that has whole scopes (`_step_in_turn`).
+Where micro-batches cut a scope, gradients cannot simply be summed: a step then first computes the features of every
+micro-batch without gradients, then necks, classifiers and losses once on all of them, and last runs each micro-batch
+again with the gradient that its features got (`_step_in_pieces`, known as gradient caching).
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from keyreid.config import Config
-from keyreid.distributed.ranks import Ranks, gather
-from keyreid.losses import Criterion, check_labels, gather_features
+from keyreid.distributed.ranks import Ranks
+from keyreid.distributed.share import WHOLE, Share, peers_of
+from keyreid.losses import Criterion, Scope, check_labels
 from keyreid.model import Features, KeyReID
 from keyreid.model.inputs import prepare
 from keyreid.shards.batch import ClipBatch
@@ -38,19 +38,28 @@ class Clips:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the losses know of the global batch beside its features: labels [B], erased [B, T], visibility [B, P]."""
+    """What the losses know of those clips beside their features: labels [n], erased [n, T], visibility [n, P]."""
 
     labels: Tensor
     erased: Tensor
     visibility: Tensor | None
+    share: Share
+
+    def __getitem__(self, rows: slice) -> "Targets":
+        """Those of some whole scopes."""
+        labels, erased, visibility = (
+            None if v is None else v[rows] for v in (self.labels, self.erased, self.visibility)
+        )
+        scopes = self.share.scopes * len(labels) // len(self.labels)
+        return Targets(labels, erased, visibility, replace(self.share, scopes=scopes))
 
 
 class Losses(NamedTuple):
-    """The total of the global batch, its terms, and the features of all ranks' clips that they were computed from."""
+    """This rank's addends of the total of the global batch and of its terms, and what its clips were compared with."""
 
     total: Tensor
     terms: dict[str, Tensor]
-    features: Features
+    scope: Scope
 
 
 class TrainedModule(nn.Module):
@@ -71,11 +80,12 @@ class TrainedModule(nn.Module):
         return self.network.features(clips.images.to(dtype), clips.guidance.to(dtype), clips.cameras)
 
     def losses(self, features: Features, targets: Targets) -> Losses:
-        """The losses of the global batch, from this rank's features of it."""
-        everywhere = gather_features(features)
-        logits = self.network.heads(everywhere)
-        total, terms = self.criterion(everywhere, logits, targets.labels, targets.erased, targets.visibility)
-        return Losses(total, terms, everywhere)
+        """The losses from the features of this rank's clips."""
+        labels, erased, visibility, share = vars(targets).values()
+        logits = self.network.heads(features, share)
+        scope = Scope.gathered(features, labels, visibility, share)
+        total, terms = self.criterion(features, logits, labels, erased, visibility, share, scope)
+        return Losses(total, terms, scope)
 
     def features_and_losses(self, clips: Clips, targets: Targets) -> Losses:
         """Both in one pass."""
@@ -84,20 +94,40 @@ class TrainedModule(nn.Module):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did; the same on all ranks."""
+    """What a step did; the same on all ranks. Its numbers are on the device: who reads one waits for it."""
 
-    loss: float  # the total of the global batch
-    terms: dict[str, Tensor]  # its terms, on the device (a copy to the CPU waits for it)
+    terms: dict[str, Tensor]  # of the global batch, and their total as `loss`
     applied: bool  # False where the loss was not finite or the fp16 gradients overflowed
-    gradient_norm: float | None  # 2-norm of the global gradient before clipping; None where nothing was applied
+    norm: Tensor | float | None  # 2-norm of the global gradient before clipping; None where nothing was applied
+
+    @property
+    def loss(self) -> float:
+        """The total of the global batch."""
+        return float(self.terms["loss"])
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """2-norm of the global gradient before clipping; None where nothing was applied."""
+        return None if self.norm is None else float(self.norm)
 
 
 class Stepper:
-    """Runs optimizer steps on an engine whose module is a TrainedModule."""
+    """Runs optimizer steps on an engine whose module is a TrainedModule.
+
+    Raises:
+        ConfigError: the ranks and the lanes do not go together.
+    """
 
     def __init__(self, engine: Engine, config: Config, ranks: Ranks, paths: list[stochastic_depth.ClipDropPath]):
         self.engine, self.config, self.ranks, self.paths = engine, config, ranks, paths
         self.module: TrainedModule = engine.module
+        self.scopes = config.data.lanes if config.loss.compare == "lane" else 1
+        self.share = WHOLE
+        if self.scopes > 1 or ranks.world_size > 1:
+            peers = peers_of(self.scopes, ranks.world_size, f"data.lanes={config.data.lanes}")
+            wire = torch.bfloat16 if config.training.precision == "bf16" else None
+            here = max(1, self.scopes // ranks.world_size)
+            self.share = Share(config.data.batch_size, here, ranks.world_size, peers, wire=wire)
         self._draws: list[Tensor] = []
 
     def step(self, batch: ClipBatch, step: int) -> StepResult:
@@ -106,53 +136,81 @@ class Stepper:
         Raises:
             DataError: a label that the classifiers do not have.
         """
-        check_labels(batch.labels, self.module.network.num_identities, batch.keys)
+        network = self.module.network
+        check_labels(batch.labels, network.num_identities, batch.keys)
         copies = max(self.config.clip.frames, self.config.model.parts)
         clips_everywhere = len(batch) * self.ranks.world_size
         self._draws = stochastic_depth.draw(self.paths, self.config.seed, step, clips_everywhere, copies)
-        before = [buffer.clone() for buffer in self.module.network.buffers()]
         batch = batch.to(self.ranks.device)
-        used = self.module.network.guidance.uses_visibility and batch.visibility is not None
-        visibility = gather(batch.visibility) if used else None
-        targets = Targets(gather(batch.labels), gather(batch.erased), visibility)
+        used = network.guidance.uses_visibility and batch.visibility is not None
+        visibility = batch.visibility if used else None
+        seen = self.share.add_all((visibility > 0).float().sum(0)) if used else None
+        targets = Targets(batch.labels, batch.erased, visibility, replace(self.share, seen=seen))
+        before = network.running_statistics()
+        parts = self.share.scopes % self.config.training.accumulation == 0 and self.share.peers is None
         passes = self._step_at_once if self.config.training.accumulation == 1 else self._step_in_pieces
-        loss, losses = passes(batch, targets)
-        if not math.isfinite(loss):
-            with torch.no_grad():  # the necks' running statistics met the bad features
-                for buffer, value in zip(self.module.network.buffers(), before, strict=True):
-                    buffer.copy_(value)
-            return StepResult(loss, losses.terms, applied=False, gradient_norm=None)
+        passes = self._step_in_turn if self.config.training.accumulation > 1 and parts else passes
+        terms, scope = passes(batch, targets)
+        network.learn_statistics(self.share, self.scopes)
+        if not terms["loss"].isfinite():  # waits for the forward passes; the device has the backward pass to do
+            self.engine.discard()
+            network.restore_statistics(before)
+            return StepResult(terms, applied=False, norm=None)
         applied = self.engine.step()
         if applied:
-            self.module.criterion.update_centres(losses.features, targets.labels, targets.visibility)
-        return StepResult(loss, losses.terms, applied, self.engine.gradient_norm if applied else None)
+            self.module.criterion.update_centres(*scope)
+        return StepResult(terms, applied, self.engine.gradient_norm if applied else None)
 
-    def _step_at_once(self, batch: ClipBatch, targets: Targets) -> tuple[float, Losses]:
-        """Features, losses and gradients of all of this rank's clips; no gradients where the loss is not finite."""
+    def _step_at_once(self, batch: ClipBatch, targets: Targets) -> tuple[dict[str, Tensor], Scope]:
+        """Features, losses and gradients of all of this rank's clips."""
         self._use_draws(0, len(batch))
         losses = self.engine.run(self.module.features_and_losses, clips=self._clips(batch), targets=targets)
-        loss = losses.total.item()
-        if math.isfinite(loss):
-            self.engine.backward(losses.total)
-        return loss, losses
+        terms = self._totals([losses])
+        self._backward(losses.total)
+        return terms, losses.scope
 
-    def _step_in_pieces(self, batch: ClipBatch, targets: Targets) -> tuple[float, Losses]:
+    def _step_in_turn(self, batch: ClipBatch, targets: Targets) -> tuple[dict[str, Tensor], Scope]:
+        """The same of each micro-batch, where each has whole scopes."""
+        self.engine.begin_passes()
+        done = []
+        for start, stop in self._pieces(len(batch)):
+            self._use_draws(start, stop)
+            clips = self._clips(batch[start:stop])
+            losses = self.engine.run(self.module.features_and_losses, clips=clips, targets=targets[start:stop])
+            self._backward(losses.total)
+            done.append(losses._replace(total=losses.total.detach()))
+        features = Features.concatenate([losses.scope.features for losses in done])
+        return self._totals(done), Scope(features, targets.labels, targets.visibility)
+
+    def _step_in_pieces(self, batch: ClipBatch, targets: Targets) -> tuple[dict[str, Tensor], Scope]:
         """Features of each micro-batch, losses of all, then the gradients of each micro-batch."""
         self.engine.begin_passes()
-        micro = len(batch) // self.config.training.accumulation
-        pieces = [(start, start + micro) for start in range(0, len(batch), micro)]
+        pieces = self._pieces(len(batch))
         with torch.no_grad():
             cached = [self._features(batch, *piece) for piece in pieces]
         leaves = Features(*(value.requires_grad_() for value in Features.concatenate(cached)))
         losses = self.engine.run(self.module.losses, features=leaves, targets=targets)
-        loss = losses.total.item()
-        if math.isfinite(loss):
-            self.engine.backward(losses.total)
-            scale = self.engine.loss_scale  # the leaves' gradients carry it, and the next passes add it again
-            gradients = Features(*(leaf.grad / scale for leaf in leaves))
-            for piece in pieces:
-                self.engine.backward(_inner_product(self._features(batch, *piece), gradients, *piece))
-        return loss, losses
+        terms = self._totals([losses])
+        self._backward(losses.total)
+        scale = self.engine.loss_scale  # the leaves' gradients carry it, and the next passes add it again
+        gradients = Features(*(leaf.grad / scale for leaf in leaves))
+        for piece in pieces:
+            self.engine.backward(_inner_product(self._features(batch, *piece), gradients, *piece))
+        return terms, losses.scope
+
+    def _backward(self, total: Tensor) -> None:
+        # Data-parallel training averages gradients over the ranks, whose losses add up.
+        self.engine.backward(total * self.ranks.world_size if self.ranks.world_size > 1 else total)
+
+    def _totals(self, done: list[Losses]) -> dict[str, Tensor]:
+        """The terms of the global batch and `loss`, their weighted total, on every rank."""
+        names = [*done[0].terms, "loss"]
+        addends = sum(torch.stack([*losses.terms.values(), losses.total.detach()]) for losses in done)
+        return dict(zip(names, self.share.add_all(addends), strict=True))
+
+    def _pieces(self, clips: int) -> list[tuple[int, int]]:
+        micro = clips // self.config.training.accumulation
+        return [(start, start + micro) for start in range(0, clips, micro)]
 
     def bad_ranks(self, batch: ClipBatch) -> list[int]:
         """Ranks whose own features of a batch are not finite; a collective, to explain a bad step."""
