@@ -226,6 +226,11 @@ class Config(Section):
         """The folder of this run: configuration, checkpoints, logs, pictures."""
         return Path(self.output).expanduser() / self.name
 
+    @property
+    def scopes(self) -> int:
+        """Parts of a batch whose clips are compared with each other; see keyreid/distributed/share.py."""
+        return self.data.lanes if self.loss.compare == "lane" else 1
+
     def check_ranks(self, ranks: int, nodes: int | None = None) -> None:
         """Raise ConfigError unless a step's clips divide over the ranks (of each node) and micro-batches."""
         micro = self.training.accumulation

@@ -11,7 +11,7 @@ R ranks of b clips minimise what one rank of R*b clips would: see `Share`. A los
 has a form of its own for scopes that lie on several ranks, whose cost does not grow with them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keyreid.config import LossConfig
-from keyreid.distributed.ranks import gather
+from keyreid.distributed.owned_rows import Exchange, collect, own_rows
+from keyreid.distributed.ranks import Ranks, gather
 from keyreid.distributed.share import WHOLE, Compared, Share
 from keyreid.errors import DataError
 from keyreid.model.keyreid import Features
@@ -97,8 +98,30 @@ def _seen(visibility: Tensor | None) -> Tensor | None:
     return None if visibility is None else (visibility > 0).float().T
 
 
+class Centres(NamedTuple):
+    """Of some identities: global [C, D], of the parts [P or 1, C, T*D], and which row is each clip's, [n]."""
+
+    whole: Tensor
+    parts: Tensor
+    places: Tensor
+
+
+class Branch(NamedTuple):
+    """What the losses of the global branch see of a rank's n clips; those of the parts', with P before each shape."""
+
+    features: Tensor  # [n, D]
+    logits: Tensor  # [n, C]
+    labels: Tensor  # [n]; of the parts too
+    weights: Tensor | None  # 0 where a clip never shows the part, which must then not count
+    centres: Tensor  # [rows, D]
+    places: Tensor  # [n], rows of the centres; of the parts too
+    compared: Compared
+
+
 class Criterion(nn.Module):
     """All losses with their weights, and the centre tables (buffers; `update_centres` moves them).
+
+    Where scopes are lanes, no rank sees all features; the ranks share out the tables (distributed/owned_rows.py).
 
     Args:
         loss: weights and variants.
@@ -106,14 +129,26 @@ class Criterion(nn.Module):
         width: D of the global feature.
         part_width: T*D of a part's feature.
         parts: P.
+        owners: the ranks that share out the tables; None: all here.
     """
 
-    def __init__(self, loss: LossConfig, num_identities: int, width: int, part_width: int, parts: int):
+    def __init__(
+        self,
+        loss: LossConfig,
+        num_identities: int,
+        width: int,
+        part_width: int,
+        parts: int,
+        owners: Ranks | None = None,
+    ) -> None:
         super().__init__()
-        self.loss = loss
-        tables = parts if loss.centres == "all" else 1
-        self.register_buffer("global_centres", torch.randn(num_identities, width))
-        self.register_buffer("part_centres", torch.randn(tables, num_identities, part_width))
+        self.loss, self.num_identities, self.owners = loss, num_identities, owners
+        self._exchange: Exchange | None = None  # of this step
+        ranks = owners or Ranks.alone()
+        tables = range(parts if loss.centres == "all" else 1)
+        self.register_buffer("global_centres", own_rows(lambda n: torch.randn(n, width), num_identities, ranks))
+        drawn = [own_rows(lambda n: torch.randn(n, part_width), num_identities, ranks) for _ in tables]
+        self.register_buffer("part_centres", torch.stack(drawn))
 
     def forward(
         self,
@@ -124,6 +159,7 @@ class Criterion(nn.Module):
         visibility: Tensor | None = None,
         share: Share = WHOLE,
         scope: Scope | None = None,
+        centres: Centres | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the global batch, or this rank's addend of it.
 
@@ -135,18 +171,20 @@ class Criterion(nn.Module):
             visibility: [n, P], share of a clip's frames that show the part. Where given, a clip that never shows a
                 part takes no part in that part's losses: there is nothing of it to learn from.
             scope: the clips that they are compared with; default themselves.
+            centres: of their identities; default the tables.
 
         Returns:
             The total, with gradient, and its terms before weighting, detached; `accuracy` is the global classifier's.
         """
         alpha = self.loss.alpha
-        whole, parts, _ = features
-        others, other_labels, shown = scope or Scope(features, labels, visibility)
-        compared = Compared(others.global_feature, other_labels, None)
-        of_whole = self.branch_terms(whole, logits[0], labels, self.global_centres, None, share, compared)
-        seen, compared = _seen(visibility), Compared(others.part_features, other_labels, _seen(shown))
-        of_parts = self.branch_terms(parts, logits[1:], labels, self.part_centres, seen, share, compared)
-        of_parts = {name: term.mean() for name, term in of_parts.items()}
+        others, all_labels, shown = scope or Scope(features, labels, visibility)
+        global_centres, part_centres, places = centres or self.centres_of(labels)
+        compared = Compared(others.global_feature, all_labels, None)
+        branch = Branch(features.global_feature, logits[0], labels, None, global_centres, places, compared)
+        of_whole = self.branch_terms(branch, share)
+        compared = Compared(others.part_features, all_labels, _seen(shown))
+        branch = Branch(features.part_features, logits[1:], labels, _seen(visibility), part_centres, places, compared)
+        of_parts = {name: term.mean() for name, term in self.branch_terms(branch, share).items()}
         batch = self.batch_terms(features, erased, share)
         total = alpha * self._weighted(of_whole) + (1 - alpha) * self._weighted(of_parts) + self._weighted(batch)
         branches = ("global", of_whole), ("parts", of_parts)
@@ -154,29 +192,21 @@ class Criterion(nn.Module):
         terms |= batch | {"accuracy": share.mean((logits[0].argmax(-1) == labels).float())}
         return total, {name: term.detach() for name, term in terms.items()}
 
-    def branch_terms(
-        self,
-        features: Tensor,
-        logits: Tensor,
-        labels: Tensor,
-        centres: Tensor,
-        weights: Tensor | None,
-        share: Share,
-        compared: Compared,
-    ) -> dict[str, Tensor]:
-        """The losses of the global branch, or of the parts' with P in front of each shape: [] or [P] each.
+    def branch_terms(self, branch: Branch, share: Share) -> dict[str, Tensor]:
+        """The losses of the global branch, or of the parts', with P in front of each shape: [] or [P] each.
 
-        Their names are those of their weights in LossConfig. Shapes as in the functions above.
+        Their names are those of their weights in LossConfig.
         """
-        config = self.loss
+        features, logits, labels, weights, centres, places, compared = branch
+        margin = self.loss.triplet_margin
         if share.peers is None:
-            triplet = share.compare(partial(triplet_loss, margin=config.triplet_margin), features, compared)
+            triplet = share.compare(partial(triplet_loss, margin=margin), features, compared)
         else:
-            triplet = triplet_loss_across(features, compared, config.triplet_margin, share)
+            triplet = triplet_loss_across(features, compared, margin, share)
         return {
-            "identity": identity_loss(logits, labels, config.label_smoothing, weights, share),
+            "identity": identity_loss(logits, labels, self.loss.label_smoothing, weights, share),
             "triplet": triplet,
-            "centre": centre_loss(features, labels, centres, weights, share),
+            "centre": centre_loss(features, places, centres, weights, share),
         }
 
     def batch_terms(self, features: Features, erased: Tensor, share: Share) -> dict[str, Tensor]:
@@ -186,26 +216,64 @@ class Criterion(nn.Module):
     def _weighted(self, terms: dict[str, Tensor]) -> Tensor:
         return sum(getattr(self.loss, name) * term for name, term in terms.items())
 
+    def centres_of(self, labels: Tensor) -> Centres:
+        """The centres of identities, int64 [n] on the CPU where the ranks share out the tables; a collective then."""
+        if self.owners is None:
+            return Centres(self.global_centres, self.part_centres, labels)
+        self._exchange = Exchange(labels, self.owners)
+        whole, *parts = (self._exchange.fetch(table) for table in (self.global_centres, *self.part_centres))
+        return Centres(whole, torch.stack(parts), self._exchange.place)
+
     @torch.no_grad()
-    def update_centres(self, features: Features, labels: Tensor, visibility: Tensor | None = None) -> None:
-        """Move the centres towards the features of the global batch; every rank does the same.
+    def update_centres(
+        self, features: Features, labels: Tensor, visibility: Tensor | None = None, centres: Centres | None = None
+    ) -> None:
+        """Move the centres towards the features of the global batch; every rank does the same, or its owners.
 
         `all` (Wen et al., ECCV 2016): an identity's centre c with n clips x in the batch moves by
         rate * sum(x - c) / (1 + n), whatever the batch size. `released`: one step of gradient descent with that rate on
         the global branch's mean squared distance, rate * 2 / B * sum(x - c); the local table stays as drawn.
+
+        Args:
+            features: of all clips, or of this rank's where the ranks share out the tables; so labels and visibility.
+            centres: what `centres_of` gave in this step.
         """
-        rate = self.loss.centre_rate
-        pull = full(features.global_feature) - self.global_centres[labels]
-        if self.loss.centres == "released":
-            self.global_centres.index_add_(0, labels, 2 * rate / len(labels) * pull)
+        seen = None if visibility is None else _seen(visibility)
+        table, part_table, places = centres or self.centres_of(labels)
+        self._move(self.global_centres, full(features.global_feature) - table[places], places, None)
+        if self.loss.centres == "all":
+            pulls = full(features.part_features) - part_table[:, places]
+            for part, (of_part, pull) in enumerate(zip(self.part_centres, pulls, strict=True)):
+                self._move(of_part, pull, places, None if seen is None else seen[part])
+
+    def _move(self, table: Tensor, pull: Tensor, places: Tensor, seen: Tensor | None) -> None:
+        """Add each identity's pulls [n, D] to its row, of those clips that are seen, [n]."""
+        rate, released = self.loss.centre_rate, self.loss.centres == "released"
+        seen = torch.ones_like(pull[:, 0]) if seen is None else seen
+        if self.owners is None:
+            count = seen.new_zeros(len(table)).index_add_(0, places, seen)[places]
+            weight = torch.full_like(seen, 2 * rate / len(places)) if released else rate * seen / (1 + count)
+            table.index_add_(0, places, weight.unsqueeze(1) * pull)
             return
-        tables, classes, _ = self.part_centres.shape
-        seen = torch.ones(tables, len(labels), device=labels.device) if visibility is None else _seen(visibility)
+        addends = torch.cat([pull * seen.unsqueeze(1), seen.unsqueeze(1)], 1)
+        own = addends.new_zeros(self._exchange.rows, addends.shape[1]).index_add_(0, places, addends)
+        sums = self._exchange.add(own)
+        weight = 2 * rate / (len(places) * self.owners.world_size) if released else rate / (1 + sums[:, -1:])
+        table[self._exchange.owned] += weight * sums[:, :-1]
 
-        def count(shown: Tensor) -> Tensor:  # [..., B], of each clip's identity
-            return shown.new_zeros(*shown.shape[:-1], classes).index_add_(-1, labels, shown)[..., labels]
+    def load_tables(self, tables: Mapping[str, Tensor]) -> list[str]:
+        """Take back what `tables` gave; says of which the shapes are others, which stay as they are."""
+        ranks = self.owners or Ranks.alone()
+        own = {name: tables[name][..., ranks.rank :: ranks.world_size, :] for name, _ in self.named_buffers()}
+        others = [name for name, table in self.named_buffers() if table.shape != own[name].shape]
+        self.load_state_dict(own | {name: getattr(self, name) for name in others})
+        return others
 
-        self.global_centres.index_add_(0, labels, (rate / (1 + count(torch.ones_like(seen[0])))).unsqueeze(1) * pull)
-        counts = count(seen)  # [P, B], the clips of one's identity that show the part
-        pull = full(features.part_features) - self.part_centres[:, labels]
-        self.part_centres.index_add_(1, labels, (rate * seen / (1 + counts)).unsqueeze(-1) * pull)
+    def tables(self) -> dict[str, Tensor] | None:
+        """The whole tables on the CPU; where they are shared out a collective, and None but on the first rank."""
+        if self.owners is None:
+            return {name: table.detach().cpu().clone() for name, table in self.named_buffers()}
+        whole, *parts = (
+            collect(t, self.num_identities, self.owners) for t in (self.global_centres, *self.part_centres)
+        )
+        return {"global_centres": whole.cpu(), "part_centres": torch.stack(parts).cpu()} if self.owners.first else None

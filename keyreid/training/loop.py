@@ -118,7 +118,8 @@ class Trainer:
         cameras = len(self.shards.camera_index)
         network = start_network(model, config.clip, self.plan.num_identities, cameras, self.shards)
         widths = network.width, network.part_width
-        criterion = Criterion(config.loss, self.plan.num_identities, *widths, config.model.parts)
+        owners = ranks if config.scopes > 1 and ranks.world_size > 1 else None
+        criterion = Criterion(config.loss, self.plan.num_identities, *widths, config.model.parts, owners)
         if restored:
             snapshot.restore_before(restored, network, criterion)
         network.checkpoint_activations = config.training.activation_checkpointing

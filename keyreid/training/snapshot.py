@@ -28,14 +28,20 @@ def take(
     """Copy all of a run to the CPU of the first rank; a collective. None on the other ranks."""
     weights, states = _collect(engine.weights(), first), _collect(engine.optimizer_states(), first)
     averages = _collect(average.full().items(), first) if average else {}
+    tables = engine.module.criterion.tables()
     if not first:
         return None
     network: KeyReID = engine.module.network
     parameters = dict(network.named_parameters())
     buffers = {n: b.detach().cpu().clone() for n, b in network.state_dict().items() if n not in parameters}
-    tables = {CRITERION + n: b.detach().cpu().clone() for n, b in engine.module.criterion.state_dict().items()}
     weights = {name.removeprefix(NETWORK): value for name, value in weights.items()} | buffers
-    return Snapshot(training_state, header, weights, averages | buffers if averages else {}, states | tables)
+    return Snapshot(
+        training_state,
+        header,
+        weights,
+        averages | buffers if averages else {},
+        states | {CRITERION + n: table for n, table in tables.items()},
+    )
 
 
 def read(folder: Path, config: Config, header: WeightsHeader, allowed: Sequence[str] = ()) -> Snapshot:
@@ -88,11 +94,8 @@ def restore_before(restored: Snapshot, network: KeyReID, criterion: Criterion) -
     except RuntimeError as error:  # a change that was allowed
         raise CheckpointError(f"the weights of step {restored.state.step} do not fit this network: {error}") from None
     tables = {n.removeprefix(CRITERION): t for n, t in restored.training.items() if n.startswith(CRITERION)}
-    for name, new in criterion.state_dict().items():
-        if tables[name].shape != new.shape:
-            log.warning("loss.centres changed: %s start anew", name)
-            tables[name] = new
-    criterion.load_state_dict(tables)
+    for name in criterion.load_tables(tables):
+        log.warning("loss.centres changed: %s start anew", name)
 
 
 def restore_after(restored: Snapshot, engine: Engine, average: WeightAverage | None, same_optimizer: bool) -> None:

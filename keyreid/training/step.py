@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from keyreid.config import Config
 from keyreid.distributed.ranks import Ranks
 from keyreid.distributed.share import WHOLE, Share, peers_of
-from keyreid.losses import Criterion, Scope, check_labels
+from keyreid.losses import Centres, Criterion, Scope, check_labels
 from keyreid.model import Features, KeyReID
 from keyreid.model.inputs import prepare
 from keyreid.shards.batch import ClipBatch
@@ -44,14 +44,14 @@ class Targets:
     erased: Tensor
     visibility: Tensor | None
     share: Share
+    centres: Centres
 
     def __getitem__(self, rows: slice) -> "Targets":
         """Those of some whole scopes."""
-        labels, erased, visibility = (
-            None if v is None else v[rows] for v in (self.labels, self.erased, self.visibility)
-        )
-        scopes = self.share.scopes * len(labels) // len(self.labels)
-        return Targets(labels, erased, visibility, replace(self.share, scopes=scopes))
+        labels, visibility = self.labels[rows], None if self.visibility is None else self.visibility[rows]
+        share = replace(self.share, scopes=self.share.scopes * len(labels) // len(self.labels))
+        centres = self.centres._replace(places=self.centres.places[rows])
+        return Targets(labels, self.erased[rows], visibility, share, centres)
 
 
 class Losses(NamedTuple):
@@ -81,10 +81,10 @@ class TrainedModule(nn.Module):
 
     def losses(self, features: Features, targets: Targets) -> Losses:
         """The losses from the features of this rank's clips."""
-        labels, erased, visibility, share = vars(targets).values()
+        labels, erased, visibility, share, centres = vars(targets).values()
         logits = self.network.heads(features, share)
         scope = Scope.gathered(features, labels, visibility, share)
-        total, terms = self.criterion(features, logits, labels, erased, visibility, share, scope)
+        total, terms = self.criterion(features, logits, labels, erased, visibility, share, scope, centres)
         return Losses(total, terms, scope)
 
     def features_and_losses(self, clips: Clips, targets: Targets) -> Losses:
@@ -121,7 +121,7 @@ class Stepper:
     def __init__(self, engine: Engine, config: Config, ranks: Ranks, paths: list[stochastic_depth.ClipDropPath]):
         self.engine, self.config, self.ranks, self.paths = engine, config, ranks, paths
         self.module: TrainedModule = engine.module
-        self.scopes = config.data.lanes if config.loss.compare == "lane" else 1
+        self.scopes = config.scopes
         self.share = WHOLE
         if self.scopes > 1 or ranks.world_size > 1:
             peers = peers_of(self.scopes, ranks.world_size, f"data.lanes={config.data.lanes}")
@@ -138,14 +138,15 @@ class Stepper:
         """
         network = self.module.network
         check_labels(batch.labels, network.num_identities, batch.keys)
-        copies = max(self.config.clip.frames, self.config.model.parts)
-        clips_everywhere = len(batch) * self.ranks.world_size
-        self._draws = stochastic_depth.draw(self.paths, self.config.seed, step, clips_everywhere, copies)
+        self._draws = self._draw(len(batch), step)
+        criterion = self.module.criterion
+        centres = criterion.centres_of(batch.labels.cpu()) if criterion.owners else None
         batch = batch.to(self.ranks.device)
+        centres = centres or criterion.centres_of(batch.labels)
         used = network.guidance.uses_visibility and batch.visibility is not None
         visibility = batch.visibility if used else None
         seen = self.share.add_all((visibility > 0).float().sum(0)) if used else None
-        targets = Targets(batch.labels, batch.erased, visibility, replace(self.share, seen=seen))
+        targets = Targets(batch.labels, batch.erased, visibility, replace(self.share, seen=seen), centres)
         before = network.running_statistics()
         parts = self.share.scopes % self.config.training.accumulation == 0 and self.share.peers is None
         passes = self._step_at_once if self.config.training.accumulation == 1 else self._step_in_pieces
@@ -158,7 +159,11 @@ class Stepper:
             return StepResult(terms, applied=False, norm=None)
         applied = self.engine.step()
         if applied:
-            self.module.criterion.update_centres(*scope)
+            if criterion.owners is None:
+                criterion.update_centres(*scope)
+            else:
+                own = _rows(scope.features, self.share.first(len(batch)), len(batch))
+                criterion.update_centres(own, batch.labels, visibility, centres)
         return StepResult(terms, applied, self.engine.gradient_norm if applied else None)
 
     def _step_at_once(self, batch: ClipBatch, targets: Targets) -> tuple[dict[str, Tensor], Scope]:
@@ -225,9 +230,18 @@ class Stepper:
         self._use_draws(start, stop)
         return self.engine.run(self.module.features, clips=self._clips(batch[start:stop]))
 
+    def _draw(self, clips: int, step: int) -> list[Tensor]:
+        """The stochastic depth of this rank's clips: drawn by lanes, for the lanes that it has clips of."""
+        copies = max(self.config.clip.frames, self.config.model.parts)
+        lane = self.config.data.batch_size // self.config.data.lanes
+        first, last = self.ranks.rank * clips, (self.ranks.rank + 1) * clips
+        lanes = range(first // lane, -(-last // lane))
+        drawn = [stochastic_depth.draw(self.paths, self.config.seed, step, lane, copies, number) for number in lanes]
+        own = slice(first - lanes.start * lane, last - lanes.start * lane)
+        return [torch.cat(of_path)[own] for of_path in zip(*drawn, strict=True)]
+
     def _use_draws(self, start: int, stop: int) -> None:
-        first = self._draws[0].shape[0] // self.ranks.world_size * self.ranks.rank if self._draws else 0
-        stochastic_depth.use(self.paths, self._draws, slice(first + start, first + stop), self.ranks.device)
+        stochastic_depth.use(self.paths, self._draws, slice(start, stop), self.ranks.device)
 
     def _clips(self, batch: ClipBatch) -> Clips:
         return Clips(*prepare(batch, self.module.network.guidance), batch.cameras)
@@ -235,6 +249,11 @@ class Stepper:
 
 def _inner_product(features: Features, gradients: Features, start: int, stop: int) -> Tensor:
     """The scalar whose gradient with respect to `features` are rows start..stop of `gradients`."""
-    whole, parts, scores = gradients
-    rows = Features(whole[start:stop], parts[:, start:stop], scores[start:stop])
+    rows = _rows(gradients, start, stop - start)
     return sum((value * gradient).sum() for value, gradient in zip(features, rows, strict=True))
+
+
+def _rows(features: Features, start: int, count: int) -> Features:
+    """Those of `count` clips."""
+    whole, parts, scores = features
+    return Features(whole.narrow(0, start, count), parts.narrow(1, start, count), scores.narrow(0, start, count))

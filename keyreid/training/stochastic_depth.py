@@ -1,9 +1,9 @@
 """Stochastic depth whose draws belong to the clip, not to the process.
 
 timm's DropPath draws from the generator of whichever process meets the clip, so the draw changes with the number of
-ranks and micro-batches. Here a step's draws are made for the whole global batch from (seed, step) and each process
-takes the rows of its clips: any number of ranks and micro-batches, a second forward of the same clips, and a resumed
-run all drop the same paths, with no generator state to save.
+ranks and micro-batches. Here a step's draws are made lane by lane from (seed, step, lane) and each process takes
+the rows of its clips: any number of ranks and micro-batches, a second forward of the same clips, and a resumed run all
+drop the same paths, with no generator state to save.
 """
 
 import torch
@@ -44,9 +44,9 @@ def use_clip_draws(model: nn.Module) -> list[ClipDropPath]:
     return replaced
 
 
-def draw(paths: list[ClipDropPath], seed: int, step: int, clips: int, copies: int) -> list[Tensor]:
-    """A step's draws for the whole global batch: for each path float32 [clips, copies]."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+def draw(paths: list[ClipDropPath], seed: int, step: int, clips: int, copies: int, lane: int = 0) -> list[Tensor]:
+    """A step's draws for all clips of a lane: for each path float32 [clips, copies]."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step + lane * 0x9E3779B97F4A7C15) % 2**63)
     return [
         (torch.rand(clips, copies, generator=generator) >= path.probability).float() / (1 - path.probability)
         for path in paths

@@ -1,0 +1,78 @@
+"""A table whose rows the ranks share out: row i is rank i % R's, as its (i // R)-th.
+
+A step needs few rows. A rank asks their owners for them, and sends back what is to be added: what travels grows with
+the rows that a rank needs, not with the table or the ranks.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from keyreid.distributed.ranks import Ranks
+
+_BLOCK = 4096  # rows that are drawn at once; a multiple of 16, in which torch draws normal numbers
+
+
+class Exchange:
+    """Which rows this rank needs in a step, and which of its own the others need; a collective.
+
+    Args:
+        rows: int64 [n] on the CPU, in any order, repetitions among them.
+
+    Attributes:
+        place: int64 [n], of each among the `rows` different ones, u, that `fetch` gives.
+        owned: int64 [o], rows of this rank's part that any rank needs.
+    """
+
+    def __init__(self, rows: Tensor, ranks: Ranks) -> None:
+        wanted, place = rows.unique(return_inverse=True)
+        order = (wanted % ranks.world_size).argsort(stable=True)
+        wanted = wanted[order]
+        self.place = order.argsort()[place].to(ranks.device)
+        self._wanted = (wanted % ranks.world_size).bincount(minlength=ranks.world_size)
+        self._asked = torch.empty_like(self._wanted)
+        dist.all_to_all_single(self._asked, self._wanted, group=ranks.control)
+        self._wanted, self._asked = self._wanted.tolist(), self._asked.tolist()
+        self.rows = len(wanted)
+        asked = torch.empty(sum(self._asked), dtype=torch.int64)
+        dist.all_to_all_single(asked, wanted, self._asked, self._wanted, group=ranks.control)
+        owned, to = (asked // ranks.world_size).unique(return_inverse=True)
+        self._sent = (asked // ranks.world_size).to(ranks.device)
+        self.owned, self._to = owned.to(ranks.device), to.to(ranks.device)
+
+    def fetch(self, table: Tensor) -> Tensor:
+        """The rows that are needed, [u, W], from each rank's part of the table, [rows, W]."""
+        found = table.new_empty(self.rows, table.shape[1])
+        dist.all_to_all_single(found, table[self._sent], self._wanted, self._asked)
+        return found
+
+    def add(self, addends: Tensor) -> Tensor:
+        """The sums of what all ranks have for this rank's `owned` rows: [u, W] -> [o, W]."""
+        received = addends.new_empty(sum(self._asked), addends.shape[1])
+        dist.all_to_all_single(received, addends.contiguous(), self._asked, self._wanted)
+        return received.new_zeros(len(self.owned), addends.shape[1]).index_add_(0, self._to, received)
+
+
+def own_rows(draw: Callable[[int], Tensor], rows: int, ranks: Ranks) -> Tensor:
+    """This rank's part of a table that `draw(rows)` would draw at once, without ever holding it."""
+    part = None
+    for start in range(0, rows, _BLOCK):
+        block = draw(min(_BLOCK, rows - start))
+        if part is None:
+            part = block.new_empty(len(range(ranks.rank, rows, ranks.world_size)), *block.shape[1:])
+        own = block[(ranks.rank - start) % ranks.world_size :: ranks.world_size]
+        first = len(range(ranks.rank, start, ranks.world_size))
+        part[first : first + len(own)] = own
+    return part
+
+
+def collect(part: Tensor, rows: int, ranks: Ranks) -> Tensor | None:
+    """The whole table on the first rank, None on the others; a collective."""
+    longest = -(-rows // ranks.world_size)
+    padded = part.new_zeros(longest, *part.shape[1:])
+    padded[: len(part)] = part
+    parts = [torch.empty_like(padded) for _ in range(ranks.world_size)] if ranks.first else None
+    dist.gather(padded, parts)
+    return torch.stack(parts, 1).flatten(0, 1)[:rows] if parts else None
