@@ -48,6 +48,7 @@ def room(file: str, tests: str, *breaks: tuple[str, ...]) -> list[Break]:
 RECIPE, ONE_RANK = "tests/test_published_recipe.py", "tests/test_training_one_rank.py"
 LOSSES, MODEL = "tests/test_losses.py", "tests/test_model_exact.py tests/test_model_machinery.py"
 ALIGNED, PLAN, READERS = "tests/test_model_aligned.py", "tests/test_plan.py", "tests/test_readers.py"
+SHARE = "tests/test_share.py"
 PROTOCOLS, DISTANCE = "tests/test_evaluation_protocols.py", "tests/test_evaluation_distance.py"
 FEATURES, CHECKPOINTS = "tests/test_evaluation_features.py", "tests/test_training_checkpoints.py"
 
@@ -105,7 +106,7 @@ BREAKS = [
         ("momenta not resumed", "engine.restore_optimizer_states(restored.training)", "pass"),
         ("the average not resumed", "average.restore(restored.ema)", "pass"),
         ("the loss scale not resumed", "engine.restore_loss_scale(restored.state.loss_scale)", "pass"),
-        ("centres not resumed", "criterion.load_state_dict(tables)", "pass"),
+        ("centres not resumed", "for name in criterion.load_tables(tables)", "for name in ()"),
         ("weights not resumed", "network.load_state_dict(dict(restored.weights))", "pass"),
     ),
     *room(
@@ -113,24 +114,24 @@ BREAKS = [
         f"{RECIPE} {ONE_RANK}",
         (
             "centres never updated by the step",
-            "self.module.criterion.update_centres(losses.features, targets.labels, targets.visibility)",
+            "criterion.update_centres(*scope)",
             "pass",
         ),
         (
             "losses do not know what is seen",
-            "visibility = gather(batch.visibility) if used else None",
+            "visibility = batch.visibility if used else None",
             "visibility = None",
         ),
         (
             "nothing is erased for the losses",
-            "gather(batch.erased), visibility",
-            "gather(batch.erased) * 0, visibility",
+            "Targets(batch.labels, batch.erased,",
+            "Targets(batch.labels, batch.erased * 0,",
         ),
-        ("bad statistics stay", "buffer.copy_(value)", "pass"),
+        ("bad statistics stay", "network.restore_statistics(before)", "pass"),
         ("the last micro-batch has no gradient", "for piece in pieces:", "for piece in pieces[:-1]:"),
-        ("gradients of the first micro-batch for all", "parts[:, start:stop]", "parts[:, : stop - start]"),
+        ("gradients of the first micro-batch for all", "rows = _rows(gradients, start,", "rows = _rows(gradients, 0,"),
         ("gradients scaled twice", "leaf.grad / scale", "leaf.grad"),
-        ("labels are not checked", "check_labels(batch.labels, self", "(lambda *_: None)(batch.labels, self"),
+        ("labels are not checked", "check_labels(batch.labels, network", "(lambda *_: None)(batch.labels, network"),
     ),
     *room(
         "keyreid/training/engine.py",
@@ -157,20 +158,10 @@ BREAKS = [
         "keyreid/losses.py",
         LOSSES,
         ("label smoothing 0", "label_smoothing=smoothing,", "label_smoothing=0.0,", f"{RECIPE} -k minimised"),
-        ("easiest positive", "squared, same, sign=1)", "squared, same, sign=-1)"),
-        ("farthest negative", "squared, other, sign=-1)", "squared, other, sign=1)"),
-        ("margin's sign", "(violation + margin)", "(violation - margin)"),
-        ("positive and negative swapped", "violation = positive - negative", "violation = negative - positive"),
-        ("Manhattan distance", 'compute_mode="donot_use_mm_for_euclid_dist"', "p=1.0"),
-        (
-            "unseen clips are negatives",
-            "(mask & present.unsqueeze(-2) for mask in (same, ~same))",
-            "(same & present.unsqueeze(-2), ~same)",
-        ),
-        ("alpha for the parts", "(1 - alpha) * self._weighted(parts)", "alpha * self._weighted(parts)"),
-        ("parts are summed", "term.mean() for name, term in parts", "term.sum() for name, term in parts"),
+        ("alpha for the parts", "(1 - alpha) * self._weighted(of_parts)", "alpha * self._weighted(of_parts)"),
+        ("parts are summed", "{name: term.mean() for", "{name: term.sum() for"),
         ("no attention loss", "(full(scores) * erased).sum(1)", "(full(scores) * 0).sum(1)"),
-        ("attention by the mean over frames", "* erased).sum(1).mean()", "* erased).mean()"),
+        ("attention by the mean over frames", "* erased).sum(1))", "* erased).mean(1))"),
         (
             "clips that never show a part count",
             "seen = None if visibility is None else",
@@ -179,15 +170,57 @@ BREAKS = [
         ),
         (
             "centres move away",
-            "pull = full(features.global_feature) - self.global_centres[labels]",
-            "pull = self.global_centres[labels] - full(features.global_feature)",
+            "full(features.global_feature) - table[places], places",
+            "table[places] - full(features.global_feature), places",
         ),
-        ("centres move by the sum", "rate / (1 + same.sum(1, keepdim=True)) * pull", "rate * pull"),
+        ("centres move by the sum", "rate * seen / (1 + count)", "rate * seen"),
         (
             "distance to the centre, not its square",
             "centres[..., labels, :]).square().sum(-1)",
             "centres[..., labels, :]).abs().sum(-1)",
         ),
+    ),
+    *room(
+        "keyreid/triplet.py",
+        LOSSES,
+        ("easiest positive", "squared, same, sign=1)", "squared, same, sign=-1)"),
+        ("farthest negative", "squared, other, sign=-1)", "squared, other, sign=1)"),
+        ("margin's sign", "(violation + margin)", "(violation - margin)"),
+        (
+            "positive and negative swapped",
+            "return positive - distance[..., 1].masked_fill(~other.any(-1), torch.inf)",
+            "return distance[..., 1].masked_fill(~other.any(-1), torch.inf) - positive",
+        ),
+        ("Manhattan distance", 'compute_mode="donot_use_mm_for_euclid_dist"', "p=1.0"),
+        (
+            "unseen clips are negatives",
+            "& present.unsqueeze(-2), ~same & present.unsqueeze(-2)",
+            "& present.unsqueeze(-2), ~same",
+        ),
+        ("no gradient from those who chose a row", "(all_pulls * mine)", "(all_pulls * 0)", SHARE),
+        (
+            "no gradient from those whom a row chose",
+            "pulls.double(), accumulate",
+            "0 * pulls.double(), accumulate",
+            SHARE,
+        ),
+        ("a scope's first rows for all ranks", "first = share.first(rows)", "first = 0", SHARE),
+        ("equal clips pull without end", "torch.where(distance > 0, sides / distance, 0.0)", "sides / distance", SHARE),
+        ("own weights for the batch's", "share.seen[branch].clamp(min=1e-6)", "counted.sum()", SHARE),
+    ),
+    *room(
+        "keyreid/distributed/share.py",
+        SHARE,
+        ("means of own clips", "return values.sum(-1) / self.clips if", "return values.mean(-1) if"),
+        ("no gradient of sums", "dist.all_reduce(gradient :=", "(gradient :="),
+        ("each rank's whole loss", "* share / self.size", "* share"),
+        ("a part of the gradient", "(self.size - 1) * (own - own.detach())", "0"),
+        (
+            "lanes side by side compare",
+            "for part in torch.arange(len(labels)).chunk(self.scopes)",
+            "for part in [torch.arange(len(labels))]",
+        ),
+        ("any ranks and lanes", "if scopes % ranks and ranks % scopes", "if False"),
     ),
     # --------------------------------------------------------------------------------------------------------- model
     *room(
@@ -236,7 +269,7 @@ BREAKS = [
         ),
         (
             "parts' features without their neck",
-            "self.part_classifiers(self.part_necks(features.part_features))",
+            "self.part_classifiers(self.part_necks(features.part_features, share))",
             "self.part_classifiers(features.part_features)",
         ),
     ),

@@ -11,10 +11,12 @@ from oracle import triplet_of_all_pairs
 from training_runs import SERVER
 
 from keyreid.config import LossConfig
-from keyreid.distributed.share import Share, peers_of
+from keyreid.distributed.share import Compared, Share, peers_of
+from keyreid.errors import ConfigError
 from keyreid.losses import Criterion, Scope, centre_loss, identity_loss
 from keyreid.model import Features
 from keyreid.model.heads import Neck
+from keyreid.triplet import triplet_loss, triplet_loss_across
 
 CLIPS, CLASSES, WIDTH, PART_WIDTH, PARTS = 32, 12, 5, 7, 3
 LAYOUTS = {  # identities side by side by four, cut by ranks and scopes, and alone
@@ -173,3 +175,20 @@ def test_ranks_together_are_one(ranks, offset, tmp_path):
                 torch.testing.assert_close(
                     ours[name], theirs, rtol=1e-5, atol=1e-5, msg=lambda m, w=(case, name): f"{w}: {m}"
                 )
+
+
+def test_a_loss_by_its_plain_function_is_the_triplets_own_form():
+    """`compare`, which an added loss uses, and the form of the triplet loss that knows of ranks; alone, equal clips."""
+    x = torch.ones(2, 6, 4).index_fill_(1, torch.tensor([1, 4]), 2.0).requires_grad_()
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    share = Share(6)
+    scope = Compared(x.detach(), labels, None)
+    for loss in (share.compare(triplet_loss, x, scope), triplet_loss_across(x, scope, None, share)):
+        torch.testing.assert_close(loss, triplet_loss(x, labels))
+        assert torch.autograd.grad(loss.sum(), x)[0].isfinite().all()
+
+
+def test_ranks_and_lanes_that_do_not_go_together():
+    with pytest.raises(ConfigError, match=r"data\.lanes=6 and 4 ranks: one must divide the other"):
+        peers_of(6, 4, "data.lanes=6")
+    assert peers_of(8, 4, "data.lanes=8") is None
