@@ -49,6 +49,7 @@ RECIPE, ONE_RANK = "tests/test_published_recipe.py", "tests/test_training_one_ra
 LOSSES, MODEL = "tests/test_losses.py", "tests/test_model_exact.py tests/test_model_machinery.py"
 ALIGNED, PLAN, READERS = "tests/test_model_aligned.py", "tests/test_plan.py", "tests/test_readers.py"
 SHARE = "tests/test_share.py"
+LANES = "tests/test_plan_lanes.py"
 PROTOCOLS, DISTANCE = "tests/test_evaluation_protocols.py", "tests/test_evaluation_distance.py"
 FEATURES, CHECKPOINTS = "tests/test_evaluation_features.py", "tests/test_training_checkpoints.py"
 
@@ -343,7 +344,7 @@ BREAKS = [
         PLAN,
         ("each epoch the same", "counter=[0, 0, block, epoch]", "counter=[0, 0, block, 0]"),
         ("the seed ignored", "key=[seed, stream]", "key=[0, stream]"),
-        ("an identity twice in a step", "swap = wish[column] & (free | (mine == yours))", "swap = wish[column]"),
+        ("an identity twice in a step", "swap = wish[row] & (free | (mine == yours))", "swap = wish[row]"),
         ("the same tracklet K times", "+ self._turns(number) % rows.count", "+ 0 * self._turns(number) % rows.count"),
     ),
     *room(
@@ -352,7 +353,7 @@ BREAKS = [
         ("always a chunk's first frame", "(random.random(low.shape) * (high - low))", "(0 * random.random(low.shape))"),
         (
             "ranks take every R-th clip",
-            "yield self.step(epoch, step)[rank * share : (rank + 1) * share]",
+            "yield self._clips(epoch, step, rank * share, (rank + 1) * share)",
             "yield self.step(epoch, step)[rank::world_size]",
         ),
         (
@@ -370,6 +371,26 @@ BREAKS = [
         ("aspect upside down", "np.sqrt(area * aspect)", "np.sqrt(area / aspect)"),
         ("evaluation leaves out a tracklet's end", "-(-total // frames)", "max(1, total // frames)"),
         ("padding is not blank", "(np.arange(frames) >= real) & mode.blanks_repeats", "np.zeros(frames, bool)"),
+        ("a rank's changes of frames are its own", "block * self.batch_size + column)", "block + column - low)", LANES),
+        ("groups change alike", "block * self.batch_size + column)", "block * self.batch_size)", LANES),
+        ("a rank plans the whole batch", "low, high = first // self._unit * self._unit,", "low, high = 0,", LANES),
+    ),
+    *room(
+        "keyreid/shards/lanes.py",
+        LANES,
+        ("lanes are those of the first epoch", "LANES, epoch, 0)", "LANES, 0, 0)"),
+        ("lanes shuffle alike", "LANES, 0, 1 + number)", "LANES, 0, 1)"),
+        ("two lanes of the same identities", "dealt[number :: self._lanes]", "dealt[number // 2 * 2 :: self._lanes]"),
+        ("lanes of any weight", "order[np.argsort(self._rank[order], kind=", "order[np.argsort(0 * self._rank, kind="),
+        ("neighbours in size never meet", "random.permuted(blocks.reshape(-1, 2 * self._lanes), axis=1)", "blocks"),
+        ("a light lane repeats its steps", "epoch + turn * _AGAIN", "epoch"),
+        ("light lanes may be the longest", "if sampler.steps_per_epoch > self.steps_per_epoch:", "if False:"),
+        ("the heaviest lane is an average one", "[:, :2].ravel()", "[:, self._lanes :][:, :2].ravel()"),
+    ),
+    *room(
+        "keyreid/config.py",
+        LANES,
+        ("lanes that do not divide P", "if self.data.identities % self.data.lanes:", "if False:"),
     ),
     *room(
         "keyreid/shards/shard_set.py",

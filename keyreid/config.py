@@ -69,7 +69,7 @@ class DataConfig(Section):
     prefetch: int = Field(2, ge=1, description="batches decoded ahead")
     identities: int = Field(4, ge=1, description="P: identities a global batch, over all ranks together")
     tracklets: int = Field(4, ge=1, description="K: tracklets an identity in a batch")
-    lanes: int = Field(1, ge=1, description="L: parts of P/L identities that a batch is planned, and compared, in")
+    lanes: int = Field(1, ge=1, description="L: parts of a batch that choose their tracklets apart; it divides P")
     # identity: each tracklet has its turn. frames: an identity's tracklets are drawn by their length. camera: the K
     # tracklets of an identity come from as many cameras as it has.
     sampler: Literal["identity", "frames", "camera"] = "identity"
@@ -242,6 +242,8 @@ class Config(Section):
     def _fits_together(self) -> "Config":
         if self.data.batch_size % (micro := self.training.accumulation):
             raise ValueError(f"training.accumulation={micro} does not divide {self.data.batch}")
+        if self.data.identities % self.data.lanes:
+            raise ValueError(f"data.lanes={self.data.lanes} does not divide data.identities={self.data.identities}")
         for path in (self.output, self.data.shards, self.data.cache_dir, self.model.weights or ""):
             try:
                 Path(path).expanduser()

@@ -14,6 +14,7 @@ from keyreid.config import AugmentConfig, ClipConfig, DataConfig
 from keyreid.errors import ConfigError, DataError
 from keyreid.guidance import MODES, Guidance
 from keyreid.shards.batch import ClipPlan
+from keyreid.shards.lanes import Lanes
 from keyreid.shards.sampling import FRAMES, ByCamera, ByFrames, EachInTurn, Sampler, TrainingTracklets, random_numbers
 from keyreid.shards.shard_set import ShardSet
 
@@ -32,20 +33,26 @@ class TrainingPlan:
     def __init__(self, shards: ShardSet, data: DataConfig, clip: ClipConfig, seed: int = 0) -> None:
         """Prepare the plan of a run; ConfigError where there are fewer identities than a step needs."""
         self._tracklets = _training_tracklets(shards, data)
-        self._sampler = SAMPLERS[data.sampler](self._tracklets, data, seed)
+        self._lanes = Lanes(SAMPLERS[data.sampler], self._tracklets, data, seed)
         self.num_identities = len(self._tracklets.count)  # of training; labelled in sorted order
-        self.steps_per_epoch = self._sampler.steps_per_epoch  # the same in every epoch
+        self.steps_per_epoch = self._lanes.steps_per_epoch  # the same in every epoch
         self.batch_size = data.batch_size  # clips a step, over all ranks: P x K
+        self._unit = data.tracklets if data.lanes > 1 else data.batch_size  # clips a step that are drawn together
         self._augment, self._clip, self._seed = data.augment, clip, seed
         self._block = functools.lru_cache(maxsize=4)(self._plan_block)
 
     def step(self, epoch: int, step: int) -> list[ClipPlan]:
         """The global batch of a step: P x K clips, the K of an identity together."""
+        return self._clips(epoch, step, 0, self.batch_size)
+
+    def _clips(self, epoch: int, step: int, first: int, last: int) -> list[ClipPlan]:
+        """Clips first .. last - 1 of a step's global batch; only the lanes and units that hold them are planned."""
         if not 0 <= step < self.steps_per_epoch:
             raise ValueError(f"step {step} of an epoch of {self.steps_per_epoch}")
         block, within = divmod(step, _BLOCK_STEPS)
-        rows = slice(within * self.batch_size, (within + 1) * self.batch_size)
-        tracklets, *changes = (values[rows] for values in self._block(epoch, block))
+        low, high = first // self._unit * self._unit, -(-last // self._unit) * self._unit
+        planned = self._block(epoch, block, low, high)
+        tracklets, *changes = (values[within, first - low : last - low] for values in planned)
         positions, labels = self._tracklets.position[tracklets].tolist(), self._tracklets.label[tracklets].tolist()
         blank = _nothing(self._clip.frames)
         return [ClipPlan(*values, blank) for values in zip(positions, labels, *changes, strict=True)]
@@ -70,19 +77,23 @@ class TrainingPlan:
             epoch, step = divmod(number, length)
             if length > self.steps_per_epoch:  # what is called an epoch has no meaning to the order then
                 epoch, step = divmod(number, self.steps_per_epoch)
-            yield self.step(epoch, step)[rank * share : (rank + 1) * share]
+            yield self._clips(epoch, step, rank * share, (rank + 1) * share)
 
-    def _plan_block(self, epoch: int, block: int) -> tuple[np.ndarray, ...]:
-        """Tracklets, frames, flips, crops and erasures of some steps in a row."""
+    def _plan_block(self, epoch: int, block: int, low: int, high: int) -> tuple[np.ndarray, ...]:
+        """Tracklets, frames, flips, crops and erasures of whole units of a block of steps: [steps, high - low, ...]."""
         first, last = block * _BLOCK_STEPS, min((block + 1) * _BLOCK_STEPS, self.steps_per_epoch)
-        tracklets = self._sampler.steps(epoch, first, last)
-        if tracklets.shape != (last - first, self.batch_size):
-            raise ValueError(f"the sampler gave {tracklets.shape} tracklets, not {(last - first, self.batch_size)}")
-        tracklets = tracklets.reshape(-1)
-        random = random_numbers(self._seed, FRAMES, epoch, block)
-        shape = (len(tracklets), self._clip.frames)
-        frames = _restricted_random(random, self._tracklets.frames[tracklets], self._clip.frames)
-        return tracklets, frames, *_augment(random, shape, self._augment, self._clip)
+        size = self._lanes.size
+        lanes = [self._lanes.steps(epoch, lane, first, last) for lane in range(low // size, -(-high // size))]
+        tracklets = np.concatenate(lanes, 1)[:, low % size :]
+        units = []
+        for column in range(low, high, self._unit):
+            chosen = tracklets[:, column - low : column - low + self._unit]
+            # A stream for each unit of a block, whoever draws it.
+            random = random_numbers(self._seed, FRAMES, epoch, (block * self.batch_size + column) // self._unit)
+            frames = _restricted_random(random, self._tracklets.frames[chosen.reshape(-1)], self._clip.frames)
+            drawn = frames, *_augment(random, frames.shape, self._augment, self._clip)
+            units.append([chosen, *(values.reshape(*chosen.shape, *values.shape[1:]) for values in drawn)])
+        return tuple(np.concatenate(values, 1) for values in zip(*units, strict=True))
 
 
 def _training_tracklets(shards: ShardSet, data: DataConfig) -> TrainingTracklets:

@@ -36,7 +36,10 @@ class TrainingTracklets:
 
 
 class Sampler(Protocol):
-    """Chooses the tracklets of each step; made once a run, by `SAMPLERS[data.sampler](tracklets, data, seed)`."""
+    """Chooses the tracklets of each step; made by `SAMPLERS[data.sampler](tracklets, data, seed)`.
+
+    Once a run; where there are lanes, for each epoch and lane, from the lane's tracklets and share of P.
+    """
 
     steps_per_epoch: int  # the same in every epoch
 
@@ -83,7 +86,7 @@ class EachInTurn:
             able = np.flatnonzero(counts < self.steps_per_epoch)
             counts[random.permutation(able)[:missing]] += 1
         label = np.repeat(np.arange(len(counts)), counts)
-        members = self.members(random, label, _number_within(counts))
+        members = self.members(random, label, number_within(counts))
         dealt = _deal(random, label, self.steps_per_epoch)
         return members[dealt].reshape(self.steps_per_epoch, self.data.batch_size)
 
@@ -95,7 +98,7 @@ class ByFrames(EachInTurn):
         """See EachInTurn."""
         counts = self.tracklets.count[label]
         group = np.repeat(np.arange(len(label)), counts)
-        candidate = self.tracklets.start[label][group] + _number_within(counts)
+        candidate = self.tracklets.start[label][group] + number_within(counts)
         # The K least of Exp(1) / weight are such a draw (Efraimidis and Spirakis).
         keys = random.standard_exponential(len(candidate)) / self.tracklets.frames[candidate]
         candidate = candidate[np.lexsort((keys, group))]
@@ -128,27 +131,30 @@ def _deal(random: np.random.Generator, labels: np.ndarray, steps: int) -> np.nda
     `labels` is int [steps * P], ascending; no label more than `steps` times.
     """
     width = len(labels) // steps
-    # Labels in a random order, laid out column by column: the same label is never twice in a row of the table.
+    # Labels in a random order, laid out row by row: the same label is never twice in a column of the table.
     by_label = random.permutation(labels[-1] + 1)[labels]
-    table = np.argsort(by_label, kind="stable").reshape(width, steps).T.copy()
-    # Then rows are paired at random and swap cells with each other wherever both stay without repetition. Rounds in
-    # proportion to log(steps) carry every group to every step about equally often.
+    order = np.argsort(by_label, kind="stable")
+    table = np.stack([order, labels[order]]).astype(np.int32).reshape(2, width, steps)  # groups, and their labels
+    # Then columns, the steps, are paired at random and swap cells with each other wherever both stay without
+    # repetition. Rounds in proportion to log(steps) carry every group to every step about equally often.
     half = steps // 2
     for _ in range(_MIXING * max(1, steps - 1).bit_length()):
-        rows = random.permutation(steps)
-        one, other = table[rows[:half]], table[rows[half : 2 * half]]
+        columns = random.permutation(steps)
+        one, other = table[:, :, columns[:half]], table[:, :, columns[half : 2 * half]]
         wish = random.random((width, half)) < 0.5
-        for column in range(width):
-            mine, yours = labels[one[:, column]], labels[other[:, column]]
-            free = ~(labels[other] == mine[:, None]).any(1) & ~(labels[one] == yours[:, None]).any(1)
-            swap = wish[column] & (free | (mine == yours))
-            one[swap, column], other[swap, column] = other[swap, column], one[swap, column]
-        # Columns take turns, so that a group may also meet those that began in its own column.
-        table[rows[:half]] = np.roll(one, 1, axis=1)
-        table[rows[half : 2 * half]] = other
-    return table
+        for row in range(width):
+            mine, yours = one[1, row], other[1, row]
+            free = ~((other[1] == mine) | (one[1] == yours)).any(0)
+            swap = wish[row] & (free | (mine == yours))
+            change = (one[:, row] ^ other[:, row]) * swap
+            one[:, row] ^= change
+            other[:, row] ^= change
+        # Rows take turns, so that a group may also meet those that began in its own row.
+        table[:, :, columns[:half]] = np.roll(one, 1, axis=1)
+        table[:, :, columns[half : 2 * half]] = other
+    return table[0].T
 
 
-def _number_within(counts: np.ndarray) -> np.ndarray:
+def number_within(counts: np.ndarray) -> np.ndarray:
     """0 .. count - 1 for each count, one after the other."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
