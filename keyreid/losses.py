@@ -3,8 +3,8 @@
 L = alpha L_global + (1 - alpha) mean over parts of L_part + attention L_attention, where for each branch
 L_x = identity * cross entropy + triplet * batch-hard triplet + centre * centre loss.
 
-Another loss is a function, a line in `Criterion.branch_terms` (of each branch) or `batch_terms` (of all features), and a
-weight of the same name in `LossConfig`; it is then minimised, logged and searched like the others.
+Another loss is a function, a line in `Criterion.branch_terms` (of each branch) or `batch_terms` (of all features), and
+a weight of the same name in `LossConfig`; it is then minimised, logged and searched like the others.
 
 R ranks of b clips minimise what one rank of R*b clips would: see `Share`. A loss of single clips is their
 `share.mean`; one that compares clips is a plain function of a scope's clips, given to `share.compare`. The triplet loss
