@@ -20,7 +20,7 @@ class Section:
     preformatted: str = ""  # text whose columns are aligned
     table: Sequence[Sequence[object]] = ()  # rows of cells; the first row is the head
     highlight: int = 0  # the row of the table that stands out; 0 for none
-    pictures: Sequence[tuple[str, str]] = ()  # a file beside the page, and its caption
+    pictures: Sequence[tuple[str, str]] = ()  # a file beside the page or a PNG as a data URL, and its caption
     items: Sequence[str] = ()  # a list
 
 
