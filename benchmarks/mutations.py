@@ -177,8 +177,8 @@ BREAKS = [
         ("centres move by the sum", "rate * seen / (1 + count)", "rate * seen"),
         (
             "distance to the centre, not its square",
-            "centres[..., labels, :]).square().sum(-1)",
-            "centres[..., labels, :]).abs().sum(-1)",
+            "F.mse_loss(full(features)",
+            "F.l1_loss(full(features)",
         ),
     ),
     *room(

@@ -3,8 +3,8 @@
 L = alpha L_global + (1 - alpha) mean over parts of L_part + attention L_attention, where for each branch
 L_x = identity * cross entropy + triplet * batch-hard triplet + centre * centre loss.
 
-Another loss is a function, a line in `Criterion.branch_terms` (of each branch) or `batch_terms` (of all features), and a
-weight of the same name in `LossConfig`; it is then minimised, logged and searched like the others.
+Another loss is a function, a line in `Criterion.branch_terms` (of each branch) or `batch_terms` (of all features), and
+a weight of the same name in `LossConfig`; it is then minimised, logged and searched like the others.
 
 R ranks of b clips minimise what one rank of R*b clips would: see `Share`. A loss of single clips is their
 `share.mean`; one that compares clips is a plain function of a scope's clips, given to `share.compare`. The triplet loss
@@ -263,10 +263,8 @@ class Criterion(nn.Module):
         rate, released = self.loss.centre_rate, self.loss.centres == "released"
         pulls = [((full(clips) - centre[places]) * seen[:, None], seen[:, None]) for _, clips, centre, seen in moved]
         addends = torch.cat([torch.cat(of, 1) for of in pulls], 1)
-        sums = self._exchange.add(
-            addends.new_zeros(self._exchange.rows, addends.shape[1]).index_add_(0, places, addends)
-        )
-        sums = sums.split([table.shape[1] + 1 for table, *_ in moved], 1)
+        own = addends.new_zeros(self._exchange.rows, addends.shape[1]).index_add_(0, places, addends)
+        sums = self._exchange.add(own).split([table.shape[1] + 1 for table, *_ in moved], 1)
         for (table, *_), found in zip(moved, sums, strict=True):
             weight = 2 * rate / (len(places) * self.owners.world_size) if released else rate / (1 + found[:, -1:])
             table[self._exchange.owned] += weight * found[:, :-1]

@@ -110,11 +110,16 @@ def peers_of(scopes: int, ranks: int, what: str) -> dist.ProcessGroup | None:
     Raises:
         ConfigError: neither do the ranks divide the scopes, nor the scopes the ranks.
     """
+    if (together := ranks_of_scope(scopes, ranks, what)) == 1:
+        return None
+    return dist.group.WORLD if scopes == 1 else dist.new_subgroups(together)[0]
+
+
+def ranks_of_scope(scopes: int, ranks: int, what: str) -> int:
+    """How many ranks hold a scope together; ConfigError as by `peers_of`."""
     if scopes % ranks and ranks % scopes:
         raise ConfigError(f"{what} and {ranks} ranks: one must divide the other")
-    if scopes >= ranks:
-        return None
-    return dist.group.WORLD if scopes == 1 else dist.new_subgroups(ranks // scopes)[0]
+    return max(1, ranks // scopes)
 
 
 def _some(weight: Tensor) -> Tensor:
