@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from keyreid.config import Config, check_config
 from keyreid.distributed.ranks import Ranks
 from keyreid.guidance import named
-from keyreid.losses import Criterion
+from keyreid.losses import Criterion, Scope
 from keyreid.model import Features, KeyReID
 from keyreid.model.heads import Classifiers, Neck
 from keyreid.shards.batch import ClipBatch
@@ -105,21 +105,25 @@ class OneOf:
         self.features = self.module.network.features(clips.images, None, None)
         self.targets = Targets(labels, clips.erased, clips.visibility, share, centres)
 
-    def losses(self):
-        """Heads and losses, forward and backward; the scope."""
+    def losses(self, logits: torch.Tensor | None = None) -> Scope:
+        """Heads (but where logits are given) and losses, forward and backward."""
+        heads = self.module.network.heads
+        if logits is not None:
+            self.module.network.heads = lambda *_: logits
         found = self.module.losses(self.features, self.targets)
+        self.module.network.heads = heads
         found.total.backward()
         self.module.network.learn_statistics(self.targets.share, self.config.scopes)
         return found.scope
 
-    def held(self) -> tuple[AllocationLog, set[int]]:
+    def held(self, logits: torch.Tensor | None = None) -> tuple[AllocationLog, set[int]]:
         """What that holds at once beside the features, weights and their gradients: log, numbers of those."""
-        parameters = list(self.module.parameters())
+        parameters = [*self.module.parameters(), *([] if logits is None else [logits])]
         known = [*self.features, *parameters, *self.module.buffers(), *vars(self.targets).values()]
         known = [tensor for tensor in known if isinstance(tensor, torch.Tensor)]
         with AllocationLog() as log:
             without = {log.number(tensor) for tensor in known}
-            scope = self.losses()
+            scope = self.losses(logits)
             without |= {log.number(of.grad) for of in (*self.features, *parameters) if of.grad is not None}
             with torch.no_grad():
                 self.module.criterion.update_centres(*scope)
