@@ -64,7 +64,8 @@ def centre_loss(
     features: Tensor, labels: Tensor, centres: Tensor, weights: Tensor | None = None, share: Share = WHOLE
 ) -> Tensor:
     """Squared distance to the identity's centre: features [..., B, D], centres [..., C, D] -> [...], a mean over B."""
-    squares = F.mse_loss(full(features), centres[..., labels, :], reduction="none")  # keeps no differences
+    centres = centres[..., labels, :].expand_as(features)
+    squares = F.mse_loss(full(features), centres, reduction="none")  # keeps no differences
     return share.mean(squares.sum(-1), weights)
 
 
@@ -249,7 +250,7 @@ class Criterion(nn.Module):
             self._move_owned(moved, places)
             return
         for table, clips, centre, seen in moved:  # one at a time: they are as large as the features
-            self._move(table, full(clips) - centre[places], places, seen)
+            self._move(table, clips - centre[places], places, seen)
 
     def _move(self, table: Tensor, pull: Tensor, places: Tensor, seen: Tensor) -> None:
         """Add each identity's pulls [n, D] to its row, of those clips that are seen, [n]."""
@@ -261,7 +262,7 @@ class Criterion(nn.Module):
     def _move_owned(self, moved: list[tuple[Tensor, ...]], places: Tensor) -> None:
         """The same by the owners of the rows, from all ranks' sums of pulls and of clips seen."""
         rate, released = self.loss.centre_rate, self.loss.centres == "released"
-        pulls = [((full(clips) - centre[places]) * seen[:, None], seen[:, None]) for _, clips, centre, seen in moved]
+        pulls = [((clips - centre[places]) * seen[:, None], seen[:, None]) for _, clips, centre, seen in moved]
         addends = torch.cat([torch.cat(of, 1) for of in pulls], 1)
         own = addends.new_zeros(self._exchange.rows, addends.shape[1]).index_add_(0, places, addends)
         sums = self._exchange.add(own).split([table.shape[1] + 1 for table, *_ in moved], 1)

@@ -123,7 +123,7 @@ def memory(config: Config, width: int, identities: int, ranks: int) -> dict[str,
         "distances": 24 * branches * rows * layout.scope,
         "float64": 8 * branches * (rows + min(BLOCK, layout.scope)) * part_width,
     }
-    moves = {"centres' moves": 12 * part_width * (layout.scope if across and config.scopes == 1 else layout.clips)}
+    moves = {"centres' moves": 8 * part_width * (layout.scope if across and config.scopes == 1 else layout.clips)}
     gathered = {"gathered features": layout.scope * (wire + known)} if across else {}
     return gathered | max(losses, moves, key=lambda held: sum(held.values()))
 
