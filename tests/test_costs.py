@@ -7,11 +7,12 @@ import json
 import pytest
 import torch.distributed as dist
 from heads_alone import OneOf, batch, recipe, stepper
-from training_runs import run
+from training_runs import run, toy_config, toy_shards
 
 from keyreid.distributed.ranks import join, leave
 from keyreid.errors import ConfigError
 from keyreid.training.costs import described, memory, messages
+from keyreid.training.run import describe_plan
 
 WIDTH, CLIPS = 16, 8  # clips of a rank
 FORMS = {  # of R ranks: lanes, compare, precision
@@ -80,7 +81,9 @@ def test_what_does_not_grow():
     assert messages(recipe(64), WIDTH, 1) == []
 
 
-def test_it_is_said_before_the_first_step():
+def test_it_is_said_before_the_first_step(tmp_path):
+    plan = describe_plan(toy_config(toy_shards(tmp_path), tmp_path), 2)
+    assert "heads and losses: at most" in plan and "on 2 rank(s)" in plan
     line = described(recipe(1024), 768, 625, 8)
     assert "on 8 rank(s)" in line and "gathered features: 78.7" in line
     with pytest.raises(ConfigError, match=r"data\.lanes=6 and 4 ranks"):
