@@ -165,20 +165,20 @@ BREAKS = [
         ("attention by the mean over frames", "* erased).sum(1))", "* erased).mean(1))"),
         (
             "clips that never show a part count",
-            "seen = None if visibility is None else",
-            "seen = None if True else",
+            "len(part_table) if visibility is None else",
+            "len(part_table) if True else",
             f"{RECIPE} -k minimised",
         ),
         (
             "centres move away",
-            "full(features.global_feature) - table[places], places",
-            "table[places] - full(features.global_feature), places",
+            "table, clips - centre[places], places",
+            "table, centre[places] - clips, places",
         ),
         ("centres move by the sum", "rate * seen / (1 + count)", "rate * seen"),
         (
             "distance to the centre, not its square",
-            "centres[..., labels, :]).square().sum(-1)",
-            "centres[..., labels, :]).abs().sum(-1)",
+            "F.mse_loss(full(features)",
+            "F.l1_loss(full(features)",
         ),
     ),
     *room(
@@ -222,6 +222,14 @@ BREAKS = [
             "for part in [torch.arange(len(labels))]",
         ),
         ("any ranks and lanes", "if scopes % ranks and ranks % scopes", "if False"),
+    ),
+    *room(
+        "keyreid/training/costs.py",
+        "tests/test_costs.py",
+        ("no gradients of sums are counted", "*gathered, *pairs, *sums]", "*gathered, *pairs]"),
+        ("features travel in float32", "wire = 2 if", "wire = 4 if"),
+        ("too few copies of own rows", '"own rows": 6 *', '"own rows": 2 *'),
+        ("accumulation spares nothing", "clips // micro if whole else clips", "clips"),
     ),
     # --------------------------------------------------------------------------------------------------------- model
     *room(

@@ -64,7 +64,9 @@ def centre_loss(
     features: Tensor, labels: Tensor, centres: Tensor, weights: Tensor | None = None, share: Share = WHOLE
 ) -> Tensor:
     """Squared distance to the identity's centre: features [..., B, D], centres [..., C, D] -> [...], a mean over B."""
-    return share.mean((full(features) - centres[..., labels, :]).square().sum(-1), weights)
+    centres = centres[..., labels, :].expand_as(features)
+    squares = F.mse_loss(full(features), centres, reduction="none")  # keeps no differences
+    return share.mean(squares.sum(-1), weights)
 
 
 def attention_loss(scores: Tensor, erased: Tensor, share: Share = WHOLE) -> Tensor:
@@ -221,7 +223,7 @@ class Criterion(nn.Module):
         if self.owners is None:
             return Centres(self.global_centres, self.part_centres, labels)
         self._exchange = Exchange(labels, self.owners)
-        whole, *parts = (self._exchange.fetch(table) for table in (self.global_centres, *self.part_centres))
+        whole, *parts = self._exchange.fetch([self.global_centres, *self.part_centres])
         return Centres(whole, torch.stack(parts), self._exchange.place)
 
     @torch.no_grad()
@@ -238,28 +240,35 @@ class Criterion(nn.Module):
             features: of all clips, or of this rank's where the ranks share out the tables; so labels and visibility.
             centres: what `centres_of` gave in this step.
         """
-        seen = None if visibility is None else _seen(visibility)
         table, part_table, places = centres or self.centres_of(labels)
-        self._move(self.global_centres, full(features.global_feature) - table[places], places, None)
+        ones = torch.ones_like(places, dtype=table.dtype)
+        moved = [(self.global_centres, features.global_feature, table, ones)]
         if self.loss.centres == "all":
-            pulls = full(features.part_features) - part_table[:, places]
-            for part, (of_part, pull) in enumerate(zip(self.part_centres, pulls, strict=True)):
-                self._move(of_part, pull, places, None if seen is None else seen[part])
+            shown = [ones] * len(part_table) if visibility is None else _seen(visibility)
+            moved += zip(self.part_centres, features.part_features, part_table, shown, strict=True)
+        if self.owners is not None:
+            self._move_owned(moved, places)
+            return
+        for table, clips, centre, seen in moved:  # one at a time: they are as large as the features
+            self._move(table, clips - centre[places], places, seen)
 
-    def _move(self, table: Tensor, pull: Tensor, places: Tensor, seen: Tensor | None) -> None:
+    def _move(self, table: Tensor, pull: Tensor, places: Tensor, seen: Tensor) -> None:
         """Add each identity's pulls [n, D] to its row, of those clips that are seen, [n]."""
         rate, released = self.loss.centre_rate, self.loss.centres == "released"
-        seen = torch.ones_like(pull[:, 0]) if seen is None else seen
-        if self.owners is None:
-            count = seen.new_zeros(len(table)).index_add_(0, places, seen)[places]
-            weight = torch.full_like(seen, 2 * rate / len(places)) if released else rate * seen / (1 + count)
-            table.index_add_(0, places, weight.unsqueeze(1) * pull)
-            return
-        addends = torch.cat([pull * seen.unsqueeze(1), seen.unsqueeze(1)], 1)
+        count = seen.new_zeros(len(table)).index_add_(0, places, seen)[places]
+        weight = torch.full_like(seen, 2 * rate / len(places)) if released else rate * seen / (1 + count)
+        table.index_add_(0, places, weight.unsqueeze(1) * pull)
+
+    def _move_owned(self, moved: list[tuple[Tensor, ...]], places: Tensor) -> None:
+        """The same by the owners of the rows, from all ranks' sums of pulls and of clips seen."""
+        rate, released = self.loss.centre_rate, self.loss.centres == "released"
+        pulls = [((clips - centre[places]) * seen[:, None], seen[:, None]) for _, clips, centre, seen in moved]
+        addends = torch.cat([torch.cat(of, 1) for of in pulls], 1)
         own = addends.new_zeros(self._exchange.rows, addends.shape[1]).index_add_(0, places, addends)
-        sums = self._exchange.add(own)
-        weight = 2 * rate / (len(places) * self.owners.world_size) if released else rate / (1 + sums[:, -1:])
-        table[self._exchange.owned] += weight * sums[:, :-1]
+        sums = self._exchange.add(own).split([table.shape[1] + 1 for table, *_ in moved], 1)
+        for (table, *_), found in zip(moved, sums, strict=True):
+            weight = 2 * rate / (len(places) * self.owners.world_size) if released else rate / (1 + found[:, -1:])
+            table[self._exchange.owned] += weight * found[:, :-1]
 
     def load_tables(self, tables: Mapping[str, Tensor]) -> list[str]:
         """Take back what `tables` gave; says of which the shapes are others, which stay as they are."""

@@ -7,6 +7,8 @@ from torch import Tensor
 from keyreid.distributed.share import WHOLE, Compared, Share
 from keyreid.model.precision import full
 
+_BLOCK = 256  # clips of a scope that are in float64 at once
+
 
 def triplet_loss(
     features: Tensor, labels: Tensor, margin: float | None = None, weights: Tensor | None = None
@@ -58,7 +60,7 @@ class _Across(torch.autograd.Function):
         for branch, everyone in enumerate(compared):
             present = None if weights is None else weights[branch]
             same, other = _allowed(labels[own], labels, present)
-            anchors, everyone = full(everyone[own]), full(everyone)
+            anchors = full(everyone[own])
             chosen = _hardest_pairs(anchors, everyone, same, other)
             distance = _distances(anchors, everyone, chosen)
             violation = _violation(distance, same, other)
@@ -72,8 +74,10 @@ class _Across(torch.autograd.Function):
             pulls.append(torch.where(distance > 0, sides / distance, 0.0) * counted.unsqueeze(-1) / whole)
         pairs, pulls = torch.stack(pairs), torch.stack(pulls)
         everywhere = [share.gather(of.transpose(0, 1)).transpose(0, 1) for of in (pairs, pulls)]
-        gradients = map(_gradient, compared, [own] * len(pairs), pairs, pulls, *everywhere)
-        ctx.save_for_backward(torch.stack(list(gradients)).view(*branches, rows, width).to(features.dtype))
+        gradient = torch.empty_like(features)
+        for branch, of_branch in enumerate(zip(pairs, pulls, *everywhere, strict=True)):
+            gradient[branch] = _gradient(compared[branch], own, *of_branch)
+        ctx.save_for_backward(gradient.view(*branches, rows, width))
         return torch.stack(losses).view(branches)
 
     @staticmethod
@@ -85,14 +89,17 @@ def _gradient(
     everyone: Tensor, own: slice, pairs: Tensor, pulls: Tensor, all_pairs: Tensor, all_pulls: Tensor
 ) -> Tensor:
     """What own rows get, [n, D]: from the pairs that they chose, [n, 2], and from those that chose them, of [S, 2]."""
-    rows, everyone = own.stop - own.start, everyone.double()
-    pull = everyone.new_zeros(rows, len(everyone))
+    rows = own.stop - own.start
+    pull = pulls.new_zeros(rows, len(everyone), dtype=torch.float64)
     at = torch.arange(rows, device=pull.device).unsqueeze(1)
     pull.index_put_((at, pairs), pulls.double(), accumulate=True)
     mine = (all_pairs >= own.start) & (all_pairs < own.stop)
     anchor = torch.arange(len(everyone), device=pull.device).unsqueeze(1)
     pull.index_put_(((all_pairs - own.start).clamp(0, rows - 1), anchor), (all_pulls * mine).double(), accumulate=True)
-    return pull.sum(1, keepdim=True) * everyone[own] - pull @ everyone
+    gradient = pull.sum(1, keepdim=True) * everyone[own].double()
+    for weights, others in zip(pull.split(_BLOCK, 1), everyone.split(_BLOCK), strict=True):
+        gradient.addmm_(weights, others.double(), alpha=-1)
+    return gradient
 
 
 def _allowed(anchors: Tensor, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -116,9 +123,11 @@ def _squared_distances(anchors: Tensor, features: Tensor) -> Tensor:
     To choose by: in float32 it would lose the small distances that batch-hard mining lives on, and the differences of
     all pairs, which the backward pass of `cdist` keeps on a GPU, are n * S * D numbers.
     """
-    anchors, features = anchors.double(), features.double()
-    squares = anchors.square().sum(-1).unsqueeze(-1) + features.square().sum(-1).unsqueeze(-2)
-    return squares - 2 * (anchors @ features.mT)
+    anchors, blocks = anchors.double(), []
+    squares = torch.linalg.vecdot(anchors, anchors).unsqueeze(-1)
+    for others in map(torch.Tensor.double, features.split(_BLOCK, -2)):
+        blocks.append(squares + torch.linalg.vecdot(others, others).unsqueeze(-2) - 2 * (anchors @ others.mT))
+    return torch.cat(blocks, -1)
 
 
 def _hardest(anchors: Tensor, features: Tensor, squared: Tensor, allowed: Tensor, sign: int) -> Tensor:
@@ -136,7 +145,7 @@ def _distances(anchors: Tensor, features: Tensor, columns: Tensor) -> Tensor:
     clips, width = features.shape[-2:]
     flat = features.reshape(-1, width)
     first = torch.arange(0, len(flat), clips, device=flat.device).view(*columns.shape[:-2], 1, 1)
-    others = flat.index_select(0, (first + columns).flatten()).view(*columns.shape, width)
+    others = full(flat.index_select(0, (first + columns).flatten())).view(*columns.shape, width)
     return torch.cdist(anchors.unsqueeze(-2), others, compute_mode="donot_use_mm_for_euclid_dist").squeeze(-2)
 
 

@@ -89,4 +89,4 @@ def test_objects_in_yaml_are_not_built(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_right(path):
-    assert load_config(path).data.batch_size == {"walkers": 64, "mars_large": 256}.get(path.stem, 16)
+    assert load_config(path).data.batch_size == {"walkers": 64, "mars_large": 256, "large": 4096}.get(path.stem, 16)

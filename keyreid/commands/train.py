@@ -52,7 +52,7 @@ def train(
 
     settings = load_config(*_named(config, overrides or [], dataset_name, vit_path))
     if dry_run:
-        print(run.describe_plan(settings))
+        print(run.describe_plan(settings, ranks or (position()[1] if is_launched() else default_ranks())))
         return
     if ray is None and not is_launched():
         ranks = ranks or default_ranks()

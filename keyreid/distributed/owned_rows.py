@@ -4,7 +4,7 @@ A step needs few rows. A rank asks their owners for them, and sends back what is
 the rows that a rank needs, not with the table or the ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -42,11 +42,12 @@ class Exchange:
         self._sent = (asked // ranks.world_size).to(ranks.device)
         self.owned, self._to = owned.to(ranks.device), to.to(ranks.device)
 
-    def fetch(self, table: Tensor) -> Tensor:
-        """The rows that are needed, [u, W], from each rank's part of the table, [rows, W]."""
-        found = table.new_empty(self.rows, table.shape[1])
-        dist.all_to_all_single(found, table[self._sent], self._wanted, self._asked)
-        return found
+    def fetch(self, tables: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The rows that are needed, [u, W] of each table, from each rank's parts of them, [rows, W]; in one message."""
+        sent = torch.cat([table[self._sent] for table in tables], 1)
+        found = sent.new_empty(self.rows, sent.shape[1])
+        dist.all_to_all_single(found, sent, self._wanted, self._asked)
+        return found.split([table.shape[1] for table in tables], 1)
 
     def add(self, addends: Tensor) -> Tensor:
         """The sums of what all ranks have for this rank's `owned` rows: [u, W] -> [o, W]."""

@@ -71,23 +71,24 @@ class Share:
         if self.clips is None:
             return loss(own, labels, weights=weights)
         first, rows = self.first(own.shape[-2]), own.shape[-2]
-        own = own + (self.size - 1) * (own - own.detach())  # each peer computes the loss, and takes its part of it
-        features = torch.cat([features[..., :first, :], own, features[..., first + rows :, :]], -2)
+        if self.size > 1:  # each peer computes the loss, and takes its part of it
+            own = own + (self.size - 1) * (own - own.detach())
+            own = torch.cat([features[..., :first, :], own, features[..., first + rows :, :]], -2)
         total = 0.0
         for part in torch.arange(len(labels)).chunk(self.scopes):
             part = slice(part[0], part[-1] + 1)
             within = None if weights is None else weights[..., part]
             share = len(labels[part]) / self.clips if weights is None else within.sum(-1) / _some(self.seen)
-            total += loss(features[..., part, :], labels[part], weights=within) * share / self.size
+            total += loss(own[..., part, :], labels[part], weights=within) * share / self.size
         return total
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows of all peers, [n, ...] -> [n * size, ...], without gradient."""
         if self.peers is None:
             return rows.detach()
-        everywhere = rows.new_empty(self.size, *rows.shape)
-        dist.all_gather(list(everywhere), rows.detach().contiguous(), self.peers)
-        return everywhere.flatten(0, 1)
+        everywhere = rows.new_empty(self.size * len(rows), *rows.shape[1:])
+        dist.all_gather_single(everywhere, rows.detach().contiguous(), self.peers)
+        return everywhere
 
     def add(self, values: Tensor) -> Tensor:
         """The sum over the peers, with gradient."""
@@ -109,11 +110,16 @@ def peers_of(scopes: int, ranks: int, what: str) -> dist.ProcessGroup | None:
     Raises:
         ConfigError: neither do the ranks divide the scopes, nor the scopes the ranks.
     """
+    if (together := ranks_of_scope(scopes, ranks, what)) == 1:
+        return None
+    return dist.group.WORLD if scopes == 1 else dist.new_subgroups(together)[0]
+
+
+def ranks_of_scope(scopes: int, ranks: int, what: str) -> int:
+    """How many ranks hold a scope together; ConfigError as by `peers_of`."""
     if scopes % ranks and ranks % scopes:
         raise ConfigError(f"{what} and {ranks} ranks: one must divide the other")
-    if scopes >= ranks:
-        return None
-    return dist.group.WORLD if scopes == 1 else dist.new_subgroups(ranks // scopes)[0]
+    return max(1, ranks // scopes)
 
 
 def _some(weight: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ class Neck(nn.BatchNorm1d):
         with torch.no_grad():  # of a scope that several ranks hold, each adds a part
             of_scopes = torch.stack([mean, variance * (clips / max(clips - 1, 1))])
             self.waiting.append(of_scopes.sum((1, 2)) / share.size)
-        normal = centred * (variance + self.eps).rsqrt()
-        return (normal * full(self.weight) + full(self.bias)).flatten(0, 1)
+        scale = (variance + self.eps).rsqrt() * full(self.weight)  # first, so that rows are kept once for the gradient
+        return (centred * scale + full(self.bias)).flatten(0, 1)
 
     @torch.no_grad()
     def learn_statistics(self, share: Share, scopes: int) -> None:

@@ -27,6 +27,7 @@ from keyreid.shards.plan import TrainingPlan
 from keyreid.shards.shard_set import ShardSet
 from keyreid.tracking import Tracker
 from keyreid.training import OnEvaluation, snapshot, stochastic_depth
+from keyreid.training.costs import described
 from keyreid.training.engine import Engine, WeightAverage, count_parameters
 from keyreid.training.engine_config import check_precision
 from keyreid.training.recipe import changes, recipe
@@ -181,6 +182,7 @@ class Trainer:
         )
         model = config.model
         log.info(f"network: {model.backbone}, guidance {model.guidance}, {parameters / 1e6:.1f} M parameters")
+        log.info("%s", described(config, self.network.width, self.plan.num_identities, ranks.world_size))
         counts = {"ranks": ranks.world_size, "parameters": parameters, "num_identities": self.plan.num_identities}
         self.tracker.params(counts)
         for key, values in self.changes.items():

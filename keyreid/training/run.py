@@ -27,6 +27,7 @@ from keyreid.shards.plan import TrainingPlan
 from keyreid.shards.shard_set import ShardSet
 from keyreid.tracking import TRACKING, Tracker
 from keyreid.training import OnEvaluation
+from keyreid.training.costs import described
 from keyreid.training.loop import Interrupted, Trainer
 from keyreid.training.recipe import DATA, fingerprint, flatten, settings
 from keyreid.version import commit, version
@@ -166,8 +167,8 @@ def check_data(config: Config) -> tuple[ShardSet, TrainingPlan]:
     return shards, TrainingPlan(shards, config.data, config.clip, config.seed)
 
 
-def describe_plan(config: Config) -> str:
-    """The resolved configuration, and how long and how large the training would be."""
+def describe_plan(config: Config, ranks: int = 1) -> str:
+    """The resolved configuration, and how long and how large the training would be, on so many ranks."""
     from keyreid.checkpoints.start import start_network
 
     shards, plan = check_data(config)
@@ -179,7 +180,8 @@ def describe_plan(config: Config) -> str:
     return (
         f"{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}\n"
         f"{plan.num_identities} training identities, {steps} steps an epoch, {steps * config.schedule.epochs} in all\n"
-        f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters"
+        f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters\n"
+        f"{described(config, network.width, plan.num_identities, ranks)}"
     )
 
 
