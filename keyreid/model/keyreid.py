@@ -82,6 +82,12 @@ class KeyReID(nn.Module):
     def checkpoint_activations(self, value: bool) -> None:
         self.backbone.checkpoint_activations = value
 
+    @property
+    def sharded_parameters(self) -> int:
+        """Numbers in the classifiers that are none of this module's parameters, of all classes."""
+        apart = not hasattr(self, "global_classifier")
+        return apart * self.num_identities * (self.width + self.parts * self.part_width)
+
     def compile(self, **options) -> None:
         """torch.compile (with its options) backbone and branches, for training; the state dict's names stay.
 

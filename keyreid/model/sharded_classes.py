@@ -155,9 +155,9 @@ class _CrossEntropy(torch.autograd.Function):
         rows, classes = whole.shape[1], of_whole.shape[1]
         clips = share.gather(torch.cat([whole[0], parts.transpose(0, 1).flatten(1)], 1))
         labels = share.gather(labels)
-        owned = (labels % place.world_size == place.rank).nonzero().flatten()
-        at = labels[owned] // place.world_size
-        at = at if seen is None else torch.searchsorted(seen, at)
+        owned = labels % place.world_size == place.rank
+        at = labels // place.world_size
+        at = (at if seen is None else torch.searchsorted(seen, at)).where(owned, 0).expand(1 + len(parts), 1, -1)
         with torch.autocast(clips.device.type, enabled=False):
             logits = clips.new_empty(1 + len(parts), classes, len(clips))
             for_whole, for_parts = _apart(clips, whole, parts)
@@ -166,7 +166,8 @@ class _CrossEntropy(torch.autograd.Function):
         largest = logits.amax(1) if classes else logits.new_full(logits.shape[::2], -torch.inf)
         _reduce(largest, group, dist.ReduceOp.MAX)
         sums = logits.new_zeros(4, *largest.shape)
-        sums[1][:, owned] = logits[:, at, owned]
+        if classes:
+            sums[1] = logits.gather(1, at)[:, 0] * owned
         sums[2], sums[3] = logits.sum(1), classes
         logits.sub_(largest.unsqueeze(1)).exp_()
         sums[0] = logits.sum(1)
@@ -187,7 +188,8 @@ class _CrossEntropy(torch.autograd.Function):
         gradient = ctx.share.gather(gradient.T).T
         slopes = probabilities * gradient.unsqueeze(1)
         slopes -= (ctx.smoothing / count * gradient).unsqueeze(1)
-        slopes[:, at, owned] -= (1 - ctx.smoothing) * gradient[:, owned]
+        if slopes.shape[1]:
+            slopes.scatter_add_(1, at, ((ctx.smoothing - 1) * gradient * owned).unsqueeze(1))
         of_branches = slopes[:1], slopes[1:]
         to_weights = (slope @ given for slope, given in zip(of_branches, _apart(clips, whole, parts), strict=True))
         to_whole, to_parts = (s.mT @ weights for s, weights in zip(of_branches, (of_whole, of_parts), strict=True))

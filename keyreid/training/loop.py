@@ -175,7 +175,8 @@ class Trainer:
     def _introduce(self) -> None:
         """The log's first lines: what really runs."""
         config, training, ranks = self.config, self.config.training, self.ranks
-        parameters, backend = count_parameters(self.network), torch.distributed.get_backend()
+        parameters = count_parameters(self.network) + self.network.sharded_parameters
+        backend = torch.distributed.get_backend()
         log.info(
             f"engine: {self.engine.about}, {training.precision} by {training.casting}, {ranks.world_size} rank(s) over "
             f"{backend} on {ranks.device}"
@@ -188,6 +189,9 @@ class Trainer:
         )
         model = config.model
         log.info(f"network: {model.backbone}, guidance {model.guidance}, {parameters / 1e6:.1f} M parameters")
+        if self.network.classes is not None:
+            held = self.network.sharded_parameters / self.network.classes.group.place.world_size
+            log.info(f"classes: shared out, {held / 1e6:.1f} M parameters on each rank")
         counts = {"ranks": ranks.world_size, "parameters": parameters, "num_identities": self.plan.num_identities}
         self.tracker.params(counts)
         for key, values in self.changes.items():

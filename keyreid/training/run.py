@@ -179,7 +179,7 @@ def describe_plan(config: Config) -> str:
     return (
         f"{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}\n"
         f"{plan.num_identities} training identities, {steps} steps an epoch, {steps * config.schedule.epochs} in all\n"
-        f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters"
+        f"{(sum(p.numel() for p in network.parameters()) + network.sharded_parameters) / 1e6:.1f} M parameters"
     )
 
 
