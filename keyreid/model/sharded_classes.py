@@ -115,13 +115,6 @@ class ShardedClasses:
         seen[labels[labels % place.world_size == place.rank] // place.world_size] = True
         self.seen = seen.nonzero().flatten()
 
-    def judged(self, whole: Tensor, parts: Tensor, labels: Tensor, smoothing: float) -> "Judged":
-        """Own clips, [1, n, D] and [P, n, T*D], against the classes of the group; a collective of it."""
-        weights = self.weights.values()
-        if self.seen is not None:
-            weights = (weight[:, self.seen] for weight in weights)
-        return Judged(*_CrossEntropy.apply(whole, parts, *weights, labels, self.seen, smoothing, self.group))
-
 
 class ShardedLogits(NamedTuple):
     """What stands for the logits of n clips: what the classifiers are given, [1, n, D] and [P, n, T*D]."""
@@ -131,8 +124,10 @@ class ShardedLogits(NamedTuple):
     classes: ShardedClasses
 
     def judged(self, labels: Tensor, smoothing: float) -> "Judged":
-        """What the losses need of them."""
-        return self.classes.judged(self.whole, self.parts, labels, smoothing)
+        """What the losses need of them, with label smoothing; a collective of the group."""
+        group, seen = self.classes.group, self.classes.seen
+        weights = [weight if seen is None else weight[:, seen] for weight in self.classes.weights.values()]
+        return Judged(*_CrossEntropy.apply(self.whole, self.parts, *weights, labels, seen, smoothing, group))
 
 
 @dataclass(frozen=True)
