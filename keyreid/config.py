@@ -173,12 +173,16 @@ class TrainingConfig(Section):
     casting: Literal["autocast", "engine"] = Field("autocast", description="of operations, or (engine) of weights")
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed shards: 1 optimizer, 2 + gradients, 3 + weights")
     deepspeed: str | dict[str, Any] | None = Field(None, description="DeepSpeed's settings: a JSON file or its content")
+    # fp32 is exact. By default what DeepSpeed does: under autocast the weights of linear layers and convolutions in the
+    # precision that they compute in, all else as it is.
+    gradients: Literal["fp32", "bf16"] | None = Field(None, description="what gradients travel in between the ranks")
     accumulation: int = Field(1, ge=1, description="micro-batches a step; the losses still see the whole batch")
     clip_gradient_norm: float = Field(0.0, ge=0, description="0: none")
     class_group: int | None = Field(None, ge=1, description="ranks that share out sharded classes; default all")
     activation_checkpointing: bool = False
     compile: bool = Field(False, description="torch.compile backbone and branches in training steps")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="average of the weights, evaluated and saved")
+    vote_every_steps: int = Field(1, ge=1, description="how often the ranks ask each other whether to stop")
     log_every_steps: int = Field(20, ge=1)
     checkpoint_every_steps: int | None = Field(None, ge=1, description="beside those after epochs")
     checkpoint_every_epochs: int = Field(1, ge=1)

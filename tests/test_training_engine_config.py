@@ -1,6 +1,7 @@
 """Our configuration and DeepSpeed's: merged, or a contradiction that is named."""
 
 import json
+import pydoc
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,21 @@ def test_a_broken_file_is_named(configure, tmp_path):
 def test_what_cannot_work_is_refused(configure, overrides, device, message):
     with pytest.raises(ConfigError, match=message):
         check_precision(configure(*overrides).training, torch.device(device))
+
+
+def test_gradients_in_half_precision_and_beside_the_backward_pass(configure):
+    """By one key of ours; autocast's own choice is which modules' gradients travel so."""
+    from keyreid.model.heads import Classifiers
+
+    values = deepspeed_config(configure("training.gradients=bf16", "training.precision=bf16"), cuda=True)
+    assert values["communication_data_type"] == "bf16"
+    half = values["torch_autocast"]["lower_precision_safe_modules"]
+    assert {pydoc.locate(name) for name in half} == {torch.nn.Linear, torch.nn.Conv2d, Classifiers}
+    assert values["zero_optimization"]["overlap_comm"] and values["zero_optimization"]["reduce_bucket_size"] < 10**8
+    exact = deepspeed_config(configure("training.gradients=fp32", "training.precision=bf16"))
+    assert exact["torch_autocast"]["lower_precision_safe_modules"] == []
+    assert not exact["zero_optimization"]["overlap_comm"]
+    theirs = configure("training.deepspeed={zero_optimization: {overlap_comm: false, reduce_bucket_size: 7}}")
+    kept = deepspeed_config(theirs, cuda=True)["zero_optimization"]
+    assert (kept["overlap_comm"], kept["reduce_bucket_size"]) == (False, 7)
+    assert "communication_data_type" not in deepspeed_config(configure())

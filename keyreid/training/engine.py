@@ -55,7 +55,10 @@ class Engine:
         self.module, self.device, self.classes = module, device, classes
         self._optimizer, self._stage = optimizer, config.training.zero_stage
         self._deepspeed, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=deepspeed_config(config), dist_init_required=False
+            model=module,
+            optimizer=optimizer,
+            config=deepspeed_config(config, device.type == "cuda"),
+            dist_init_required=False,
         )
         self.about = f"DeepSpeed {deepspeed.__version__} ({type(self._deepspeed).__name__}), ZeRO {self._stage}"
         self._clipped_norm: Tensor | None = None
@@ -97,6 +100,7 @@ class Engine:
             optimizer.averaged_gradients = {}
         if self._stage in (1, 2):
             optimizer.micro_step_id = -1
+            optimizer.all_grad_tensors = {}  # what earlier passes of the step left
         if self._stage == 3:
             optimizer.grad_partitions_flat_buffer.zero_()
 

@@ -221,7 +221,7 @@ class Trainer:
                 epoch, left = divmod(step + 1, self.steps_per_epoch)
                 if (step + 1) % training.log_every_steps == 0 or step + 1 == self.total_steps:
                     self._log(meter, epoch - (left == 0))
-                stopping, failed = self.ranks.agree(self.stop.signal is not None, self.writer.error is not None)
+                stopping, failed = self._vote(step + 1)
                 if failed:
                     raise self.writer.error or CheckpointError("the first rank could not write a checkpoint")
                 if not stopping and self._evaluation_is_due():
@@ -238,6 +238,12 @@ class Trainer:
                     if not self.ranks.from_first(self.ranks.first and self.on_evaluation(epoch, said, folder)):
                         raise Interrupted("ended after an evaluation")
         return result
+
+    def _vote(self, step: int) -> list[bool]:
+        """Whether a rank is to stop, and whether one failed to write; asked only every so many steps."""
+        if step % self.config.training.vote_every_steps and step != self.total_steps:
+            return [False, False]
+        return self.ranks.agree(self.stop.signal is not None, self.writer.error is not None)
 
     def _count(self, outcome: StepResult, batch: ClipBatch, meter: Meter) -> None:
         """What follows from a step that was applied, or not; an error after too many that were not, in a row."""

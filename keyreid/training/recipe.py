@@ -18,6 +18,7 @@ FREE = {
     **dict.fromkeys(("data.on_fault", "data.max_faults", "training.max_bad_steps"), "when a run gives up"),
     **dict.fromkeys(("training.zero_stage", "training.deepspeed", "training.accumulation"), "the same step, otherwise"),
     **dict.fromkeys(("training.activation_checkpointing", "training.compile"), "the same step, otherwise"),
+    "training.vote_every_steps": "when it hears of a stop signal",
     **dict.fromkeys(("training.log_every_steps", "training.profile_steps", "tracking"), "what is told, and to whom"),
     **dict.fromkeys(("training.checkpoint_every_steps", "training.checkpoint_every_epochs"), "when it is saved"),
     **dict.fromkeys(("training.keep_checkpoints", "training.keep_every_epochs"), "what stays of what is saved"),

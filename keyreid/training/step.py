@@ -111,6 +111,21 @@ class StepResult:
         return None if self.norm is None else float(self.norm)
 
 
+class _Answer:
+    """A device's yes or no, asked for now and waited for when it is used: what was begun in between goes on."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value.to("cpu", non_blocking=True)
+        self._asked = torch.cuda.Event() if value.is_cuda else None
+        if self._asked:
+            self._asked.record()
+
+    def __bool__(self) -> bool:
+        if self._asked:
+            self._asked.synchronize()
+        return bool(self._value)
+
+
 class Stepper:
     """Runs optimizer steps on an engine whose module is a TrainedModule.
 
@@ -155,7 +170,7 @@ class Stepper:
         passes = self._step_in_turn if self.config.training.accumulation > 1 and parts else passes
         terms, scope = passes(batch, targets)
         network.learn_statistics(self.share, self.scopes)
-        if not terms["loss"].isfinite():  # waits for the forward passes; the device has the backward pass to do
+        if not self._finite:
             self.engine.discard()
             network.restore_statistics(before)
             return StepResult(terms, applied=False, norm=None)
@@ -213,7 +228,9 @@ class Stepper:
         """The terms of the global batch and `loss`, their weighted total, on every rank."""
         names = [*done[0].terms, "loss"]
         addends = sum(torch.stack([*losses.terms.values(), losses.total.detach()]) for losses in done)
-        return dict(zip(names, self.share.add_all(addends), strict=True))
+        totals = dict(zip(names, self.share.add_all(addends), strict=True))
+        self._finite = _Answer(totals["loss"].isfinite())
+        return totals
 
     def _pieces(self, clips: int) -> list[tuple[int, int]]:
         micro = clips // self.config.training.accumulation
