@@ -50,6 +50,8 @@ LOSSES, MODEL = "tests/test_losses.py", "tests/test_model_exact.py tests/test_mo
 ALIGNED, PLAN, READERS = "tests/test_model_aligned.py", "tests/test_plan.py", "tests/test_readers.py"
 SHARE = "tests/test_share.py"
 LANES = "tests/test_plan_lanes.py"
+CLASSES = "tests/test_sharded_classes.py"
+BY_CLASSES = f"{CLASSES} -k 'not together_are_one'"  # on one rank
 PROTOCOLS, DISTANCE = "tests/test_evaluation_protocols.py", "tests/test_evaluation_distance.py"
 FEATURES, CHECKPOINTS = "tests/test_evaluation_features.py", "tests/test_training_checkpoints.py"
 
@@ -105,10 +107,10 @@ BREAKS = [
         "keyreid/training/snapshot.py",
         ONE_RANK,
         ("momenta not resumed", "engine.restore_optimizer_states(restored.training)", "pass"),
-        ("the average not resumed", "average.restore(restored.ema)", "pass"),
+        ("the average not resumed", "average.restore(restored.weights | restored.ema)", "pass"),
         ("the loss scale not resumed", "engine.restore_loss_scale(restored.state.loss_scale)", "pass"),
         ("centres not resumed", "for name in criterion.load_tables(tables)", "for name in ()"),
-        ("weights not resumed", "network.load_state_dict(dict(restored.weights))", "pass"),
+        ("weights not resumed", "network.load_state_dict(weights)", "pass"),
     ),
     *room(
         "keyreid/training/step.py",
@@ -230,6 +232,73 @@ BREAKS = [
         ("features travel in float32", "wire = 2 if", "wire = 4 if"),
         ("too few copies of own rows", '"own rows": 6 *', '"own rows": 2 *'),
         ("accumulation spares nothing", "clips // micro if whole else clips", "clips"),
+    ),
+    # ------------------------------------------------------------------------------------------------ sharded classes
+    *room(
+        "keyreid/model/sharded_classes.py",
+        f"{CLASSES} -k 'together_are_one or draw or refused or drawn'",
+        ("each rank's own largest logit", "_reduce(largest, group, dist.ReduceOp.MAX)", "pass"),
+        ("a softmax over own classes", "_reduce(sums, group)", "pass"),
+        ("smoothing over own classes", "smoothing * everything / count", "smoothing * everything / classes"),
+        ("no smoothing in the gradient", "slopes -= (ctx.smoothing / count * gradient).unsqueeze(1)", "pass"),
+        ("the label's class is any", "slopes.scatter_add_(1, at,", "slopes.scatter_add_(1, at * 0,"),
+        ("each rank has each label", "logits.gather(1, at)[:, 0] * owned", "logits.gather(1, at)[:, 0]"),
+        ("every clip is right", "(of_label >= largest)", "(of_label >= -largest.abs())"),
+        ("only own labels are seen", "self.group.place, gather(labels)", "self.group.place, labels"),
+        ("classes are drawn by their place", "_uniform(own, key)", "_uniform(own // place.world_size, key)"),
+        ("each step draws the same", "+ key % 2**64", "+ 1"),
+        ("classifiers start wide, sharded", "normal_(std=0.001)", "normal_(std=0.01)"),
+        (
+            "each rank makes the whole table",
+            "torch.empty(branches, rows, width, device=place.device)",
+            "torch.empty(branches, classes, width)[:, :rows].clone()",
+        ),
+        ("a group of any size", "if world % size:", "if False:"),
+        ("every group saves", "if self.group.number:", "if False:"),
+    ),
+    *room(
+        "keyreid/training/class_optimizer.py",
+        CLASSES,
+        ("gradients times the ranks", "parameter.grad /= group.ranks", "pass"),
+        ("groups go apart", "if group.between is not None:", "if False:"),
+        ("the norm of own classes", "if group.peers is not None:", "if False:"),
+        ("classes at the first rate", "= self._of_engine.param_groups[0]", "= self._of_engine.defaults"),
+        ("classes at a rate of their own", 'group["lr"] = self', "_ = self"),
+        ("gradients of classes add up", "        self._optimizer.zero_grad()", "        pass"),
+        ("momenta of classes are not resumed", ".copy_(self._classes.own(states[name]))", ".zero_()"),
+    ),
+    *room(
+        "keyreid/training/engine.py",
+        BY_CLASSES,
+        ("a discarded step leaves the classes' gradients", "            self.classes.discard()", "            pass"),
+        ("classes are not trained", "            self.classes.step()", "            self.classes.discard()"),
+        ("classes are not clipped", "[*parameters, *self.classes.parameters], self._limit", "parameters, self._limit"),
+        ("a norm without the classes", "return norm if self.classes is None else", "return norm if True else"),
+    ),
+    *room(
+        "keyreid/training/engine_config.py",
+        f"{CLASSES} -k together",
+        ("sharded classes at ZeRO 3", 'training.zero_stage == 3, "gathers', 'False, "gathers'),
+        ("sharded classes in fp16", 'training.precision == "fp16", "looks', 'False, "looks'),
+        ("sharded classes, cast", 'cast, "keeps', 'False, "keeps'),
+        ("clipped without the classes", "training.clip_gradient_norm and training.zero_stage,", "False,"),
+        ("negatives of replicated classes", "config.loss.negative_classes < 1,", "False,"),
+    ),
+    *room(
+        "keyreid/training/snapshot.py",
+        BY_CLASSES,
+        (
+            "classes are not resumed",
+            "network.classes.load({name: weights.pop(name) for name in CLASSIFIERS})",
+            "[weights.pop(n) for n in CLASSIFIERS]",
+        ),
+        ("classes have to have an average", "restored.weights | restored.ema", "restored.ema"),
+    ),
+    *room(
+        "keyreid/checkpoints/start.py",
+        BY_CLASSES,
+        ("no classifiers of another run", "        network.classes.load(apart)", "        pass"),
+        ("classifiers make a network", "whole = NECK in state", "whole = CLASSIFIERS[0] in state"),
     ),
     # --------------------------------------------------------------------------------------------------------- model
     *room(
@@ -668,7 +737,7 @@ BREAKS = [
     *room(
         "keyreid/checkpoints/start.py",
         "tests/test_model_weights.py",
-        ("classifiers are always kept", "if not keep_classifiers or theirs != ours:", "if theirs != ours:"),
+        ("classifiers are always kept", "(not keep_classifiers or theirs != ours)", "theirs != ours"),
         ("new cameras are zero", "table.mean(0, keepdim=True)", "0 * table.mean(0, keepdim=True)"),
     ),
     # ---------------------------------------------------------------------------------- datasets, tracking, searches

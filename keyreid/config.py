@@ -117,6 +117,8 @@ class ModelConfig(Section):
     camera_embedding: float = Field(3.0, ge=0, description="factor on the camera embedding; 0: none")
     drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth at the last block")
     tcss: TcssConfig = TcssConfig()
+    # sharded: each rank holds and trains some of the classes; see docs/scaling.md.
+    classifiers: Literal["replicated", "sharded"] = "replicated"
 
     @field_validator("guidance")
     @classmethod
@@ -136,6 +138,7 @@ class LossConfig(Section):
     centre: float = Field(5e-4, ge=0, description="weight of the centre loss")
     attention: float = Field(1.0, ge=0, description="weight of the loss that turns attention from erased frames")
     label_smoothing: float = Field(0.1, ge=0, lt=1)
+    negative_classes: float = Field(1.0, ge=0, le=1, description="share of them in a step's softmax; needs sharded")
     triplet_margin: float | None = Field(None, ge=0, description="margin; default the soft margin")
     centre_rate: float = Field(0.5, ge=0, description="learning rate of the class centres")
     compare: Literal["batch", "lane"] = Field("batch", description="clips of the batch, or of each of data.lanes")
@@ -175,6 +178,7 @@ class TrainingConfig(Section):
     gradients: Literal["fp32", "bf16"] | None = Field(None, description="what gradients travel in between the ranks")
     accumulation: int = Field(1, ge=1, description="micro-batches a step; the losses still see the whole batch")
     clip_gradient_norm: float = Field(0.0, ge=0, description="0: none")
+    class_group: int | None = Field(None, ge=1, description="ranks that share out sharded classes; default all")
     activation_checkpointing: bool = False
     compile: bool = Field(False, description="torch.compile backbone and branches in training steps")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="average of the weights, evaluated and saved")

@@ -26,6 +26,7 @@ from keyreid.distributed.share import WHOLE, Compared, Share
 from keyreid.errors import DataError
 from keyreid.model.keyreid import Features
 from keyreid.model.precision import full
+from keyreid.model.sharded_classes import Judged, ShardedLogits
 from keyreid.triplet import triplet_loss, triplet_loss_across
 
 
@@ -51,9 +52,15 @@ def gather_features(features: Features) -> Features:
 
 
 def identity_loss(
-    logits: Tensor, labels: Tensor, smoothing: float = 0.1, weights: Tensor | None = None, share: Share = WHOLE
+    logits: Tensor | Judged,
+    labels: Tensor,
+    smoothing: float = 0.1,
+    weights: Tensor | None = None,
+    share: Share = WHOLE,
 ) -> Tensor:
     """Cross entropy with label smoothing: logits [..., B, C], labels [B] -> [...], a (weighted) mean over B."""
+    if isinstance(logits, Judged):
+        return share.mean(logits.entropies, weights)
     classes = logits.shape[-1]
     flat_logits, flat_labels = full(logits).reshape(-1, classes), labels.expand(logits.shape[:-1]).reshape(-1)
     flat = F.cross_entropy(flat_logits, flat_labels, label_smoothing=smoothing, reduction="none")
@@ -112,7 +119,7 @@ class Branch(NamedTuple):
     """What the losses of the global branch see of a rank's n clips; those of the parts', with P before each shape."""
 
     features: Tensor  # [n, D]
-    logits: Tensor  # [n, C]
+    logits: Tensor | Judged  # [n, C]
     labels: Tensor  # [n]; of the parts too
     weights: Tensor | None  # 0 where a clip never shows the part, which must then not count
     centres: Tensor  # [rows, D]
@@ -155,7 +162,7 @@ class Criterion(nn.Module):
     def forward(
         self,
         features: Features,
-        logits: Tensor,
+        logits: Tensor | ShardedLogits,
         labels: Tensor,
         erased: Tensor,
         visibility: Tensor | None = None,
@@ -179,6 +186,8 @@ class Criterion(nn.Module):
             The total, with gradient, and its terms before weighting, detached; `accuracy` is the global classifier's.
         """
         alpha = self.loss.alpha
+        if isinstance(logits, ShardedLogits):
+            logits = logits.judged(labels, self.loss.label_smoothing)
         others, all_labels, shown = scope or Scope(features, labels, visibility)
         global_centres, part_centres, places = centres or self.centres_of(labels)
         compared = Compared(others.global_feature, all_labels, None)
@@ -191,7 +200,8 @@ class Criterion(nn.Module):
         total = alpha * self._weighted(of_whole) + (1 - alpha) * self._weighted(of_parts) + self._weighted(batch)
         branches = ("global", of_whole), ("parts", of_parts)
         terms = {f"{name}_{branch}": of[name] for name in of_whole for branch, of in branches}
-        terms |= batch | {"accuracy": share.mean((logits[0].argmax(-1) == labels).float())}
+        right = logits[0].right if isinstance(logits, Judged) else (logits[0].argmax(-1) == labels).float()
+        terms |= batch | {"accuracy": share.mean(right)}
         return total, {name: term.detach() for name, term in terms.items()}
 
     def branch_terms(self, branch: Branch, share: Share) -> dict[str, Tensor]:

@@ -46,7 +46,8 @@ def keep_known(state: dict[str, torch.Tensor], weights: str, shards: ShardSet, c
         header = read_header(Path(weights).expanduser()) if weights.endswith(".safetensors") else None
     except CheckpointError:  # of another program
         header = None
-    same = same_data(header, state[classifier].shape[1], shards.card)
+    classes = state[classifier].shape[1] if classifier in state else 0
+    same = same_data(header, classes, shards.card)
     if cameras in state and not (same and (header is None or [*header.cameras] == [*shards.camera_index])):
         log.info("%s: not known to be of these cameras: each starts as the mean of its own", weights)
         state[cameras] = state[cameras].mean(0, keepdim=True)

@@ -15,22 +15,29 @@ from keyreid.checkpoints.weights_file import read_header, read_weights
 from keyreid.config import ClipConfig, ModelConfig
 from keyreid.errors import CheckpointError
 from keyreid.model import KeyReID, build_model
+from keyreid.model.sharded_classes import CLASSIFIERS, ClassGroup
 from keyreid.shards.shard_set import ShardSet
 
 log = logging.getLogger(__name__)
 
-CLASSIFIERS = ("global_classifier.weight", "part_classifiers.weight")
 BACKBONE = "backbone."
+NECK = "global_neck.weight"  # whole networks have it, with classifiers or without
 CAMERAS = "backbone.camera"
 
 
 def start_network(
-    model: ModelConfig, clip: ClipConfig, num_identities: int, num_cameras: int, shards: ShardSet | None = None
+    model: ModelConfig,
+    clip: ClipConfig,
+    num_identities: int,
+    num_cameras: int,
+    shards: ShardSet | None = None,
+    group: ClassGroup | None = None,
 ) -> KeyReID:
     """`build_model`, filled from `model.weights`.
 
     Args:
         shards: of the training: classifiers and cameras of a network of other data are not taken for theirs.
+        group: see `build_model`.
 
     Raises:
         ConfigError: the backbone, picture size, heads or parts do not fit together.
@@ -43,13 +50,13 @@ def start_network(
         state, grid = _read(Path(model.weights).expanduser())
     if None not in (grid, model.weights_grid) and grid != model.weights_grid:
         raise CheckpointError(f"{model.weights}: its grid is {grid}, not model.weights_grid={model.weights_grid}")
-    whole = CLASSIFIERS[0] in state
+    whole = NECK in state
     backbone = build_backbone(model, clip, num_cameras)
     may_lack = (CAMERAS, *CLASSIFIERS) if whole else backbone.not_in_files
     source = Source(str(model.weights), grid or model.weights_grid, not whole, (*may_lack, *model.allow_partial))
     if state and not whole:
         backbone.load(state, source)
-    network = build_model(model, clip, num_identities, num_cameras, backbone)
+    network = build_model(model, clip, num_identities, num_cameras, backbone, group)
     if whole:
         known = shards is None or keep_known(state, model.weights, shards, CLASSIFIERS[0], CAMERAS)
         load_network(network, state, source, model.keep_classifiers and known)
@@ -81,10 +88,13 @@ def load_network(network: KeyReID, state: Mapping[str, torch.Tensor], source: So
         CheckpointError: more is missing or does not fit than the source may lack.
     """
     state, own = dict(state), network.state_dict()
-    theirs, ours = (values[CLASSIFIERS[0]].shape[1] if CLASSIFIERS[0] in values else 0 for values in (state, own))
-    if not keep_classifiers or theirs != ours:
+    theirs, ours = state[CLASSIFIERS[0]].shape[1] if CLASSIFIERS[0] in state else 0, network.num_identities
+    apart = {name: state.pop(name, None) for name in CLASSIFIERS if name not in own}
+    if (network.classes or not apart) and (not keep_classifiers or theirs != ours):
         log.info("%s: classifiers of %d identities dropped, %d new ones are random", source, theirs, ours)
-        state |= {name: own[name] for name in CLASSIFIERS}
+        state |= {name: own[name] for name in CLASSIFIERS if name in own}
+    elif network.classes is not None:
+        network.classes.load(apart)
     if CAMERAS in own and CAMERAS in state:
         table, cameras = state[CAMERAS], len(own[CAMERAS])
         learnt = len(table)

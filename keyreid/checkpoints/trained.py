@@ -11,11 +11,12 @@ from keyreid.backbones.backbone import Source
 from keyreid.checkpoints.released import from_released, is_released, released_model
 from keyreid.checkpoints.run_folder import RunFolder, check_whole, find_weights
 from keyreid.checkpoints.same_data import same_data
-from keyreid.checkpoints.start import CLASSIFIERS, load_network
+from keyreid.checkpoints.start import load_network
 from keyreid.checkpoints.weights_file import WeightsHeader, read_header, read_weights
 from keyreid.config import ClipConfig, Config, ModelConfig, check_config, load_config, merge_overrides
 from keyreid.errors import CheckpointError, ConfigError
 from keyreid.model import KeyReID, build_model
+from keyreid.model.sharded_classes import CLASSIFIERS
 from keyreid.shards.shard_set import ShardSet
 
 
@@ -122,7 +123,7 @@ def load_state(location: str | Path, verify: bool = True) -> tuple[dict[str, tor
     if header is None and is_released(tensors):
         tensors = from_released(tensors)
     if CLASSIFIERS[0] not in tensors:
-        raise CheckpointError(f"{file}: not a KeyRe-ID network")
+        raise CheckpointError(f"{file}: not a KeyRe-ID network, or one that was exported without its classifiers")
     return tensors, header
 
 

@@ -69,11 +69,13 @@ def own_rows(draw: Callable[[int], Tensor], rows: int, ranks: Ranks) -> Tensor:
     return part
 
 
-def collect(part: Tensor, rows: int, ranks: Ranks) -> Tensor | None:
-    """The whole table on the first rank, None on the others; a collective."""
+def collect(part: Tensor, rows: int, ranks: Ranks, group: dist.ProcessGroup | None = None) -> Tensor | None:
+    """The whole table on the first rank, None on the others; a collective of all ranks, or of the first ones."""
+    if ranks.world_size == 1:
+        return part
     longest = -(-rows // ranks.world_size)
     padded = part.new_zeros(longest, *part.shape[1:])
     padded[: len(part)] = part
     parts = [torch.empty_like(padded) for _ in range(ranks.world_size)] if ranks.first else None
-    dist.gather(padded, parts)
+    dist.gather(padded, parts, group=group)
     return torch.stack(parts, 1).flatten(0, 1)[:rows] if parts else None

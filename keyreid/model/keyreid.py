@@ -13,6 +13,7 @@ from keyreid.guidance import named
 from keyreid.model.global_branch import GlobalBranch
 from keyreid.model.heads import Classifiers, Neck
 from keyreid.model.local_branch import LocalBranch
+from keyreid.model.sharded_classes import ClassGroup, ShardedClasses, ShardedLogits
 
 
 class Features(NamedTuple):
@@ -35,9 +36,21 @@ class KeyReID(nn.Module):
         backbone: at the clip's size; its last stage becomes the global branch's.
         frames: T.
         num_identities: classes of the classifiers.
+        group: who shares out the classes of sharded classifiers; None: nobody, for they are not needed.
+
+    Attributes:
+        classes: this rank's, where they are sharded; their weights are no parameters of the network.
     """
 
-    def __init__(self, backbone: Backbone, model: ModelConfig, frames: int, num_identities: int, num_cameras: int):
+    def __init__(
+        self,
+        backbone: Backbone,
+        model: ModelConfig,
+        frames: int,
+        num_identities: int,
+        num_cameras: int,
+        group: ClassGroup | None = None,
+    ):
         super().__init__()
         self.frames, self.parts = frames, model.parts
         self.guidance = named(model.guidance)
@@ -52,8 +65,12 @@ class KeyReID(nn.Module):
         self.prompts = self.guidance.prompts(model.parts, self.width)
         self.global_neck = Neck(1, self.width)
         self.part_necks = Neck(model.parts, self.part_width)
-        self.global_classifier = Classifiers(1, self.width, num_identities)
-        self.part_classifiers = Classifiers(model.parts, self.part_width, num_identities)
+        self.classes: ShardedClasses | None = None
+        if model.classifiers == "replicated":
+            self.global_classifier = Classifiers(1, self.width, num_identities)
+            self.part_classifiers = Classifiers(model.parts, self.part_width, num_identities)
+        elif group is not None:
+            self.classes = ShardedClasses((self.width, self.part_width), model.parts, num_identities, group)
         self._compiled: tuple[Callable[..., torch.Tensor], ...] = ()
 
     @property
@@ -64,6 +81,12 @@ class KeyReID(nn.Module):
     @checkpoint_activations.setter
     def checkpoint_activations(self, value: bool) -> None:
         self.backbone.checkpoint_activations = value
+
+    @property
+    def sharded_parameters(self) -> int:
+        """Numbers in the classifiers that are none of this module's parameters, of all classes."""
+        apart = not hasattr(self, "global_classifier")
+        return apart * self.num_identities * (self.width + self.parts * self.part_width)
 
     def compile(self, **options) -> None:
         """torch.compile (with its options) backbone and branches, for training; the state dict's names stay.
@@ -88,11 +111,14 @@ class KeyReID(nn.Module):
         global_feature, temporal_scores = global_branch(tokens, self.frames)
         return Features(global_feature, local_branch(tokens, guidance), temporal_scores)
 
-    def heads(self, features: Features, share: Share = WHOLE) -> torch.Tensor:
+    def heads(self, features: Features, share: Share = WHOLE) -> torch.Tensor | ShardedLogits:
         """Logits [1+P, B, C] (the global branch first) from the features of B clips.
 
         In training the necks take their statistics from the scopes of the share, over all ranks that hold one together.
         """
+        if self.classes is not None:
+            whole = self.global_neck(features.global_feature.unsqueeze(0), share)
+            return ShardedLogits(whole, self.part_necks(features.part_features, share), self.classes)
         whole = self.global_classifier(self.global_neck(features.global_feature.unsqueeze(0), share))
         parts = self.part_classifiers(self.part_necks(features.part_features, share))
         return torch.cat([whole, parts])

@@ -17,10 +17,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from keyreid.config import Config
+from keyreid.training.class_optimizer import ClassOptimizer
 from keyreid.training.engine_config import deepspeed_config
+from keyreid.training.schedule import OPTIMIZER_STATES, create_states
 
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's dynamic scaler
-OPTIMIZER_STATES = {torch.optim.SGD: ("momentum_buffer",), torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
 T = TypeVar("T")
 
 
@@ -31,20 +32,27 @@ class Engine:
         module: its `forward(stage, **inputs)` is `stage(**inputs)`; parameters in float32 on the CPU or on `device`.
         optimizer: over the module's parameters; its state is sharded by `training.zero_stage`.
         steps: optimizer steps taken before, where the states are put back afterwards.
+        classes: trained in the same steps, outside of the module.
 
     Raises:
         ConfigError: `training` and the DeepSpeed configuration contradict each other; see also check_precision.
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, device: torch.device, steps: int = 0
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        device: torch.device,
+        steps: int = 0,
+        classes: ClassOptimizer | None = None,
     ) -> None:
         deepspeed = import_deepspeed()
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         # On CPUs DeepSpeed would compile a shared-memory all-reduce at first use, behind a lock file that a killed
         # process leaves for ever. gloo does without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.module, self.device = module, device
+        self.module, self.device, self.classes = module, device, classes
         self._optimizer, self._stage = optimizer, config.training.zero_stage
         self._deepspeed, *_ = deepspeed.initialize(
             model=module,
@@ -84,6 +92,8 @@ class Engine:
         """Forget the gradients of this step's backward passes, instead of `step`."""
         optimizer = self._deepspeed.optimizer
         self._deepspeed.zero_grad()
+        if self.classes is not None:
+            self.classes.discard()
         if self._stage:
             optimizer.zero_grad()
             optimizer.reset_cpu_buffers()
@@ -96,13 +106,20 @@ class Engine:
 
     def step(self) -> bool:
         """Average the gradients over the ranks, clip and apply them; False where the fp16 gradients overflowed."""
+        if self.classes is not None:
+            self.classes.complete()
         self._deepspeed.step()
+        if self.classes is not None:
+            self.classes.step()
         return self._deepspeed.was_step_applied()
 
     @property
     def gradient_norm(self) -> Tensor | float | None:
         """2-norm of the last step's global gradient before clipping."""
-        return self._deepspeed.get_global_grad_norm() if self._stage else self._clipped_norm
+        if not self._stage:
+            return self._clipped_norm
+        norm = self._deepspeed.get_global_grad_norm()
+        return norm if self.classes is None else (norm**2 + self.classes.squared_norm) ** 0.5
 
     @property
     def loss_scale(self) -> float:
@@ -113,7 +130,12 @@ class Engine:
 
     def _clip_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self._clipped_norm = torch.nn.utils.clip_grad_norm_(parameters, self._limit)
+        if self.classes is None:
+            self._clipped_norm = torch.nn.utils.clip_grad_norm_(parameters, self._limit)
+            return
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._clipped_norm = (norm**2 + self.classes.squared_norm) ** 0.5
+        torch.nn.utils.clip_grads_with_norm_([*parameters, *self.classes.parameters], self._limit, self._clipped_norm)
 
     def _create_optimizer_states(self, steps: int) -> None:
         """Give the optimizer the zero states that it would make at its first step, as if `steps` had been taken.
@@ -124,12 +146,8 @@ class Engine:
         optimizer, engine = self._optimizer, self._deepspeed.optimizer
         # ZeRO 3 hands the optimizer one flat sub-group at a time, and only while it steps.
         shards = getattr(engine, "fp32_partitioned_groups_flat", None)
-        for parameter in shards or [parameter for group in optimizer.param_groups for parameter in group["params"]]:
-            state = optimizer.state[parameter]
-            for key in OPTIMIZER_STATES[type(optimizer)]:
-                state[key] = torch.zeros_like(parameter)
-            if isinstance(optimizer, torch.optim.AdamW):
-                state["step"] = torch.tensor(float(steps))
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        create_states(optimizer, shards or parameters, steps)
         if hasattr(engine, "_lazy_init_hp_params_optimizer_state"):
             engine._lazy_init_hp_params_optimizer_state()
 
@@ -176,6 +194,8 @@ class Engine:
                     (safe_set_local_optimizer_state if local else safe_set_full_optimizer_state)(parameter, value, key)
                 else:
                     self._optimizer.state[parameter][key].copy_(value)
+        if self.classes is not None:
+            self.classes.restore_states(states)
 
     def loss_scale_state(self) -> dict[str, float]:
         """State of the fp16 loss scaler, wherever DeepSpeed keeps it; empty without one."""

@@ -46,6 +46,32 @@ def check_precision(training: TrainingConfig, device: torch.device) -> None:
         raise ConfigError("training.ema_decay averages float32 weights: use training.casting=autocast")
 
 
+def check_classes(config: Config) -> None:
+    """Refuse what cannot go together with sharded classes, or is nothing without."""
+    training = config.training
+    if config.model.classifiers == "replicated":
+        alone = {
+            "loss.negative_classes": config.loss.negative_classes < 1,
+            "training.class_group": training.class_group,
+        }
+        if needless := [name for name, said in alone.items() if said]:
+            raise ConfigError(f"{needless[0]} is a setting of model.classifiers=sharded: leave it out, or set that")
+        return
+    cast = training.casting == "engine" and training.precision != "fp32"
+    for setting, said, why in (
+        ("zero_stage=3", training.zero_stage == 3, "gathers and saves the weights that it shards, and no others"),
+        ("precision=fp16", training.precision == "fp16", "looks for overflows in the engine's gradients only"),
+        ("casting=engine", cast, "keeps float32 copies of the engine's weights only: use casting=autocast"),
+        (
+            f"clip_gradient_norm with zero_stage={training.zero_stage}",
+            training.clip_gradient_norm and training.zero_stage,
+            "clips by the norm of the engine's gradients only: use zero_stage=0",
+        ),
+    ):
+        if said:
+            raise ConfigError(f"model.classifiers=sharded: training.{setting} {why}")
+
+
 def deepspeed_config(config: Config, cuda: bool = False) -> dict[str, Any]:
     """The DeepSpeed configuration of a run: the user's, and what our configuration says.
 

@@ -21,15 +21,17 @@ from keyreid.distributed.ranks import Ranks
 from keyreid.errors import CheckpointError, KeyreidError
 from keyreid.losses import Criterion
 from keyreid.model import KeyReID, build_model
+from keyreid.model.sharded_classes import ClassGroup
 from keyreid.shards import open_reader
 from keyreid.shards.batch import ClipBatch
 from keyreid.shards.plan import TrainingPlan
 from keyreid.shards.shard_set import ShardSet
 from keyreid.tracking import Tracker
 from keyreid.training import OnEvaluation, snapshot, stochastic_depth
+from keyreid.training.class_optimizer import ClassOptimizer
 from keyreid.training.costs import described
 from keyreid.training.engine import Engine, WeightAverage, count_parameters
-from keyreid.training.engine_config import check_precision
+from keyreid.training.engine_config import check_classes, check_precision
 from keyreid.training.recipe import changes, recipe
 from keyreid.training.reports import Meter, line, mfu_factor, profiled
 from keyreid.training.schedule import build_optimizer, build_schedule
@@ -74,6 +76,7 @@ class Trainer:
         self.root = RunFolder(config.run_dir).checkpoints
         self.judged = "holdout" if config.data.holdout else "test"  # by evaluations: who is held out, if anybody is
         check_precision(config.training, ranks.device)
+        check_classes(config)
 
         from keyreid.evaluation.judging import check_judgeable  # tables and pictures: not while ranks start
 
@@ -117,9 +120,11 @@ class Trainer:
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         model = config.model.model_copy(update={"weights": None}) if restored else config.model
         cameras = len(self.shards.camera_index)
-        network = start_network(model, config.clip, self.plan.num_identities, cameras, self.shards)
+        sharded = config.model.classifiers == "sharded"
+        group = ClassGroup.of(ranks, config.training.class_group) if sharded else None
+        network = start_network(model, config.clip, self.plan.num_identities, cameras, self.shards, group)
         widths = network.width, network.part_width
-        owners = ranks if config.scopes > 1 and ranks.world_size > 1 else None
+        owners = ranks if (config.scopes > 1 or sharded) and ranks.world_size > 1 else None
         criterion = Criterion(config.loss, self.plan.num_identities, *widths, config.model.parts, owners)
         if restored:
             snapshot.restore_before(restored, network, criterion)
@@ -132,7 +137,9 @@ class Trainer:
         optimizer = build_optimizer(module.named_parameters(), config.optimizer)
         self.state = restored.state if restored else TrainingState(recipe=self.recipe)
         same_optimizer = "optimizer.name" not in self.changes
-        self.engine = Engine(module, optimizer, config, ranks.device, self.state.step if same_optimizer else 0)
+        steps = self.state.step if same_optimizer else 0
+        classes = ClassOptimizer(network.classes, config.optimizer, optimizer, steps) if sharded else None
+        self.engine = Engine(module, optimizer, config, ranks.device, steps, classes)
         self.network: KeyReID = module.network
         self.schedule = build_schedule(optimizer, config.schedule, config.optimizer.lr, self.steps_per_epoch)
         self.average = WeightAverage(self.network, config.training.ema_decay) if config.training.ema_decay else None
@@ -169,7 +176,8 @@ class Trainer:
     def _introduce(self) -> None:
         """The log's first lines: what really runs."""
         config, training, ranks = self.config, self.config.training, self.ranks
-        parameters, backend = count_parameters(self.network), torch.distributed.get_backend()
+        parameters = count_parameters(self.network) + self.network.sharded_parameters
+        backend = torch.distributed.get_backend()
         log.info(
             f"engine: {self.engine.about}, {training.precision} by {training.casting}, {ranks.world_size} rank(s) over "
             f"{backend} on {ranks.device}"
@@ -183,6 +191,9 @@ class Trainer:
         model = config.model
         log.info(f"network: {model.backbone}, guidance {model.guidance}, {parameters / 1e6:.1f} M parameters")
         log.info("%s", described(config, self.network.width, self.plan.num_identities, ranks.world_size))
+        if self.network.classes is not None:
+            held = self.network.sharded_parameters / self.network.classes.group.place.world_size
+            log.info(f"classes: shared out, {held / 1e6:.1f} M parameters on each rank")
         counts = {"ranks": ranks.world_size, "parameters": parameters, "num_identities": self.plan.num_identities}
         self.tracker.params(counts)
         for key, values in self.changes.items():

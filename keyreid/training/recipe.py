@@ -24,6 +24,7 @@ FREE = {
     **dict.fromkeys(("training.keep_checkpoints", "training.keep_every_epochs"), "what stays of what is saved"),
     **dict.fromkeys(("evaluation.every_epochs", "evaluation.clips_per_batch"), "when it is judged, how much at once"),
     "evaluation.pictures": "what is drawn of it",
+    "training.class_group": "the same step, otherwise",
 }
 
 

@@ -180,7 +180,7 @@ def describe_plan(config: Config, ranks: int = 1) -> str:
     return (
         f"{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}\n"
         f"{plan.num_identities} training identities, {steps} steps an epoch, {steps * config.schedule.epochs} in all\n"
-        f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters\n"
+        f"{(sum(p.numel() for p in network.parameters()) + network.sharded_parameters) / 1e6:.1f} M parameters\n"
         f"{described(config, network.width, plan.num_identities, ranks)}"
     )
 

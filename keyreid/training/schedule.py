@@ -1,4 +1,4 @@
-"""The optimizer's parameter groups and the learning rate of each step."""
+"""The optimizer's parameter groups and states, and the learning rate of each step."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -9,6 +9,9 @@ from keyreid.config import OptimizerConfig, ScheduleConfig
 
 if TYPE_CHECKING:
     from timm.scheduler import CosineLRScheduler
+
+
+OPTIMIZER_STATES = {torch.optim.SGD: ("momentum_buffer",), torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
 
 
 def build_optimizer(
@@ -23,6 +26,16 @@ def build_optimizer(
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def create_states(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], steps: int) -> None:
+    """Give parameters the zero states that the optimizer would make at its first step, as if `steps` had been taken."""
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        for key in OPTIMIZER_STATES[type(optimizer)]:
+            state[key] = torch.zeros_like(parameter)
+        if isinstance(optimizer, torch.optim.AdamW):
+            state["step"] = torch.tensor(float(steps))
 
 
 def build_schedule(

@@ -14,6 +14,7 @@ from keyreid.config import Config
 from keyreid.errors import CheckpointError
 from keyreid.losses import Criterion
 from keyreid.model import KeyReID
+from keyreid.model.sharded_classes import CLASSIFIERS
 from keyreid.training.engine import Engine, WeightAverage
 from keyreid.training.recipe import below, flatten
 
@@ -29,6 +30,8 @@ def take(
     weights, states = _collect(engine.weights(), first), _collect(engine.optimizer_states(), first)
     averages = _collect(average.full().items(), first) if average else {}
     tables = engine.module.criterion.tables()
+    if engine.classes is not None:
+        weights, states = weights | engine.classes.weights(), states | engine.classes.states()
     if not first:
         return None
     network: KeyReID = engine.module.network
@@ -89,8 +92,11 @@ def check_same_network(path: Path, found: WeightsHeader, wanted: WeightsHeader, 
 
 def restore_before(restored: Snapshot, network: KeyReID, criterion: Criterion) -> None:
     """Weights, running statistics and centre tables, into modules that no engine has wrapped yet."""
+    weights = dict(restored.weights)
+    if network.classes is not None:
+        network.classes.load({name: weights.pop(name) for name in CLASSIFIERS})
     try:
-        network.load_state_dict(dict(restored.weights))
+        network.load_state_dict(weights)
     except RuntimeError as error:  # a change that was allowed
         raise CheckpointError(f"the weights of step {restored.state.step} do not fit this network: {error}") from None
     tables = {n.removeprefix(CRITERION): t for n, t in restored.training.items() if n.startswith(CRITERION)}
@@ -107,7 +113,7 @@ def restore_after(restored: Snapshot, engine: Engine, average: WeightAverage | N
     if next(engine.module.network.parameters()).dtype != torch.float32:
         engine.restore_weights({NETWORK + n: t for n, t in restored.weights.items()})
     if average is not None and restored.ema:
-        average.restore(restored.ema)
+        average.restore(restored.weights | restored.ema)  # sharded classes have no average
     if engine.loss_scale_state().keys() == restored.state.loss_scale.keys():
         engine.restore_loss_scale(restored.state.loss_scale)
 

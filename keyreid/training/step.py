@@ -157,6 +157,8 @@ class Stepper:
         criterion = self.module.criterion
         centres = criterion.centres_of(batch.labels.cpu()) if criterion.owners else None
         batch = batch.to(self.ranks.device)
+        if network.classes is not None:
+            network.classes.choose(batch.labels, self.config.loss.negative_classes, self.config.seed * 1_000_003 + step)
         centres = centres or criterion.centres_of(batch.labels)
         used = network.guidance.uses_visibility and batch.visibility is not None
         visibility = batch.visibility if used else None
