@@ -33,6 +33,7 @@ class Heads(KeyReID):
     def __init__(self, config: Config, width: int, identities: int):
         nn.Module.__init__(self)
         self.frames, self.parts, self.guidance = config.clip.frames, config.model.parts, named(config.model.guidance)
+        self.classes = None
         self.num_identities, self.width, self.part_width = identities, width, config.clip.frames * width
         self.global_neck, self.part_necks = Neck(1, width), Neck(self.parts, self.part_width)
         self.global_classifier = Classifiers(1, width, identities)
