@@ -97,7 +97,13 @@ def encode_keypoints(keypoints: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-decode_json = refusing(json.loads)
+@refusing
+def decode_json(content: bytes) -> Any:
+    """Its values; ValueError also where a text in it is half a character, which nobody could write or show."""
+    values = json.loads(content)
+    if b"\\u" in content:
+        encode_json(values)
+    return values
 
 
 @refusing
