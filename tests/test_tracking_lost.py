@@ -7,7 +7,7 @@ import threading
 
 import mlflow
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keyreid.config import TrackingConfig, check_config, save_config
@@ -294,12 +294,14 @@ ANY_JSON = st.recursive(
 )
 
 
+@settings(max_examples=300)
 @given(st.binary() | ANY_JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_bytes_are_an_event_or_none(line):
     event = _event(line)
     assert event is None or isinstance(event, dict)
 
 
+@settings(max_examples=300)
 @given(ANY_JSON, st.sampled_from([*EVENT, "params", "provenance", "artifact", "folder", "tag", "status"]))
 def test_what_is_taken_for_an_event_can_be_recalled(value, key):
     event = _event(json.dumps({**EVENT, key: value}).encode())
