@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# How many inputs a fuzz test gives its reader: CI has `--hypothesis-profile thorough`.
+# How many inputs a fuzz test gives its reader; `thorough` takes half an hour of one processor.
 settings.register_profile(
     "quick", max_examples=100, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
+settings.register_profile("ci", settings.get_profile("quick"), max_examples=1000)
 settings.register_profile("thorough", settings.get_profile("quick"), max_examples=10_000)
 settings.load_profile("quick")
 
