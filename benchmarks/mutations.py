@@ -253,13 +253,18 @@ BREAKS = [
         ("classes are drawn by their place", "_uniform(own, key)", "_uniform(own // place.world_size, key)"),
         ("each step draws the same", "+ key % 2**64", "+ 1"),
         ("classifiers start wide, sharded", "normal_(std=0.001)", "normal_(std=0.01)"),
+        ("a group of any size", "if world % size:", "if False:"),
+        ("every group saves", "None if self.group.number else collect", "collect"),
+    ),
+    *room(
+        "keyreid/distributed/owned_rows.py",
+        f"{CLASSES} -k together_are_one",
         (
             "each rank makes the whole table",
-            "torch.empty(branches, rows, width, device=place.device)",
-            "torch.empty(branches, classes, width)[:, :rows].clone()",
+            "torch.empty(tables, len(range(ranks.rank, rows, ranks.world_size)), width, device=device)",
+            "torch.empty(tables, rows, width)[:, ranks.rank :: ranks.world_size].clone()",
         ),
-        ("a group of any size", "if world % size:", "if False:"),
-        ("every group saves", "if self.group.number:", "if False:"),
+        ("rows of another rank are collected", "torch.stack(parts, 1)", "torch.stack(parts[::-1], 1)"),
     ),
     *room(
         "keyreid/training/class_optimizer.py",

@@ -154,10 +154,9 @@ class Criterion(nn.Module):
         self.loss, self.num_identities, self.owners = loss, num_identities, owners
         self._exchange: Exchange | None = None  # of this step
         ranks = owners or Ranks.alone()
-        tables = range(parts if loss.centres == "all" else 1)
-        self.register_buffer("global_centres", own_rows(lambda n: torch.randn(n, width), num_identities, ranks))
-        drawn = [own_rows(lambda n: torch.randn(n, part_width), num_identities, ranks) for _ in tables]
-        self.register_buffer("part_centres", torch.stack(drawn))
+        tables = parts if loss.centres == "all" else 1
+        self.register_buffer("global_centres", own_rows(torch.randn, 1, num_identities, width, ranks)[0])
+        self.register_buffer("part_centres", own_rows(torch.randn, tables, num_identities, part_width, ranks))
 
     def forward(
         self,
@@ -229,10 +228,13 @@ class Criterion(nn.Module):
         return sum(getattr(self.loss, name) * term for name, term in terms.items())
 
     def centres_of(self, labels: Tensor) -> Centres:
-        """The centres of identities, int64 [n] on the CPU where the ranks share out the tables; a collective then."""
+        """The centres of identities, int64 [n]; a collective where the ranks share out the tables.
+
+        There the CPU has to know the labels: call it before they go to a GPU.
+        """
         if self.owners is None:
-            return Centres(self.global_centres, self.part_centres, labels)
-        self._exchange = Exchange(labels, self.owners)
+            return Centres(self.global_centres, self.part_centres, labels.to(self.global_centres.device))
+        self._exchange = Exchange(labels.cpu(), self.owners)
         whole, *parts = self._exchange.fetch([self.global_centres, *self.part_centres])
         return Centres(whole, torch.stack(parts), self._exchange.place)
 
@@ -292,7 +294,6 @@ class Criterion(nn.Module):
         """The whole tables on the CPU; where they are shared out a collective, and None but on the first rank."""
         if self.owners is None:
             return {name: table.detach().cpu().clone() for name, table in self.named_buffers()}
-        whole, *parts = (
-            collect(t, self.num_identities, self.owners) for t in (self.global_centres, *self.part_centres)
-        )
-        return {"global_centres": whole.cpu(), "part_centres": torch.stack(parts).cpu()} if self.owners.first else None
+        whole = collect(self.global_centres[None], self.num_identities, self.owners)
+        parts = collect(self.part_centres, self.num_identities, self.owners)
+        return {"global_centres": whole[0], "part_centres": parts} if self.owners.first else None

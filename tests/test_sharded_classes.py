@@ -1,7 +1,6 @@
 """Sharded classes against classifiers of all classes in one process: their losses, their steps, their checkpoints."""
 
 import contextlib
-import socket
 import time
 
 import pytest
@@ -10,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training_runs import SERVER, StopAfter, logged, newest_tensors, run, start, toy_config, toy_shards, train
+from training_runs import StopAfter, logged, newest_tensors, run, start, together, toy_config, toy_shards, train
 
 from keyreid.checkpoints import folder as checkpoints
 from keyreid.checkpoints.start import start_network
@@ -65,10 +64,9 @@ class Shapes(TorchDispatchMode):
         return made
 
 
-def on_rank(rank, ranks, port, folder):
-    torch.set_num_threads(1)
+def on_rank(folder):
     owned_rows._BLOCK = 4
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     place, found = Ranks(rank, ranks, rank, torch.device("cpu"), dist.group.WORLD), []
     for size, smoothing, negatives, name in CASES:
         group = ClassGroup.of(place, min(size or ranks, ranks))
@@ -100,7 +98,6 @@ def on_rank(rank, ranks, port, folder):
             }
         )
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def plain(seen, smoothing, name):
@@ -135,15 +132,7 @@ def plain(seen, smoothing, name):
 
 @pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_together_are_one(ranks, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [SERVER.Process(target=on_rank, args=(rank, ranks, port, str(tmp_path))) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    together(on_rank, ranks, str(tmp_path))
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
     for number, (size, smoothing, negatives, name) in enumerate(CASES):
         of_ranks = [of_rank[number] for of_rank in found]

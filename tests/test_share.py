@@ -1,14 +1,13 @@
 """Losses of clips that lie on several ranks, against the plain form of all clips in one process."""
 
 import itertools
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from oracle import triplet_of_all_pairs
-from training_runs import SERVER
+from training_runs import together
 
 from keyreid.config import LossConfig
 from keyreid.distributed.share import Compared, Share, peers_of
@@ -138,11 +137,9 @@ def plain(scopes: int, layout: str, shown: bool, margin: float | None, offset: f
     }
 
 
-def as_rank(rank: int, ranks: int, port: int, folder: str, offset: float) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+def on_rank(folder: str, offset: float) -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.save([addends(rank, ranks, *case, offset) for case in CASES], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("offset", [0.0, pytest.param(30.0, marks=pytest.mark.slow)])
@@ -150,17 +147,7 @@ def as_rank(rank: int, ranks: int, port: int, folder: str, offset: float) -> Non
     "ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
 )
 def test_ranks_together_are_one(ranks, offset, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [
-        SERVER.Process(target=as_rank, args=(rank, ranks, port, str(tmp_path), offset)) for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    together(on_rank, ranks, str(tmp_path), offset)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
     for case, *of_ranks in zip(CASES, *found, strict=True):
         expected = plain(*case, offset)

@@ -4,11 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from training_runs import run, toy_config, toy_shards
-
-from keyreid.distributed.preemption import StopRequest
-from keyreid.distributed.ranks import join, leave
-from keyreid.tracking import Tracker
+from training_runs import run, state_of, stepping, toy_config, toy_shards
 
 
 @pytest.fixture(scope="module")
@@ -18,26 +14,18 @@ def shards(tmp_path_factory):
 
 def record(config, folder, bad):
     """Three steps, before the second of which one goes wrong; all that would be saved after them."""
-    from keyreid.training import snapshot
-    from keyreid.training.loop import Trainer
-
-    ranks = join()
-    trainer = Trainer(config, ranks, Tracker(config.tracking, folder, folder, "", enabled=False), StopRequest())
-    trainer.engine.train()
-    for step in range(3):
-        batch = next(trainer.reader)
-        trainer.schedule.step_update(step)
-        if step == 1 and bad:
-            guidance = batch.guidance.clone()
-            guidance[-1] = torch.nan  # of the last clip: with micro-batches, after those that were well
-            outcome = trainer.stepper.step(replace(batch, guidance=guidance), step)
-            assert not outcome.applied and outcome.norm is None
-        assert trainer.stepper.step(batch, step).applied
-    taken = snapshot.take(trainer.engine, None, trainer.state, trainer.header, ranks.first)
-    if taken:
-        torch.save({**taken.weights, **taken.training}, folder / f"{bad}.pt")
-    trainer.reader.close()
-    leave()
+    with stepping(config) as trainer:
+        for step in range(3):
+            batch = next(trainer.reader)
+            trainer.schedule.step_update(step)
+            if step == 1 and bad:
+                guidance = batch.guidance.clone()
+                guidance[-1] = torch.nan  # of the last clip: with micro-batches, after those that were well
+                outcome = trainer.stepper.step(replace(batch, guidance=guidance), step)
+                assert not outcome.applied and outcome.norm is None
+            assert trainer.stepper.step(batch, step).applied
+        if state := state_of(trainer):
+            torch.save(state, folder / f"{bad}.pt")
 
 
 @pytest.mark.slow

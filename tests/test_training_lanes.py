@@ -2,11 +2,7 @@
 
 import pytest
 import torch
-from training_runs import StopAfter, newest_tensors, run, toy_config, toy_shards, train
-
-from keyreid.distributed.preemption import StopRequest
-from keyreid.distributed.ranks import join, leave
-from keyreid.tracking import Tracker
+from training_runs import StopAfter, newest_tensors, run, state_of, stepping, toy_config, toy_shards, train
 
 STEPS = 4
 
@@ -24,30 +20,22 @@ def lanes(shards, folder, number, compare="lane", **training):
 
 def record(config, folder):
     """Train some steps; the first rank writes down losses and all that would be saved, every rank what it holds."""
-    from keyreid.training import snapshot
-    from keyreid.training.loop import Trainer
-
-    ranks = join()
-    trainer = Trainer(config, ranks, Tracker(config.tracking, folder, folder, "", enabled=False), StopRequest())
-    trainer.engine.train()
     losses, passes = [], 0
-    features = type(trainer.network).features
+    with stepping(config) as trainer:
+        features = type(trainer.network).features
 
-    def counted(*inputs):
-        nonlocal passes
-        passes += 1
-        return features(*inputs)
+        def counted(*inputs):
+            nonlocal passes
+            passes += 1
+            return features(*inputs)
 
-    type(trainer.network).features = counted
-    for step in range(STEPS):
-        trainer.schedule.step_update(step)
-        losses.append(trainer.stepper.step(next(trainer.reader), step).loss)
-    taken = snapshot.take(trainer.engine, None, trainer.state, trainer.header, ranks.first)
-    rows = trainer.engine.module.criterion.global_centres.shape[0]
-    found = {"losses": torch.tensor(losses), "passes": torch.tensor(passes / STEPS), "rows": torch.tensor(rows)}
-    torch.save(found | ({**taken.weights, **taken.training} if taken else {}), folder / f"{ranks.rank}.pt")
-    trainer.reader.close()
-    leave()
+        type(trainer.network).features = counted
+        for step in range(STEPS):
+            trainer.schedule.step_update(step)
+            losses.append(trainer.stepper.step(next(trainer.reader), step).loss)
+        rows = trainer.engine.module.criterion.global_centres.shape[0]
+        found = {"losses": torch.tensor(losses), "passes": torch.tensor(passes / STEPS), "rows": torch.tensor(rows)}
+        torch.save(found | state_of(trainer), folder / f"{trainer.ranks.rank}.pt")
 
 
 @pytest.fixture(scope="module")

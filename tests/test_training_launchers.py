@@ -1,13 +1,12 @@
 """Others who start ranks: torchrun, DeepSpeed with a hostfile of two nodes, and Ray. All give the same training."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from training_runs import damaged, logged, toy_config, toy_shards
+from training_runs import damaged, free_port, logged, toy_config, toy_shards
 
 from keyreid.config import save_config
 
@@ -45,12 +44,6 @@ def deepspeed(folder: Path) -> list[list[str]]:
 
 def ray(folder: Path) -> list[list[str]]:
     return [[BIN / "keyreid", "train", folder / "toy.yaml", "--ray", "local", "--ranks", "2"]]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def launch(commands: list[list[str]], folder: Path) -> tuple[list[int], str]:

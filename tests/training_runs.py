@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from packed import make_dataset, pack_dataset
 from keyreid.checkpoints import folder as checkpoints
 from keyreid.config import Config, check_config
 from keyreid.distributed.preemption import StopRequest
+from keyreid.distributed.ranks import join, leave
 
 SERVER = multiprocessing.get_context("forkserver")
 HEAVY = ["keyreid.training.loop", "keyreid.evaluation.judging", "keyreid.training.run"]
@@ -88,10 +90,7 @@ class Ranks:
 
 def start(target, config: Config, ranks: int, *arguments) -> Ranks:
     """Start `target(config, *arguments)` on each rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
+    port, processes = free_port(), []
     for rank in range(ranks):
         place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         words = {name: str(value) for name, value in place.items()}
@@ -100,10 +99,58 @@ def start(target, config: Config, ranks: int, *arguments) -> Ranks:
     return Ranks(processes)
 
 
+def free_port() -> int:
+    """Of the loopback interface, at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def together(target, ranks: int, *arguments) -> None:
+    """`target(*arguments)` on each rank of a gloo group, without a configuration."""
+    arguments = ranks, free_port(), target, *arguments
+    processes = [SERVER.Process(target=_in_group, args=(rank, *arguments)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+
+
+def _in_group(rank: int, ranks: int, port: int, target, *arguments) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    target(*arguments)
+    torch.distributed.destroy_process_group()
+
+
 def run(target, config: Config, ranks: int = 1, *arguments) -> None:
     """Start and wait; a rank that fails is an error with what it printed."""
     codes = start(target, config, ranks, *arguments).wait()
     assert codes == [0] * ranks, f"{codes}\n{printed(config)}"
+
+
+@contextlib.contextmanager
+def stepping(config: Config):
+    """A Trainer of this rank, of which the test itself takes the steps."""
+    from keyreid.tracking import Tracker
+    from keyreid.training.loop import Trainer
+
+    ranks = join()
+    tracker = Tracker(config.tracking, config.run_dir.parent, config.run_dir, "", enabled=False)
+    trainer = Trainer(config, ranks, tracker, StopRequest())
+    trainer.engine.train()
+    yield trainer
+    trainer.reader.close()
+    leave()
+
+
+def state_of(trainer) -> dict[str, torch.Tensor]:
+    """All that a checkpoint would hold, on the first rank; a collective."""
+    from keyreid.training import snapshot
+
+    taken = snapshot.take(trainer.engine, None, trainer.state, trainer.header, trainer.ranks.first)
+    return {**taken.weights, **taken.training} if taken else {}
 
 
 def train(config: Config) -> None:

@@ -56,21 +56,45 @@ class Exchange:
         return received.new_zeros(len(self.owned), addends.shape[1]).index_add_(0, self._to, received)
 
 
-def own_rows(draw: Callable[[int], Tensor], rows: int, ranks: Ranks) -> Tensor:
-    """This rank's part of a table that `draw(rows)` would draw at once, without ever holding it."""
-    part = None
-    for start in range(0, rows, _BLOCK):
-        block = draw(min(_BLOCK, rows - start))
-        if part is None:
-            part = block.new_empty(len(range(ranks.rank, rows, ranks.world_size)), *block.shape[1:])
-        own = block[(ranks.rank - start) % ranks.world_size :: ranks.world_size]
-        first = len(range(ranks.rank, start, ranks.world_size))
-        part[first : first + len(own)] = own
-    return part
+def own_rows(
+    draw: Callable[[int, int], Tensor],
+    tables: int,
+    rows: int,
+    width: int,
+    ranks: Ranks,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """This rank's rows of tables that `draw(rows, width)` would draw one after the other, without ever holding one.
+
+    Returns:
+        float32 [tables, own rows, width].
+    """
+    own = torch.empty(tables, len(range(ranks.rank, rows, ranks.world_size)), width, device=device)
+    for table in own:
+        for start in range(0, rows, _BLOCK):
+            block = draw(min(_BLOCK, rows - start), width)[(ranks.rank - start) % ranks.world_size :: ranks.world_size]
+            first = len(range(ranks.rank, start, ranks.world_size))
+            table[first : first + len(block)] = block
+    return own
 
 
-def collect(part: Tensor, rows: int, ranks: Ranks, group: dist.ProcessGroup | None = None) -> Tensor | None:
-    """The whole table on the first rank, None on the others; a collective of all ranks, or of the first ones."""
+def collect(own: Tensor, rows: int, ranks: Ranks, group: dist.ProcessGroup | None = None) -> Tensor | None:
+    """The whole tables, [tables, rows, W], on the CPU of the first rank, None on the others; a collective.
+
+    Args:
+        own: this rank's rows of them, [tables, own rows, W].
+        group: of these ranks; None: all.
+    """
+    whole = torch.empty(len(own), rows, own.shape[-1]) if ranks.first else [None] * len(own)
+    for table, part in zip(whole, own.detach(), strict=True):
+        found = _collect(part, rows, ranks, group)
+        if table is not None:
+            table.copy_(found)
+    return whole if ranks.first else None
+
+
+def _collect(part: Tensor, rows: int, ranks: Ranks, group: dist.ProcessGroup | None) -> Tensor | None:
+    """One of them, where its rows are."""
     if ranks.world_size == 1:
         return part
     longest = -(-rows // ranks.world_size)

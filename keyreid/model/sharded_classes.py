@@ -74,13 +74,9 @@ class ShardedClasses:
     def __init__(self, widths: tuple[int, int], parts: int, classes: int, group: ClassGroup) -> None:
         self.classes, self.group, self.seen = classes, group, None
         self.weights: dict[str, nn.Parameter] = {}
-        place = group.place
         for name, branches, width in zip(CLASSIFIERS, (1, parts), widths, strict=True):
-            rows = len(range(place.rank, classes, place.world_size))
-            table = torch.empty(branches, rows, width, device=place.device)
-            for of_branch in table:
-                of_branch.copy_(own_rows(lambda n, w=width: torch.empty(n, w).normal_(std=0.001), classes, place))
-            self.weights[name] = nn.Parameter(table)
+            own = own_rows(_draw, branches, classes, width, group.place, group.place.device)
+            self.weights[name] = nn.Parameter(own)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Take this rank's classes of the whole weights."""
@@ -93,14 +89,7 @@ class ShardedClasses:
 
     def whole(self, own: Tensor) -> Tensor | None:
         """The whole of which each rank has its rows, on the run's first rank, on the CPU; a collective."""
-        if self.group.number:
-            return None
-        whole = torch.empty(len(own), self.classes, own.shape[-1]) if self.group.place.first else [None] * len(own)
-        for branch, part in zip(whole, own.detach(), strict=True):
-            found = collect(part, self.classes, self.group.place, self.group.peers)
-            if branch is not None:
-                branch.copy_(found)
-        return whole if self.group.place.first else None
+        return None if self.group.number else collect(own, self.classes, self.group.place, self.group.peers)
 
     def choose(self, labels: Tensor, negatives: float, key: int) -> None:
         """Draw the classes that a step sees: those of all ranks' labels [n], and a share of the others; a collective.
@@ -114,6 +103,10 @@ class ShardedClasses:
         seen = torch.from_numpy(_uniform(own, key) < negatives).to(labels.device)
         seen[labels[labels % place.world_size == place.rank] // place.world_size] = True
         self.seen = seen.nonzero().flatten()
+
+
+def _draw(rows: int, width: int) -> Tensor:
+    return torch.empty(rows, width).normal_(std=0.001)
 
 
 class ShardedLogits(NamedTuple):

@@ -155,20 +155,16 @@ class Stepper:
         check_labels(batch.labels, network.num_identities, batch.keys)
         self._draws = self._draw(len(batch), step)
         criterion = self.module.criterion
-        centres = criterion.centres_of(batch.labels.cpu()) if criterion.owners else None
+        centres = criterion.centres_of(batch.labels)
         batch = batch.to(self.ranks.device)
         if network.classes is not None:
             network.classes.choose(batch.labels, self.config.loss.negative_classes, self.config.seed * 1_000_003 + step)
-        centres = centres or criterion.centres_of(batch.labels)
         used = network.guidance.uses_visibility and batch.visibility is not None
         visibility = batch.visibility if used else None
         seen = self.share.add_all((visibility > 0).float().sum(0)) if used else None
         targets = Targets(batch.labels, batch.erased, visibility, replace(self.share, seen=seen), centres)
         before = network.running_statistics()
-        parts = self.share.scopes % self.config.training.accumulation == 0 and self.share.peers is None
-        passes = self._step_at_once if self.config.training.accumulation == 1 else self._step_in_pieces
-        passes = self._step_in_turn if self.config.training.accumulation > 1 and parts else passes
-        terms, scope = passes(batch, targets)
+        terms, scope = self._passes()(batch, targets)
         network.learn_statistics(self.share, self.scopes)
         if not self._finite:
             self.engine.discard()
@@ -182,6 +178,14 @@ class Stepper:
                 own = _rows(scope.features, self.share.first(len(batch)), len(batch))
                 criterion.update_centres(own, batch.labels, visibility, centres)
         return StepResult(terms, applied, self.engine.gradient_norm if applied else None)
+
+    def _passes(self) -> Callable[[ClipBatch, Targets], tuple[dict[str, Tensor], Scope]]:
+        """How this rank's clips go through the network."""
+        micro_batches = self.config.training.accumulation
+        if micro_batches == 1:
+            return self._step_at_once
+        whole_scopes = self.share.peers is None and self.share.scopes % micro_batches == 0
+        return self._step_in_turn if whole_scopes else self._step_in_pieces
 
     def _step_at_once(self, batch: ClipBatch, targets: Targets) -> tuple[dict[str, Tensor], Scope]:
         """Features, losses and gradients of all of this rank's clips."""
