@@ -34,7 +34,8 @@ def doors(process: subprocess.Popen) -> dict[tuple[str, int], str]:
     for each in family:
         try:
             listening = [c for c in each.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-            found |= {(c.laddr.ip, c.laddr.port): " ".join(each.cmdline())[:80] for c in listening}
+            who = f"{each.name()}: {shlex.join(each.cmdline())}"[:200]
+            found |= {(c.laddr.ip, c.laddr.port): who for c in listening}
         except psutil.Error:  # it ended
             continue
     return found
@@ -163,7 +164,7 @@ def test_a_search_listens_on_loopback_alone_and_refuses_who_has_no_token(shards,
     strangers = {}
 
     def ends(found):
-        gcs = [place for place, who in found.items() if "gcs_server" in who]
+        gcs = [place for place, who in found.items() if who.startswith("gcs_server:")]
         if gcs and not strangers:  # on this machine, who have found the port
             join = f"import ray; ray.init('127.0.0.1:{gcs[0][1]}', logging_level='CRITICAL'); print(ray.nodes())"
             plain = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
@@ -179,8 +180,9 @@ def test_a_search_listens_on_loopback_alone_and_refuses_who_has_no_token(shards,
 
     found = watch([BIN / "keyreid", "tune", tmp_path / "search.yaml"], tmp_path, ends)
     assert (tmp_path / "runs" / "search" / "best.yaml").is_file()
-    assert any("raylet" in who for who in found.values()) and len(found) >= 6
+    assert any(who.startswith("raylet:") for who in found.values()) and len(found) >= 6
     assert not open_to_others(found)
+    assert strangers
     joined = {who: process.wait(SECONDS) == 0 for who, process in strangers.items()}
     assert joined == {"without": False, "wrong": False, "known": True}
     assert "NodeManagerAddress" in (tmp_path / "known").read_text()
