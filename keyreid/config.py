@@ -70,6 +70,8 @@ class DataConfig(Section):
     identities: int = Field(4, ge=1, description="P: identities a global batch, over all ranks together")
     tracklets: int = Field(4, ge=1, description="K: tracklets an identity in a batch")
     lanes: int = Field(1, ge=1, description="L: parts of a batch that choose their tracklets apart; it divides P")
+    # Whole shards are read one window after the other; the set must be packed with --order identities.
+    window: int = Field(0, ge=0, description="identities that a lane draws from at a time, about; 0: from all")
     # identity: each tracklet has its turn. frames: an identity's tracklets are drawn by their length. camera: the K
     # tracklets of an identity come from as many cameras as it has.
     sampler: Literal["identity", "frames", "camera"] = "identity"

@@ -12,6 +12,7 @@ from keyreid.datasets.tracklet import Dataset, Frame, Tracklet
 from keyreid.shards.index_file import ShardIndex
 from keyreid.shards.members import SPLITS, members_of
 from keyreid.shards.pack import finish, pack, plan_shards
+from keyreid.shards.set_index import SetIndex
 from keyreid.shards.shard_set import ShardSet
 from keyreid.shards.storage import LocalShardFiles
 from keyreid.shards.writer import PackSettings
@@ -118,4 +119,4 @@ def index_only(
         "query_camera": 1 if splits else None,
         "shards": [],
     }
-    return ShardSet("index only", card, [index], LocalShardFiles([]))
+    return ShardSet("index only", card, SetIndex.joined([index]), LocalShardFiles([]))

@@ -322,7 +322,7 @@ def test_sampler(extended, config, shards):
     assert len(rows) == len(logged(settings, "train/loss")) == 6
     epochs = [[key for row in part for key in row] for part in (rows[:3], rows[3:])]
     for keys in epochs:
-        who = [opened.tracklets[opened.position[key]].identity for key in keys]
+        who = [opened.tracklets[opened.position_of(key)].identity for key in keys]
         assert who[::2] == who[1::2] and sorted(who[::2]) == [1, 2, 3, 4, 5, 6]
         assert len(set(keys)) == len(keys)  # everyone has two tracklets at least
     assert epochs[0] != epochs[1]

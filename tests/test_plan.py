@@ -288,13 +288,13 @@ def test_evenly_spaced_evaluation_clips():
 def test_splits_by_number_and_holdout():
     splits = [{"train": [0, 1, 2, 3], "test": [4, 5]}, {"train": [2, 3, 4, 5], "test": [0, 1]}]
     shards = index_only(np.repeat(np.arange(6), 2), np.tile([1, 2], 6), np.full(12, 9), splits, "all")
-    assert shards.select("train", 0) == list(range(8))
-    assert shards.select("query", 0) == [8, 10]
-    assert shards.select("gallery", 1) == [1, 3]
-    assert shards.labels(1, 0.0) == {2: 0, 3: 1, 4: 2, 5: 3}
-    assert shards.labels(0, 0.5) == {0: 0, 2: 1}
-    assert shards.select("holdout_query", 0, 0.5) == [2, 6]
-    assert shards.select("holdout_gallery", 0, 0.5) == [3, 7]
+    assert shards.select("train", 0).tolist() == list(range(8))
+    assert shards.select("query", 0).tolist() == [8, 10]
+    assert shards.select("gallery", 1).tolist() == [1, 3]
+    assert shards.training_identities(1, 0.0).tolist() == [2, 3, 4, 5]
+    assert shards.training_identities(0, 0.5).tolist() == [0, 2]
+    assert shards.select("holdout_query", 0, 0.5).tolist() == [2, 6]
+    assert shards.select("holdout_gallery", 0, 0.5).tolist() == [3, 7]
     with pytest.raises(DataError, match="splits are 0 to 1"):
         shards.select("train", 2)
 
@@ -306,7 +306,7 @@ def test_holdout_never_touches_the_test_set_and_each_query_has_a_match():
     held = set(shards.identities[gallery].tolist())
     assert len(held) == round(0.1 * 625)
     assert not held & set(shards.identities[train].tolist())
-    assert sorted(train + gallery) == list(range(8298))
+    assert sorted([*train, *gallery]) == list(range(8298))
     for query in queries:
         others = (shards.identities[gallery] == shards.identities[query]) & (
             shards.cameras[gallery] != shards.cameras[query]

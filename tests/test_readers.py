@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import threading
 import zlib
@@ -207,7 +208,7 @@ def test_guidance_from_keypoints_is_the_published_gaussian(large):
 def test_evaluation_streams_every_frame_of_whole_tracklets_in_order(packed, reader):
     _, shards = packed
     config = make_config(shards.location, data__reader=reader)
-    positions = shards.select("query") + shards.select("gallery")
+    positions = np.concatenate([shards.select("query"), shards.select("gallery")])
     clips = evaluation_clips(shards, positions, 4, mode=named("released"))
     batches = [clips[start : start + 5] for start in range(0, len(clips), 5)]
     results = read(shards, config, batches)
@@ -325,14 +326,16 @@ def test_a_tracklet_with_nothing_left_is_replaced_by_its_identitys_next_only_in_
 def test_a_picture_that_was_packed_broken_is_named(damaged, reader):
     """Other packers may write what no decoder reads; the checksum is right then."""
     shards, folder = damaged
-    row = int(shards.index.first_member[0]) + picture_member(1)
+    number = picture_member(1)
     path = folder / shards.card["shards"][0]["file"]
     content = bytearray(path.read_bytes())
-    offset, size = int(shards.index.offset[row]), int(shards.index.size[row])
+    ((offset,), (size,), _) = shards.index.members(0, number, 1)
     content[offset : offset + size] = b"\xff\xd8" + bytes(size - 4) + b"\xff\xd9"
     path.write_bytes(content)
     opened = ShardSet.open(folder)
-    opened.index.crc[row] = zlib.crc32(content[offset : offset + size])
+    crc = opened.index.crc.copy()
+    crc[number] = zlib.crc32(content[offset : offset + size])
+    opened.index = dataclasses.replace(opened.index, crc=crc, path=None)
     config = make_config(folder, data__reader=reader)
     reader_ = open_reader(opened, iter([evaluation_clips(opened, [0], 4)]), config)
     with pytest.raises(DataError, match=rf"{opened.tracklets[0].key}: member f0001\.jpg: .*does not decode"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,7 +45,7 @@ WALKERS, MARS = card("mars", frames=70), card("mars", frames=99, identities=625)
 )
 def test_what_is_not_known_to_be_the_same_is_not(trained: dict, judged: dict, same: bool) -> None:
     assert same_data(header(trained), 2, judged) is same
-    shards = SimpleNamespace(card=judged, camera_index={1: 0, 2: 1}, tracklets=[SimpleNamespace(identity=2)])
+    shards = SimpleNamespace(card=judged, camera_index={1: 0, 2: 1}, identities=np.array([2]))
     network = SimpleNamespace(num_cameras=2, num_identities=2)
     known = Trained(network, None, header(trained), None, None)
     assert known.knows_cameras(shards) is same and known.trained_on(shards, [0]) == ({2} if same else set())
@@ -61,12 +62,14 @@ def test_a_training_starts_with_the_mean_of_cameras_that_are_not_its_own(tmp_pat
     state = {"c": torch.tensor([[1.0, 3.0], [3.0, 5.0]]), "w": torch.zeros(1, 2, 4)}
     path = str(tmp_path / "w.safetensors")
     write_weights(tmp_path / "w.safetensors", state, header(OFFICE))
-    own = SimpleNamespace(card=OFFICE, camera_index={1: 0, 2: 1}, label_of={1: 0, 2: 1})
+    own = SimpleNamespace(card=OFFICE, camera_index={1: 0, 2: 1}, training_identities=lambda: np.array([1, 2]))
     kept = dict(state)
     assert keep_known(kept, path, own, "w", "c") and torch.equal(kept["c"], state["c"])
     other = SimpleNamespace(
-        card=card(cameras=("quay", "gate"), frames=7), camera_index={1: 0, 2: 1}, label_of={1: 0, 2: 1}
+        card=card(cameras=("quay", "gate"), frames=7),
+        camera_index={1: 0, 2: 1},
+        training_identities=lambda: np.array([1, 2]),
     )
     assert not keep_known(kept, path, other, "w", "c") and kept["c"].tolist() == [[2.0, 4.0]]
-    heldout = SimpleNamespace(card=OFFICE, camera_index={1: 0, 2: 1}, label_of={1: 0})
+    heldout = SimpleNamespace(card=OFFICE, camera_index={1: 0, 2: 1}, training_identities=lambda: np.array([1]))
     assert not keep_known(dict(state), path, heldout, "w", "c")

@@ -273,7 +273,7 @@ def test_no_keypoints_are_zeros_and_counted(source, tmp_path):
     shards = pack_dataset(bare, root, tmp_path / "out")
     assert shards.card["counts"]["frames_with_keypoints"] == 0
     assert not shards.heatmaps(3, 0).any()
-    assert not shards.visible.any()
+    assert not shards.index.seen(slice(None)).any()
 
 
 def test_tiny_pictures_and_jpegs_with_more_behind_their_end_are_packed(tmp_path):
@@ -285,7 +285,7 @@ def test_tiny_pictures_and_jpegs_with_more_behind_their_end_are_packed(tmp_path)
     frames = (dataset.tracklets[0].frames[1], Frame(tiny))
     odd = Dataset("odd", (replace(dataset.tracklets[0], frames=frames, keypoints=None),))
     shards = pack_dataset(odd, tmp_path, tmp_path / "out")
-    assert shards.frame_sizes.tolist() == [[32, 64], [3, 1]]
+    assert shards.index.sizes(slice(None)).tolist() == [[32, 64], [3, 1]]
     assert read_named(shards, 0, "f0000.jpg") == path.read_bytes()
     cv2.imwrite(str(tiny), np.zeros((1, 65536), np.uint8))
     with pytest.raises(DataError, match=r"tiny\.png: 65536 x 1 pixels: more than 65535"):

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from packed import make_config, make_dataset, pack_dataset
 
@@ -138,7 +139,7 @@ def test_shards_come_whole_when_they_are_first_read_and_only_once(folder, server
 @pytest.mark.parametrize("reader", ["dali", "plain", "stream"])
 def test_readers_read_remote_shards(folder, server, tmp_path, reader):
     local, shards = ShardSet.open(folder), ShardSet.open(server.url, tmp_path)
-    clips = evaluation_clips(local, local.select("query") + local.select("gallery") + local.select("train"), 4)
+    clips = evaluation_clips(local, np.concatenate([local.select(split) for split in ("query", "gallery", "train")]), 4)
     batches = [clips[start : start + 8] for start in range(0, len(clips), 8)]
     config = make_config(server.url, data__reader=reader)
     opened = open_reader(shards, iter(batches), config)

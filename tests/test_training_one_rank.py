@@ -168,7 +168,7 @@ def test_the_average_is_judged(recorded, shards):
     network, _ = load_trained(find_weights(whole.run_dir, best=False, averaged=True))
     judged = Vectors.load(whole.run_dir / "evaluation" / "vectors.parquet")
     there = ShardSet.open(shards)
-    rows = extract(network, there, [there.position[key] for key in judged.keys[:3].tolist()], whole)
+    rows = extract(network, there, [there.position_of(key) for key in judged.keys[:3].tolist()], whole)
     np.testing.assert_allclose(judged.vectors[:3], rows.vectors, rtol=1e-3, atol=1e-4)
 
 

@@ -51,4 +51,4 @@ def keep_known(state: dict[str, torch.Tensor], weights: str, shards: ShardSet, c
     if cameras in state and not (same and (header is None or [*header.cameras] == [*shards.camera_index])):
         log.info("%s: not known to be of these cameras: each starts as the mean of its own", weights)
         state[cameras] = state[cameras].mean(0, keepdim=True)
-    return same and (header is None or [*header.identities] == sorted(shards.label_of))
+    return same and (header is None or [*header.identities] == shards.training_identities().tolist())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from keyreid.errors import ConfigError, DataError
+from keyreid.errors import ConfigError
 from keyreid.plain_text import say
 
 if TYPE_CHECKING:
@@ -44,9 +44,7 @@ def inspect_(
         _verify(Path(shards).expanduser())
     opened = ShardSet.open(shards)
     if tracklet is not None:
-        if tracklet not in opened.position:
-            raise DataError(f"{shards}: no tracklet has the key {tracklet}")
-        say(opened.read_member(opened.position[tracklet], JSON))
+        say(opened.read_member(opened.position_of(tracklet), JSON))
         return
     _describe(opened)
     if sheet is not None:
@@ -118,9 +116,10 @@ def _describe(shards: "ShardSet") -> None:
         f"heatmaps: {origin}; {shards.parts} parts, {counts['heatmap_bytes'] / frames:.0f} bytes a frame; "
         f"{known} of {frames} frames have keypoints"
     )
-    sizes, often = np.unique(shards.frame_sizes, axis=0, return_counts=True)
-    common = sizes[often.argmax()]
-    say(f"pictures: {len(sizes)} sizes, most often {common[0]} x {common[1]} (width x height)")
+    both = shards.index.width.astype(np.uint32) << 16 | shards.index.height
+    sizes, often = np.unique(both, return_counts=True)
+    width, height = divmod(int(sizes[often.argmax()]), 1 << 16)
+    say(f"pictures: {len(sizes)} sizes, most often {width} x {height} (width x height)")
     lengths = shards.index.frames
     say(f"frames a tracklet: least {lengths.min()}, median {np.median(lengths):g}, most {lengths.max()}")
     edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, 11).round().astype(int))

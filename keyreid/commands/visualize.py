@@ -103,14 +103,11 @@ def curves(
 
 def _positions(shards, keys: list[str] | None, count: int) -> list[int]:
     """The named tracklets, or evenly spaced ones."""
-    from keyreid.errors import DataError
     from keyreid.visualization.guidance import evenly_spaced
 
     if not keys:
         return evenly_spaced(len(shards), count)
-    if missing := [key for key in keys if key not in shards.position]:
-        raise DataError(f"{shards.location} holds no tracklet {missing[0]}; `keyreid inspect` lists them")
-    return [shards.position[key] for key in keys]
+    return [shards.position_of(key) for key in keys]
 
 
 def _save(picture, out: Path) -> None:

@@ -49,7 +49,7 @@ def draw(
     pictures = {"ranked": ranked_picture(first, shards, config.evaluation.pictures, config.seed)}
     chosen = chosen_queries(first, SHOWN_IN_STRIPS, config.seed)
     rows = np.unique(np.concatenate([chosen["Best queries"], chosen["Worst queries"]]))
-    positions = [shards.position[str(key)] for key in first.query.keys[rows]]
+    positions = [shards.position_of(str(key)) for key in first.query.keys[rows]]
     pictures["guidance"] = guidance_picture(shards, positions)
     if model is not None and can_draw_attention(model):
         known = first.query.about.cameras_known is not False
@@ -112,7 +112,7 @@ def _row(ranking: Ranking, shards: ShardSet, row: int) -> RankedRow:
 
 
 def _tile(vectors: Vectors, row: int, shards: ShardSet, head: str, right: bool | None = None) -> Tile:
-    position = shards.position[str(vectors.keys[row])]
+    position = shards.position_of(str(vectors.keys[row]))
     picture = shards.picture(position, shards.tracklets[position].frames // 2)
     identity = int(vectors.identities[row])
     who = "distractor" if identity == DISTRACTOR_IDENTITY else f"identity {identity}"

@@ -49,7 +49,7 @@ class DaliReader(Reader):
         self._fetcher = ClipFetcher(shards, config)
         self._workers = config.data.workers if workers is None else max(1, workers)
         clip = config.clip
-        self._resize = bool((shards.frame_sizes != (clip.width, clip.height)).any())
+        self._resize = shards.index.picture_size != (clip.width, clip.height)
         self._pipeline = _build(self._source, clip.height, clip.width, self._resize, self.device, self._workers)
         self._runs = self._read(batches)
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="keyreid-reader")

@@ -139,7 +139,7 @@ class ClipFetcher:
             else:
                 raise DataError("nothing is left to replace it: " + next(iter(faults.values())))
         at = [int(self.shards.index.first_frame[position]) + candidate for position, candidate in rows]
-        visible, sizes = self.shards.visible[at], self.shards.frame_sizes[at]
+        visible, sizes = self.shards.index.seen(at), self.shards.index.sizes(at)
         stacked = np.stack(heatmaps)
         if self.from_keypoints:
             stacked = scale_keypoints(stacked, sizes[:, 0], sizes[:, 1], self.width, self.height)
@@ -176,7 +176,7 @@ class ClipFetcher:
             identities=torch.from_numpy(shards.identities[positions]),
             cameras=torch.tensor([shards.camera_index[camera] for camera in shards.cameras[positions].tolist()]),
             tracklets=torch.from_numpy(positions),
-            keys=[shards.tracklets[p].key for p in positions],
+            keys=shards.index.keys(positions).tolist(),
         )
 
     def _frame(self, position: int, frame: int, decode: Callable[[bytes], Any] | None) -> tuple[Any, np.ndarray]:
@@ -203,12 +203,12 @@ class ClipFetcher:
         yield clip.tracklet, frame
         if not self.skip:
             return
-        total = self.shards.tracklets[clip.tracklet].frames
+        total = int(self.shards.index.frames[clip.tracklet])
         for away in range(1, NEAREST_FRAMES + 1):
             yield from ((clip.tracklet, f) for f in (frame - away, frame + away) if 0 <= f < total)
         if clip.label < 0:
             return
-        same = np.flatnonzero(self.shards.identities == self.shards.identities[clip.tracklet])
+        same = self.shards.index.of_identities(self.shards.index.person[[clip.tracklet]])
         for other in np.roll(same, -1 - int(np.searchsorted(same, clip.tracklet)))[:-1].tolist():
             record = self.shards.tracklets[other]
             if record.split == self.shards.tracklets[clip.tracklet].split:

@@ -1,8 +1,9 @@
 """The index of a shard: where everything in it is and what it holds, as columns in one file beside the tar."""
 
+import contextlib
 import io
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +19,12 @@ from keyreid.shards.members import members_of
 
 TAR_BLOCK = 512
 LARGEST_INDEX = 1 << 31  # bytes
-_OF_TRACKLETS = {"identity": "<i8", "camera": "<i8", "split": "u1", "frames": "<i8"}
+OF_TRACKLETS = {"identity": "<i8", "camera": "<i8", "split": "u1", "frames": "<i8"}
 _OF_MEMBERS = {"offset": "<i8", "size": "<u4", "crc": "<u4"}
-_OF_FRAMES = {"picture": "u1", "width": "<u2", "height": "<u2", "visible": "u1"}
+OF_FRAMES = {"picture": "u1", "width": "<u2", "height": "<u2", "visible": "u1"}
 _OF_CARD = {"shard": "file", "bytes": "bytes", "sha256": "sha256"}  # entries of the header, and the card's for them
-_NUMBERS = {**_OF_TRACKLETS, **_OF_MEMBERS, **_OF_FRAMES}
+_NUMBERS = {**OF_TRACKLETS, **_OF_MEMBERS, **OF_FRAMES}
+_ARRAYS = ("header", "key", *_NUMBERS)
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,21 @@ def encode_index(index: ShardIndex) -> bytes:
 
 def read_index(path: Path) -> ShardIndex:
     """Read a shard's index; DataError where it is missing, damaged, of another version, or contradicts itself."""
-    try:
+    with _naming(path):
         return _checked(_decoded(read_whole(path, LARGEST_INDEX)))
+
+
+def index_shape(path: Path) -> tuple[int, int, int]:
+    """How many tracklets and frames an index says it has, and the width of its keys; DataError as for `read_index`."""
+    with _naming(path):
+        key, picture = _arrays(path, ("key", "picture")).values()
+        return key.size, picture.size, max(1, key.dtype.itemsize // 4)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise DataError(f"{path}: the index is missing; pack the dataset again, whole shards are kept") from None
     except (OSError, ValueError, KeyreidError) as error:
@@ -107,13 +122,18 @@ def stranger(index: ShardIndex, content_sha256: str, shard: dict[str, Any]) -> s
 
 
 @members.refusing
-def _decoded(content: bytes) -> ShardIndex:
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+def _arrays(file: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(file) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("its arrays are compressed")  # and might grow without bound
-        if sorted(archive.namelist()) != sorted(f"{name}.npy" for name in ("header", "key", *_NUMBERS)):
+        if sorted(archive.namelist()) != sorted(f"{name}.npy" for name in _ARRAYS):
             raise ValueError("its arrays are not those of an index")
-        arrays = {name: members.decode_array(archive.read(f"{name}.npy")) for name in ("header", "key", *_NUMBERS)}
+        return {name: members.decode_array(archive.read(f"{name}.npy")) for name in names}
+
+
+@members.refusing
+def _decoded(content: bytes) -> ShardIndex:
+    arrays = _arrays(io.BytesIO(content), _ARRAYS)
     header = members.decode_json(arrays.pop("header").tobytes())
     version = f"keyreid-index/{members.VERSION}"
     if not isinstance(header, dict) or header.get("format") != version:
@@ -125,7 +145,7 @@ def _decoded(content: bytes) -> ShardIndex:
 def _checked(index: ShardIndex) -> ShardIndex:
     """The same index, or ValueError where its columns do not fit each other, or no shard can have them."""
     part_names(index.header["parts"])
-    lengths = dict.fromkeys(_OF_TRACKLETS, index.key.size) | dict.fromkeys(_OF_FRAMES, index.picture.size)
+    lengths = dict.fromkeys(OF_TRACKLETS, index.key.size) | dict.fromkeys(OF_FRAMES, index.picture.size)
     lengths |= dict.fromkeys(_OF_MEMBERS, 2 * index.key.size + 2 * index.picture.size)
     for name, dtype in _NUMBERS.items():
         column = getattr(index, name)

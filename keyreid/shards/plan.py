@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from keyreid.config import AugmentConfig, ClipConfig, DataConfig
-from keyreid.errors import ConfigError, DataError
+from keyreid.errors import ConfigError
 from keyreid.guidance import MODES, Guidance
 from keyreid.shards.batch import ClipPlan
 from keyreid.shards.lanes import Lanes
-from keyreid.shards.sampling import FRAMES, ByCamera, ByFrames, EachInTurn, Sampler, TrainingTracklets, random_numbers
+from keyreid.shards.sampling import FRAMES, ByCamera, ByFrames, EachInTurn, Sampler, random_numbers
 from keyreid.shards.shard_set import ShardSet
+from keyreid.shards.storage import ShardFiles
+from keyreid.shards.training_set import TrainingIdentities
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "identity": EachInTurn,
@@ -32,9 +34,9 @@ class TrainingPlan:
 
     def __init__(self, shards: ShardSet, data: DataConfig, clip: ClipConfig, seed: int = 0) -> None:
         """Prepare the plan of a run; ConfigError where there are fewer identities than a step needs."""
-        self._tracklets = _training_tracklets(shards, data)
-        self._lanes = Lanes(SAMPLERS[data.sampler], self._tracklets, data, seed)
-        self.num_identities = len(self._tracklets.count)  # of training; labelled in sorted order
+        self._training = TrainingIdentities(shards, data)
+        self._lanes = Lanes(SAMPLERS[data.sampler], self._training, data, seed)
+        self.num_identities = len(self._training.count)  # of training; labelled in sorted order
         self.steps_per_epoch = self._lanes.steps_per_epoch  # the same in every epoch
         self.batch_size = data.batch_size  # clips a step, over all ranks: P x K
         self._unit = data.tracklets if data.lanes > 1 else data.batch_size  # clips a step that are drawn together
@@ -52,18 +54,39 @@ class TrainingPlan:
         block, within = divmod(step, _BLOCK_STEPS)
         low, high = first // self._unit * self._unit, -(-last // self._unit) * self._unit
         planned = self._block(epoch, block, low, high)
-        tracklets, *changes = (values[within, first - low : last - low] for values in planned)
-        positions, labels = self._tracklets.position[tracklets].tolist(), self._tracklets.label[tracklets].tolist()
-        blank = _nothing(self._clip.frames)
-        return [ClipPlan(*values, blank) for values in zip(positions, labels, *changes, strict=True)]
+        positions, *changes = (values[within, first - low : last - low] for values in planned)
+        labels, blank = self._training.labels(positions).tolist(), _nothing(self._clip.frames)
+        return [ClipPlan(*values, blank) for values in zip(positions.tolist(), labels, *changes, strict=True)]
+
+    def places(self, epoch: int, step: int, rank: int = 0, world_size: int = 1) -> tuple[list[int], list[int]]:
+        """The shards that a rank reads from at a step, and those of its next windows; none where there are no windows.
+
+        They are positions in the card, window after window.
+        """
+        share, size = self.batch_size // world_size, self._lanes.size
+        now, then = [], []
+        for lane in range(rank * share // size, -(-(rank + 1) * share // size)):
+            windows = self._lanes.windows(epoch, lane)
+            at = int(np.searchsorted([window.start for window in windows], step, "right"))
+            following = windows[at] if at < len(windows) else self._lanes.windows(epoch + 1, lane)[0]
+            now += windows[at - 1].shards.tolist()
+            then += following.shards.tolist()
+        return now, then
 
     def batches(
-        self, epoch: int, step: int, rank: int = 0, world_size: int = 1, steps_per_epoch: int | None = None
+        self,
+        epoch: int,
+        step: int,
+        rank: int = 0,
+        world_size: int = 1,
+        steps_per_epoch: int | None = None,
+        files: ShardFiles | None = None,
     ) -> Iterator[list[ClipPlan]]:
         """A rank's clips from a step on, for ever: its contiguous part of each global batch.
 
         Args:
             steps_per_epoch: shorter epochs leave out the rest of the plan's; longer ones take in the next.
+            files: told which shards to fetch ahead, when a window begins.
 
         Raises:
             ConfigError: the ranks do not divide the batch.
@@ -73,10 +96,14 @@ class TrainingPlan:
             raise ConfigError(f"{world_size} ranks do not divide the batch of {batch}")
         share = self.batch_size // world_size
         length = steps_per_epoch or self.steps_per_epoch
+        fetched: tuple[list[int], list[int]] = [], []
         for number in itertools.count(epoch * length + step):
             epoch, step = divmod(number, length)
             if length > self.steps_per_epoch:  # what is called an epoch has no meaning to the order then
                 epoch, step = divmod(number, self.steps_per_epoch)
+            if files is not None and (needed := self.places(epoch, step, rank, world_size)) != fetched:
+                files.prefetch([*needed[0], *needed[1]])
+                fetched = needed
             yield self._clips(epoch, step, rank * share, (rank + 1) * share)
 
     def _plan_block(self, epoch: int, block: int, low: int, high: int) -> tuple[np.ndarray, ...]:
@@ -90,24 +117,10 @@ class TrainingPlan:
             chosen = tracklets[:, column - low : column - low + self._unit]
             # A stream for each unit of a block, whoever draws it.
             random = random_numbers(self._seed, FRAMES, epoch, (block * self.batch_size + column) // self._unit)
-            frames = _restricted_random(random, self._tracklets.frames[chosen.reshape(-1)], self._clip.frames)
+            frames = _restricted_random(random, self._training.frames(chosen.reshape(-1)), self._clip.frames)
             drawn = frames, *_augment(random, frames.shape, self._augment, self._clip)
             units.append([chosen, *(values.reshape(*chosen.shape, *values.shape[1:]) for values in drawn)])
         return tuple(np.concatenate(values, 1) for values in zip(*units, strict=True))
-
-
-def _training_tracklets(shards: ShardSet, data: DataConfig) -> TrainingTracklets:
-    positions = np.array(shards.select("train", data.split_number, data.holdout), np.int64)
-    if not len(positions):
-        raise DataError(f"{shards.location}: split {data.split_number} has no training tracklets")
-    identities, labels = np.unique(shards.identities[positions], return_inverse=True)
-    if data.identities > len(identities):
-        there = f"{shards.location} has {len(identities)} training identities"
-        raise ConfigError(f"data.identities={data.identities}, but {there}")
-    order = np.argsort(labels, kind="stable")
-    positions, count = positions[order], np.bincount(labels)
-    cameras, frames = shards.cameras[positions], shards.index.frames[positions]
-    return TrainingTracklets(positions, labels[order], cameras, frames, count, np.cumsum(count) - count)
 
 
 def evaluation_clips(
@@ -123,7 +136,7 @@ def evaluation_clips(
     plans = []
     no_flip, no_crop, no_erase = _nothing(frames), np.zeros((frames, 2), np.int64), np.zeros((frames, 4), np.int64)
     for position in positions:
-        total = shards.tracklets[position].frames
+        total = int(shards.index.frames[position])
         numbers = np.arange(-(-total // frames))[: mode.most_clips]
         if clips is not None and clips < len(numbers):
             numbers = numbers[((np.arange(clips) + 0.5) * len(numbers) / clips).astype(np.int64)]

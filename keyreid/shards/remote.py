@@ -22,12 +22,11 @@ from fsspec.core import url_to_fs
 from keyreid.errors import DataError, install_hint
 from keyreid.files import replacing, sha256
 from keyreid.shards.card import CARD_NAME, LARGEST_CARD, read_card
-from keyreid.shards.storage import client_options, read_range, why
+from keyreid.shards.storage import DEFAULT_CACHE, client_options, read_range, why
 
 TRIES = 4
 FIRST_WAIT_SECONDS = 0.5  # doubled for each further try
 USE_NOTED_SECONDS = 60  # how often a shard's use is written down
-DEFAULT_CACHE = Path("~/.cache/keyreid/shards")
 ABANDONED_SECONDS = 3600  # without a change, after which what is half fetched is nobody's
 
 log = logging.getLogger(__name__)

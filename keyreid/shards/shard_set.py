@@ -4,7 +4,6 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +11,10 @@ import numpy as np
 
 from keyreid.config import DataConfig
 from keyreid.errors import DataError
-from keyreid.files import sha256
 from keyreid.shards import members
 from keyreid.shards.card import read_card
-from keyreid.shards.index_file import ShardIndex, read_index, stranger
-from keyreid.shards.storage import LocalShardFiles, ShardFiles
+from keyreid.shards.set_index import SetIndex
+from keyreid.shards.storage import DEFAULT_CACHE, LocalShardFiles, ShardFiles
 
 Selection = Literal["train", "query", "gallery", "junk", "all", "holdout_query", "holdout_gallery"]
 
@@ -35,6 +33,25 @@ class TrackletRecord:
     shard: int  # position of its shard in the card
 
 
+class Tracklets(Sequence[TrackletRecord]):
+    """The tracklets of a set by their position, each a record that is made when somebody looks at it."""
+
+    def __init__(self, index: SetIndex) -> None:
+        self._index = index
+
+    def __len__(self) -> int:
+        return len(self._index.identity)
+
+    def __getitem__(self, position: int) -> TrackletRecord:
+        index, frames = self._index, int(self._index.frames[position])
+        own = slice(first := int(index.first_frame[position]), first + frames)
+        return TrackletRecord(
+            *(str(index.keys([position])[0]), int(index.identity[position]), int(index.camera[position])),
+            *(members.SPLITS[index.split[position]], frames, index.sizes(own), index.seen(own)),
+            int(index.shard(position)),
+        )
+
+
 class ShardSet:
     """The packed dataset at one location. Reading is thread-safe; another process may be sent a set.
 
@@ -42,9 +59,11 @@ class ShardSet:
         location: as it was given.
         card: the dataset card (`dataset.json`).
         files: where the shards' bytes come from.
-        index: the columns of all shards, one after the other.
-        split_number, holdout: the split that `select` and `label_of` use unless told otherwise.
+        index: the columns of all shards, mapped; `identities` and `cameras` are two of them, int64 [N].
+        split_number, holdout: the split that `select` and `training_identities` use unless told otherwise.
         parts: heatmaps a frame.
+        tracklets: a record for each tracklet, in the dataset's order, made when it is looked at; a tracklet's position
+            names it everywhere.
         camera_index: a camera's number in a batch.
     """
 
@@ -67,7 +86,8 @@ class ShardSet:
             folder = Path(location).expanduser()
             card = read_card(folder)
             files = LocalShardFiles.open(folder, card["shards"])
-        return cls(str(location), card, _read_indices(folder, card), files)
+        otherwise = Path(cache_dir or DEFAULT_CACHE).expanduser() / "columns"
+        return cls(str(location), card, SetIndex.open(folder, card, otherwise), files)
 
     @classmethod
     def from_config(cls, data: DataConfig) -> "ShardSet":
@@ -76,69 +96,40 @@ class ShardSet:
         shards.split_number, shards.holdout = data.split_number, data.holdout
         return shards
 
-    def __init__(self, location: str, card: dict[str, Any], indices: Sequence[ShardIndex], files: ShardFiles) -> None:
-        self.location, self.card, self.files = location, card, files
+    def __init__(self, location: str, card: dict[str, Any], index: SetIndex, files: ShardFiles) -> None:
+        self.location, self.card, self.index, self.files = location, card, index, files
         self.split_number, self.holdout = 0, 0.0
-        self.parts: int = indices[0].header["parts"]
-        self.index = ShardIndex.joined({}, indices)
-        self.identities, self.cameras = self.index.identity, self.index.camera
-        self._shard = np.repeat(np.arange(len(indices)), [len(index.key) for index in indices])
+        self.parts = index.parts
+        self.identities, self.cameras = index.identity, index.camera
+        self.tracklets = Tracklets(index)
         self.camera_index: dict[int, int] = {camera: number for number, camera in enumerate(card["cameras"])}
-        unknown = sorted(set(self.cameras.tolist()) - self.camera_index.keys())
-        if unknown:
-            raise DataError(f"{location}: the card does not list the cameras {unknown}; pack the dataset again")
 
     def __len__(self) -> int:
-        return len(self.index.key)
+        return len(self.identities)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is made anew when it is asked for: sending a set to a worker costs its columns alone."""
-        derived = {name for name, value in vars(ShardSet).items() if isinstance(value, cached_property)}
-        return {name: value for name, value in self.__dict__.items() if name not in derived}
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process maps the columns anew."""
+        own = {"split_number": self.split_number, "holdout": self.holdout}
+        return ShardSet, (self.location, self.card, self.index, self.files), own
 
-    @cached_property
-    def frame_sizes(self) -> np.ndarray:
-        """uint16 [F, 2]: width and height of every frame, pixels."""
-        return np.stack([self.index.width, self.index.height], 1)
+    def position_of(self, key: str) -> int:
+        """The position of the tracklet with this key; DataError where there is none."""
+        position = int(self.index.find([key])[0])
+        if position < 0:
+            raise DataError(f"{self.location}: no tracklet has the key {key}")
+        return position
 
-    @cached_property
-    def visible(self) -> np.ndarray:
-        """bool [F, P]: whether a part has a keypoint in a frame."""
-        return (self.index.visible[:, None] >> np.arange(self.parts, dtype=np.uint8) & 1).astype(bool)
+    def training_identities(self, split_number: int | None = None, holdout: float | None = None) -> np.ndarray:
+        """The identities of a split's training tracklets, without those held out, ascending: int64 [C]."""
+        return self.index.identities[np.flatnonzero(self.training_counts(split_number, holdout))]
 
-    @cached_property
-    def tracklets(self) -> list[TrackletRecord]:
-        """A record for each tracklet, in the dataset's order; a tracklet's position in it names it everywhere."""
-        index = self.index
-        columns = (index.key, index.identity, index.camera, index.split, index.frames, self._shard, index.first_frame)
-        return [
-            TrackletRecord(
-                *(key, identity, camera, members.SPLITS[split], frames),
-                *(self.frame_sizes[first : first + frames], self.visible[first : first + frames], shard),
-            )
-            for key, identity, camera, split, frames, shard, first in zip(*(c.tolist() for c in columns), strict=True)
-        ]
+    def training_counts(self, split_number: int | None = None, holdout: float | None = None) -> np.ndarray:
+        """How many training tracklets each of `index.identities` has: int64."""
+        persons = self.index.person[self.select("train", split_number, holdout)]
+        return np.bincount(persons, minlength=len(self.index.identities))
 
-    @cached_property
-    def position(self) -> dict[str, int]:
-        """Position of each key; DataError where two tracklets have the same."""
-        positions = {key: number for number, key in enumerate(self.index.key.tolist())}
-        if len(positions) < len(self):
-            raise DataError(f"{self.location}: two shards have a tracklet of the same key; pack the dataset again")
-        return positions
-
-    @cached_property
-    def label_of(self) -> dict[int, int]:
-        """{identity: label} of the training identities of the chosen split, in sorted order."""
-        return self.labels(self.split_number, self.holdout)
-
-    def labels(self, split_number: int, holdout: float) -> dict[int, int]:
-        """{identity: label} of a split's training identities without those held out, in sorted order."""
-        identities = np.unique(self.identities[self.select("train", split_number, holdout)])
-        return {identity: label for label, identity in enumerate(identities.tolist())}
-
-    def select(self, split: Selection, split_number: int | None = None, holdout: float | None = None) -> list[int]:
-        """Positions of the tracklets of a split, ascending.
+    def select(self, split: Selection, split_number: int | None = None, holdout: float | None = None) -> np.ndarray:
+        """Positions of the tracklets of a split, ascending: int64.
 
         `train` leaves out the identities held out; `holdout_query` and `holdout_gallery` are those identities'
         training tracklets, for choosing hyperparameters without the test set: each identity's first tracklet of each
@@ -152,44 +143,48 @@ class ShardSet:
         split_number = self.split_number if split_number is None else split_number
         holdout = self.holdout if holdout is None else holdout
         if split == "all":
-            return list(range(len(self)))
+            return np.arange(len(self))
         held_out = split.startswith("holdout_")
-        chosen = self._in_split("train" if held_out else split, split_number)
+        part = "train" if held_out else split
+        chosen = np.flatnonzero(self.in_split(part, split_number))
         if held_out or (split == "train" and holdout):
-            identities = np.unique(self.identities[chosen])
-            count = round(holdout * len(identities))
-            identities = identities[((np.arange(count) + 0.5) * len(identities) / count).astype(np.int64)]
-            chosen = chosen[np.isin(self.identities[chosen], identities) == held_out]
-        return (self._queries_or_gallery(split, chosen) if held_out else chosen).tolist()
+            persons = self.index.person[chosen]
+            there = np.flatnonzero(np.bincount(persons, minlength=len(self.index.identities)))
+            count = round(holdout * len(there))
+            away = np.zeros(len(self.index.identities), bool)
+            away[there[((np.arange(count) + 0.5) * len(there) / count).astype(np.int64)]] = True
+            chosen = chosen[away[persons] == held_out]
+        return self._queries_or_gallery(split, chosen) if held_out else chosen
 
-    def _in_split(self, split: str, number: int) -> np.ndarray:
-        """The positions of a split before anybody is held out."""
+    def in_split(self, split: str, number: int, positions: Any = slice(None)) -> np.ndarray:
+        """Whether tracklets are in a split, before anybody is held out: bool."""
         splits = self.card["splits"]
         if number and number >= len(splits):
             there = f"its splits are 0 to {len(splits) - 1}" if splits else "the dataset has one split"
             raise DataError(f"{self.location}: data.split_number={number}, but {there}")
         if not splits:
-            return np.flatnonzero(self.index.split == members.SPLITS.index(split))
+            return self.index.split[positions] == members.SPLITS.index(split)
         if split == "junk":
-            return np.arange(0)
-        chosen = np.isin(self.identities, splits[number]["train" if split == "train" else "test"])
+            return np.zeros(len(self.identities[positions]), bool)
+        people = np.isin(self.index.identities, splits[number]["train" if split == "train" else "test"])
+        chosen = people[self.index.person[positions]]
         if split != "train":
-            chosen &= (self.cameras == self.card["query_camera"]) == (split == "query")
-        return np.flatnonzero(chosen)
+            chosen &= (self.cameras[positions] == self.card["query_camera"]) == (split == "query")
+        return chosen
 
     def _queries_or_gallery(self, split: str, positions: np.ndarray) -> np.ndarray:
         """Of the tracklets of identities held out, those of one side."""
         if not len(positions):
             raise DataError(f"{self.location}: no identities are held out; set data.holdout, for example to 0.1")
-        identity, camera = self.identities[positions], self.cameras[positions]
+        person, camera = self.index.person[positions], self.cameras[positions]
         if self.card["query_camera"] is not None:
             return positions[(camera == self.card["query_camera"]) == (split == "holdout_query")]
         if split == "holdout_gallery":
             return positions
         # Each identity's first tracklet of each camera, where two cameras saw it.
-        first = np.sort(np.unique(np.stack([identity, camera]), axis=1, return_index=True)[1])
-        seen, cameras = np.unique(identity[first], return_counts=True)
-        return positions[first[np.isin(identity[first], seen[cameras > 1])]]
+        cameras, number = np.unique(camera, return_inverse=True)
+        first = np.sort(np.unique(person.astype(np.int64) * len(cameras) + number, return_index=True)[1])
+        return positions[first[np.bincount(person[first])[person[first]] > 1]]
 
     def read_member(self, position: int, member: int) -> bytes:
         """The content of a tracklet's n-th member; DataError where its bytes are not those that were packed."""
@@ -221,9 +216,9 @@ class ShardSet:
 
     def fault(self, position: int, member: int, what: str) -> DataError:
         """The error for a member that cannot be used."""
-        name = f"tracklet {self.index.key[position]}: member {self.index.member_name(position, member)}"
+        name = f"tracklet {self.tracklets[position].key}: member {self.index.member_name(position, member)}"
         return DataError(
-            f"{self.shard_name(self._shard[position])}: {name}: {what}; "
+            f"{self.shard_name(self.index.shard(position))}: {name}: {what}; "
             "`keyreid inspect DIR --verify` finds all that is damaged; pack the shard again"
         )
 
@@ -236,10 +231,9 @@ class ShardSet:
 
     def _read(self, position: int, member: int, count: int) -> list[bytes]:
         """Members that follow each other, in one read, each checked."""
-        row = int(self.index.first_member[position]) + member
-        columns = self.index.offset, self.index.size, self.index.crc
-        offsets, sizes, checksums = (column[row : row + count].tolist() for column in columns)
-        content = self.files.read(int(self._shard[position]), offsets[-1] + sizes[-1] - offsets[0], offsets[0])
+        offsets, sizes, checksums = self.index.members(position, member, count)
+        shard = int(self.index.shard(position))
+        content = self.files.read(shard, offsets[-1] + sizes[-1] - offsets[0], offsets[0])
         pieces = []
         for number, (offset, size, checksum) in enumerate(zip(offsets, sizes, checksums, strict=True), member):
             start = offset - offsets[0]
@@ -249,15 +243,3 @@ class ShardSet:
                 what = f"the shard ends {short} bytes early" if short else "its bytes are not those packed"
                 raise self.fault(position, number, what)
         return pieces
-
-
-def _read_indices(folder: Path, card: dict[str, Any]) -> list[ShardIndex]:
-    indices = []
-    for shard in card["shards"]:
-        path = folder / shard["index"]
-        indices.append(index := read_index(path))
-        if what := stranger(index, sha256(path), shard):
-            raise DataError(f"{path}: {what}; pack the dataset again")
-    if len({index.header["parts"] for index in indices}) > 1:
-        raise DataError(f"{folder}: shards with different numbers of parts; pack the dataset again")
-    return indices

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, Protocol
 from keyreid.errors import DataError
 
 AGAIN = "pack the dataset again, whole shards are kept"
+DEFAULT_CACHE = Path("~/.cache/keyreid/shards")
 IDLE_SECONDS = 60.0  # without a byte, after which a transfer has failed; as a whole it may take as long as it likes
 _SPARE_FILES = 256  # for everything else a training process opens
 _STREAM_BYTES = 1 << 20  # read at once

@@ -25,6 +25,8 @@ from keyreid.shards import members
 from keyreid.shards.card import CARD_NAME, encode_card, read_card
 from keyreid.shards.index_file import TAR_BLOCK, ShardIndex, read_index, stranger
 from keyreid.shards.members import PICTURES, SPLITS, UNKNOWN_IDENTITY
+from keyreid.shards.set_index import FILE as COLUMNS
+from keyreid.shards.set_index import SetIndex
 from keyreid.shards.shard_set import ShardSet
 from keyreid.shards.writer import PackSettings, index_facts, load_keypoints
 
@@ -74,15 +76,17 @@ def compare(shards: ShardSet, dataset: Dataset, settings: PackSettings) -> Itera
         A tracklet's key and its problems.
     """
     keys = [tracklet.key for tracklet in dataset.tracklets]
-    for missing in sorted(set(keys) - shards.position.keys()):
-        yield missing, [Problem(shards.location, missing, "is in the dataset but was not packed")]
-    for extra in sorted(shards.position.keys() - set(keys)):
+    positions = shards.index.find(keys)
+    for row in np.flatnonzero(positions < 0).tolist():
+        yield keys[row], [Problem(shards.location, keys[row], "is in the dataset but was not packed")]
+    packed = positions[positions >= 0]
+    for extra in shards.index.keys(np.setdiff1d(np.arange(len(shards)), packed)).tolist():
         yield extra, [Problem(shards.location, extra, "was packed but is not in the dataset")]
-    if [key for key in keys if key in shards.position] != [r.key for r in shards.tracklets if r.key in set(keys)]:
+    if (np.diff(packed) < 0).any():
         yield "", [Problem(shards.location, "", "the tracklets are in another order than in the dataset")]
-    for tracklet in dataset.tracklets:
-        if tracklet.key in shards.position:
-            yield tracklet.key, list(_compare_tracklet(shards, tracklet, settings))
+    for tracklet, position in zip(dataset.tracklets, positions.tolist(), strict=True):
+        if position >= 0:
+            yield tracklet.key, list(_compare_tracklet(shards, position, tracklet, settings))
 
 
 def _all_of(file: str, problems: Iterator[Problem]) -> list[Problem]:
@@ -98,14 +102,16 @@ def _all_of(file: str, problems: Iterator[Problem]) -> list[Problem]:
 
 def _verify_folder(folder: Path, card: dict[str, Any], whole: bool) -> Iterator[Problem]:
     """What is wrong beside the shards; `whole`: nothing was found in them."""
-    known = {name for shard in card["shards"] for name in (shard["file"], shard["index"])} | {CARD_NAME, OWNER}
+    known = {name for shard in card["shards"] for name in (shard["file"], shard["index"])} | {CARD_NAME, OWNER, COLUMNS}
     for name in sorted(path.name for path in folder.iterdir() if path.name not in known and path.suffix != ".lock"):
         yield Problem(name, "", "is no part of the dataset; an older packing left it: delete it")
+    if what := SetIndex.fault(folder):
+        yield Problem(COLUMNS, "", f"{what}; delete it, it is made anew")
     if "card_sha256" not in card or (folder / CARD_NAME).read_bytes() != encode_card(card):
         yield Problem(CARD_NAME, "", "its bytes are not those that packing writes")
     if whole:
         try:
-            _ = ShardSet.open(folder).position  # do the shards fit each other and the card?
+            ShardSet.open(folder)  # do the shards fit each other and the card?
         except DataError as error:
             yield Problem(CARD_NAME, "", str(error))
 
@@ -211,8 +217,7 @@ def _check_content(index: ShardIndex, at: int, number: int, content: bytes) -> N
             raise ValueError("shows a part that the index calls missing")
 
 
-def _compare_tracklet(shards: ShardSet, tracklet: Tracklet, settings: PackSettings) -> Iterator[Problem]:
-    position = shards.position[tracklet.key]
+def _compare_tracklet(shards: ShardSet, position: int, tracklet: Tracklet, settings: PackSettings) -> Iterator[Problem]:
     record = shards.tracklets[position]
     shard = shards.shard_name(record.shard)
     all_packed = record.identity, record.camera, record.split, record.frames

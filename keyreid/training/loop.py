@@ -85,7 +85,7 @@ class Trainer:
         self.plan = TrainingPlan(self.shards, config.data, config.clip, config.seed)
         self.steps_per_epoch = config.schedule.steps_per_epoch or self.plan.steps_per_epoch
         self.total_steps = config.schedule.epochs * self.steps_per_epoch
-        identities, cameras = sorted(self.shards.label_of), list(self.shards.camera_index)
+        identities, cameras = self.shards.training_identities().tolist(), list(self.shards.camera_index)
         about = {"run": config.name, **data_about(self.shards.card)}
         self.header = WeightsHeader(
             model=config.model, clip=config.clip, identities=identities, cameras=cameras, about=about
@@ -149,7 +149,7 @@ class Trainer:
         self.stepper = Stepper(self.engine, config, ranks, paths)
         self.writer = BackgroundWriter(self.root, config.training.keep_checkpoints)
         epoch, step = divmod(self.state.step, self.steps_per_epoch)
-        batches = self.plan.batches(epoch, step, ranks.rank, ranks.world_size, self.steps_per_epoch)
+        batches = self.plan.batches(epoch, step, ranks.rank, ranks.world_size, self.steps_per_epoch, self.shards.files)
         # One reader and one iterator for the life of the run: see shards/dali.py.
         self.reader = open_reader(self.shards, batches, config, device=ranks.device)
 
