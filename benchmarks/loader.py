@@ -33,7 +33,8 @@ from keyreid.datasets import open_dataset
 from keyreid.datasets.tracklet import Tracklet
 from keyreid.pose.heatmaps import render_heatmaps
 from keyreid.shards import open_reader
-from keyreid.shards.pack import finish, pack, plan_shards
+from keyreid.shards.layout import plan_shards
+from keyreid.shards.pack import finish, pack
 from keyreid.shards.plan import TrainingPlan
 from keyreid.shards.shard_set import ShardSet
 from keyreid.shards.writer import PackSettings, load_keypoints

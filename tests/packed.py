@@ -10,8 +10,9 @@ import numpy as np
 from keyreid.config import Config, check_config
 from keyreid.datasets.tracklet import Dataset, Frame, Tracklet
 from keyreid.shards.index_file import ShardIndex
+from keyreid.shards.layout import plan_shards
 from keyreid.shards.members import SPLITS, members_of
-from keyreid.shards.pack import finish, pack, plan_shards
+from keyreid.shards.pack import finish, pack
 from keyreid.shards.set_index import SetIndex
 from keyreid.shards.shard_set import ShardSet
 from keyreid.shards.storage import LocalShardFiles

@@ -19,7 +19,8 @@ from training_runs import logged, newest_tensors, toy_config
 
 from keyreid.config import Config, save_config
 from keyreid.datasets import open_dataset
-from keyreid.shards.pack import finish, pack, plan_shards
+from keyreid.shards.layout import plan_shards
+from keyreid.shards.pack import finish, pack
 from keyreid.shards.shard_set import ShardSet
 from keyreid.shards.writer import PackSettings
 from keyreid.synthetic.walkers import render

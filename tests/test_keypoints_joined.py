@@ -16,7 +16,8 @@ from keyreid.datasets.frames import frame_hashes
 from keyreid.datasets.tracklet import Dataset
 from keyreid.errors import DataError
 from keyreid.pose import heatmap_files, imports, keypoint_files
-from keyreid.shards.pack import pack, plan_shards
+from keyreid.shards.layout import plan_shards
+from keyreid.shards.pack import pack
 from keyreid.shards.writer import PackSettings
 
 

@@ -24,8 +24,9 @@ from keyreid.errors import DataError, KeyreidError
 from keyreid.pose import heatmap_files, keypoint_files
 from keyreid.pose.heatmaps import render_heatmaps, render_tiles
 from keyreid.shards import pack as packing
+from keyreid.shards.layout import plan_shards
 from keyreid.shards.members import MAX_KEY_LENGTH
-from keyreid.shards.pack import check_destination, finish, missing, pack, plan_shards
+from keyreid.shards.pack import check_destination, finish, missing, pack
 from keyreid.shards.shard_set import ShardSet
 from keyreid.shards.writer import PackSettings
 
@@ -37,7 +38,9 @@ def source(tmp_path_factory) -> tuple[Dataset, Path]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """All that was packed: not locks, nor the columns, which follow from the rest and from its time."""
+    paths = (path for path in sorted(folder.iterdir()) if path.suffix in (".tar", ".npz", ".json"))
+    return {path.name: path.read_bytes() for path in paths if path.name[0] != "."}
 
 
 def planned(source, target: int = 150_000, **settings):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from keyreid.commands.options import Share, parse_share
 from keyreid.errors import ConfigError
 from keyreid.plain_text import say
 
@@ -22,6 +23,7 @@ _SHOWN = 200  # problems that are printed
 def inspect_(
     shards: Annotated[str, typer.Argument(help="folder (or URL) that `keyreid shard` wrote")],
     verify: Annotated[bool, typer.Option("--verify", help="check every hash, header and member of a folder")] = False,
+    share: Share = "0/1",
     against: Annotated[Path | None, typer.Option(help="compare with the dataset in this folder, the source")] = None,
     keypoints: Annotated[
         Path | None, typer.Option(help="with --against: the keypoint files that were packed; default: ROOT/keypoints")
@@ -41,7 +43,7 @@ def inspect_(
                 f"{shards}: --verify reads a folder; verify the shards where they lie, before or after copying them "
                 "(what is fetched from a URL is checked against its SHA-256 in any case)"
             )
-        _verify(Path(shards).expanduser())
+        _verify(Path(shards).expanduser(), parse_share(share))
     opened = ShardSet.open(shards)
     if tracklet is not None:
         say(opened.read_member(opened.position_of(tracklet), JSON))
@@ -54,14 +56,14 @@ def inspect_(
         _compare(opened, against.expanduser(), keypoints)
 
 
-def _verify(folder: Path) -> None:
+def _verify(folder: Path, share: tuple[int, int]) -> None:
     from keyreid.shards.card import read_card
     from keyreid.shards.verify import verify
 
-    total = len(read_card(folder)["shards"])
+    total = len(read_card(folder)["shards"][share[0] :: share[1]])
     mend = "run the same `keyreid shard` again: it packs what is damaged or missing anew and keeps the rest"
     good = f"{folder}: verified, {total} shards are whole"
-    _report(verify(folder, len(os.sched_getaffinity(0))), (total + 1, "verifying", "shards"), good, mend)
+    _report(verify(folder, len(os.sched_getaffinity(0)), share), (total + 1, "verifying", "shards"), good, mend)
 
 
 def _compare(shards: "ShardSet", root: Path, keypoints: Path | None) -> None:
@@ -78,7 +80,7 @@ def _compare(shards: "ShardSet", root: Path, keypoints: Path | None) -> None:
         keypoints = root / "keypoints"
     elif keypoints is None:
         say(f"keypoints are not compared: {root / 'keypoints'} is not there; name their folder with --keypoints")
-    results = compare(shards, dataset, PackSettings(root, keypoints, image=packed["image"]))
+    results = compare(shards, dataset, PackSettings(root, keypoints, image=packed["image"], order=packed.get("order")))
     mend = "where the shards are out of date, delete those named and run the same `keyreid shard` again"
     good = f"{shards.location}: the same as {root}, {total} tracklets"
     _report(results, (total, "comparing", "tracklets"), good, mend)

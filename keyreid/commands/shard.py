@@ -12,7 +12,7 @@ from keyreid.datasets import open_dataset, parse_options
 from keyreid.ownership import owned
 
 if TYPE_CHECKING:
-    from keyreid.shards.pack import ShardLayout
+    from keyreid.shards.layout import ShardLayout
 
 
 def shard(
@@ -30,16 +30,24 @@ def shard(
     parts: Annotated[int, typer.Option(help="body parts; 6 also serves models with 3 or 4")] = 6,
     option: ReaderOptions = None,
     target_megabytes: Annotated[float, typer.Option(min=0.001, help="size of a shard")] = 256.0,
+    order: Annotated[
+        Literal["dataset", "identities"], typer.Option(help="identities: one after the other, drawn, for data.window")
+    ] = "dataset",
+    seed: Annotated[int, typer.Option(min=0, help="of --order identities")] = 0,
     processes: Annotated[int, typer.Option(min=0, help="0: one per CPU core")] = 0,
     share: Share = "0/1",
+    append: Annotated[bool, typer.Option(help="pack only what is new in the dataset, into further shards")] = False,
     finish: Annotated[bool, typer.Option(help="pack nothing; check that all shards exist, write the card")] = False,
     dry_run: Annotated[bool, typer.Option(help="only show what would be written")] = False,
 ) -> None:
     """Pack a dataset into shards: tars of whole tracklets with heatmaps, an index beside each, and a dataset card.
 
+    A dataset that has grown is packed on with --append: what was packed stays as it is, byte for byte.
+
     Run it again after an interruption: finished shards are kept. Output depends only on the dataset and these options.
     """
-    from keyreid.shards import pack as packing
+    from keyreid.shards.layout import plan_append, plan_shards
+    from keyreid.shards.shard_set import ShardSet
     from keyreid.shards.writer import PackSettings
 
     root, part, options = root.expanduser(), parse_share(share), parse_options(option or [])
@@ -47,31 +55,43 @@ def shard(
     if keypoints is None and (root / "keypoints").is_dir():
         keypoints = root / "keypoints"
     folder = root.parent if root.is_file() else root
-    settings = PackSettings(folder, keypoints, heatmaps, image, quality, parts, dataset, options)
+    drawn = seed if order == "identities" else None
+    settings = PackSettings(folder, keypoints, heatmaps, image, quality, parts, drawn, dataset, options)
     out = out or Path("shards") / data.name
-    layout = packing.plan_shards(data, settings, int(target_megabytes * 1e6))
+    target = int(target_megabytes * 1e6)
+    layout = plan_append(data, settings, ShardSet.open(out), target) if append else plan_shards(data, settings, target)
+    if layout is None:
+        typer.echo(f"{out}: nothing is new: all {len(data.tracklets)} tracklets of {root} are packed")
+        return
     without = _announce(layout, out)
     if dry_run:
         for name, tracklets in layout.shards:
             typer.echo(f"{name}: {len(tracklets)} tracklets, {tracklets[0].key} .. {tracklets[-1].key}")
         return
-    if not finish:
+    if _pack(layout, out, part, processes or len(os.sched_getaffinity(0)), finish) and without:
+        _say_loudly(f"{without} tracklets were packed without keypoints")
+
+
+def _pack(layout: "ShardLayout", out: Path, share: tuple[int, int], processes: int, only_finish: bool) -> bool:
+    """Whether the set is complete with this share."""
+    from keyreid.shards import pack as packing
+
+    if not only_finish:
         # Shares write other shards, side by side; whoever packs alone has the folder alone.
-        with owned(out, "keyreid shard") if part[1] == 1 else contextlib.nullcontext():
+        with owned(out, "keyreid shard") if share[1] == 1 else contextlib.nullcontext():
             packing.check_destination(layout, out)
-            written, kept = packing.pack(layout, out, processes or len(os.sched_getaffinity(0)), part)
+            written, kept = packing.pack(layout, out, processes, share)
         typer.echo(f"{written} shards written, {kept} were there already")
-        if part[1] > 1 and packing.missing(layout, out):
+        if share[1] > 1 and packing.missing(layout, out):
             typer.echo("other shares are still to be packed; the last one to end writes the card")
-            return
+            return False
     with owned(out, "keyreid shard", wait=True):
         packing.check_destination(layout, out)
         card = packing.finish(layout, out)
     size = sum(entry["bytes"] for entry in card["shards"]) / 1e9
     text = "{tracklets} tracklets of {identities} identities, {frames} frames, {frames_with_keypoints} with keypoints"
     typer.echo(f"{out}: {text.format_map(card['counts'])}; {len(card['shards'])} shards, {size:.3g} GB")
-    if without:
-        _say_loudly(f"{without} tracklets were packed without keypoints")
+    return True
 
 
 def _announce(layout: "ShardLayout", out: Path) -> int:

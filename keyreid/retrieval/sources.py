@@ -12,7 +12,8 @@ from keyreid.datasets.mot import VIDEO_SUFFIXES
 from keyreid.distributed.launch import is_launched
 from keyreid.errors import ConfigError, DataError
 from keyreid.shards.card import CARD_NAME
-from keyreid.shards.pack import finish, pack, plan_shards
+from keyreid.shards.layout import plan_shards
+from keyreid.shards.pack import finish, pack
 from keyreid.shards.writer import PackSettings
 
 

@@ -1,92 +1,35 @@
-"""Pack a dataset: cut it into shards, write them on several processes, then write the dataset card.
+"""Pack a dataset that is cut into shards: write them on several processes, then write the dataset card.
 
 Which tracklet goes to which shard follows from the dataset alone, so processes and the tasks of a SLURM array share
 the work without talking: each writes whole shards, finished shards are kept, and the card appears when all are there.
 """
 
-import logging
 import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain, repeat, starmap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import keyreid
-from keyreid.datasets.tracklet import Dataset, Tracklet
+from keyreid.datasets.tracklet import Tracklet
 from keyreid.errors import DataError, KeyreidError
 from keyreid.files import replace_bytes, sha256, writing
-from keyreid.pose import keypoint_files
 from keyreid.processes import end_with_parent, worker_context
 from keyreid.progress import track
 from keyreid.shards.card import CARD_NAME, card_digest, encode_card, read_card
 from keyreid.shards.index_file import index_path, read_index
-from keyreid.shards.members import SPLITS, VERSION
-from keyreid.shards.writer import PackSettings, fingerprint, kept, write_shard
+from keyreid.shards.layout import ShardLayout, splits_of
+from keyreid.shards.members import SPLITS, VERSION, decode_json, encode_json
+from keyreid.shards.shard_set import ShardSet
+from keyreid.shards.writer import PackSettings, kept, write_shard
 
-log = logging.getLogger(__name__)
-
-_PICTURES_MEASURED = 1000  # file sizes are looked up for so many, evenly spaced
-_BYTES_OF_A_CROP = 8000  # guess for frames that are boxes in a picture or a video
-_BYTES_BESIDE_A_PICTURE = 512 + 256 + 1536 + 204  # header and padding, heatmaps, keypoints
-_BYTES_OF_A_TRACKLET = 3072
 _DISK_RESERVE = 1.05
-
-
-@dataclass(frozen=True)
-class ShardLayout:
-    """How a dataset is cut into shards."""
-
-    dataset: Dataset
-    settings: PackSettings
-    shards: tuple[tuple[str, list[Tracklet]], ...]  # name of the tar and its tracklets, in the dataset's order
-    bytes: tuple[float, ...]  # estimated size of each shard
-
-    @cached_property
-    def fingerprints(self) -> list[str]:
-        """What each finished shard is known by.
-
-        DataError where keypoint files are of other frames, or nothing in them says that they are not.
-        """
-        hashes, unknown = zip(*(fingerprint(*shard, self.settings) for shard in self.shards), strict=True)
-        unsaid = list(chain.from_iterable(unknown))
-        shared = keypoint_files.shared_names(self.dataset.tracklets) if unsaid else set()
-        for tracklet in unsaid:
-            if shared.issuperset(keypoint_files.frame_names(tracklet)):
-                raise DataError(
-                    f"{keypoint_files.path_of(self.settings.keypoints, tracklet.key)}: does not say which pictures it "
-                    "was made from, and other tracklets have frames of the same names; delete it and run `keyreid pose`"
-                )
-        if unsaid:
-            log.warning(
-                "%s: %d keypoint files of an earlier version do not say which pictures they were made from; only the "
-                "names of frames were compared",
-                self.settings.keypoints,
-                len(unsaid),
-            )
-        return list(hashes)
-
-
-def plan_shards(dataset: Dataset, settings: PackSettings, target_bytes: int = 256_000_000) -> ShardLayout:
-    """Cut a dataset, in its order, into shards of about `target_bytes`."""
-    if not dataset.tracklets:
-        raise DataError(f"dataset {dataset.name} has no tracklets")
-    a_frame = _bytes_of_a_picture(dataset) + _BYTES_BESIDE_A_PICTURE
-    shards: list[list[Tracklet]] = []
-    sizes: list[float] = []
-    for tracklet in dataset.tracklets:
-        size = _BYTES_OF_A_TRACKLET + a_frame * len(tracklet.frames)
-        if not shards or sizes[-1] + size / 2 > target_bytes:
-            shards.append([])
-            sizes.append(0)
-        shards[-1].append(tracklet)
-        sizes[-1] += size
-    names = [f"{dataset.name}-{number:05d}.tar" for number in range(len(shards))]
-    return ShardLayout(dataset, settings, tuple(zip(names, shards, strict=True)), tuple(sizes))
+_NOTE = ".packed-"  # and the share: what it has finished, until the card is there
 
 
 def check_destination(layout: ShardLayout, out: Path) -> None:
@@ -117,12 +60,19 @@ def pack(
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     numbers = range(share[0], len(layout.shards), share[1])
-    tars, hashes = {number: out / layout.shards[number][0] for number in numbers}, layout.fingerprints
+    tars, hashes = {number: out / layout.shards[number][0] for number in numbers}, layout.fingerprints(numbers)
+    note = out / f"{_NOTE}{share[0]}-of-{share[1]}.json"
+    note.unlink(missing_ok=True)
+
+    def whole(number: int) -> bool:
+        tar = tars[number]
+        return kept(tar, hashes[tar.name], every_byte=True) and _newest(tar, layout, number)
+
     with ThreadPoolExecutor(processes) as pool:
-        checks = pool.map(lambda n: kept(tars[n], hashes[n], every_byte=True) and _newest(tars[n], layout, n), numbers)
+        checks = pool.map(whole, numbers)
         checked = track(zip(numbers, checks, strict=True), len(numbers), "checking", "shards", quiet=quiet)
         todo = [number for number, is_whole in checked if not is_whole]
-    if todo:
+    if todo and not layout.before:
         (out / CARD_NAME).unlink(missing_ok=True)  # it must not vouch for shards that are being replaced
     for name in (CARD_NAME, *(tar.stem for tar in tars.values())):
         for stale in out.glob(f".{name}.*.partial"):
@@ -133,11 +83,13 @@ def pack(
             f"{out}: about {needed / 1e9:.2f} GB are to be written, but the disk has {free / 1e9:.2f} GB free; "
             "make room, or choose another --out"
         )
-    jobs = [(tars[n], layout.shards[n][1], layout.settings, layout.fingerprints[n]) for n in todo]
+    jobs = [(tars[n], layout.shards[n][1], layout.settings, hashes[tars[n].name]) for n in todo]
     frames = sum(len(tracklet.frames) for _, tracklets, *_ in jobs for tracklet in tracklets)
     start = time.monotonic()
     for _ in track(_write(jobs, processes), frames, "packing", "frames", quiet=quiet):
         pass
+    with writing(note):
+        replace_bytes(note, encode_json({"layout": layout.digest, "fingerprints": hashes}))
     if todo and not quiet:
         print(f"packed {frames} frames: {frames / (time.monotonic() - start):.0f} frames/s")
     return len(todo), len(numbers) - len(todo)
@@ -155,39 +107,59 @@ def finish(layout: ShardLayout, out: Path) -> dict[str, Any]:
     card["card_sha256"] = card_digest(card)
     with writing(out / CARD_NAME):
         replace_bytes(out / CARD_NAME, encode_card(card))
+    ShardSet.open(out)  # makes its columns
+    for note in out.glob(f"{_NOTE}*"):
+        note.unlink(missing_ok=True)
     return card
 
 
 def missing(layout: ShardLayout, out: Path) -> list[str]:
     """Names of the shards that are not there as they would be written now."""
-    expected = zip(layout.shards, layout.fingerprints, strict=True)
-    return [name for (name, _), settings_hash in expected if not kept(out / name, settings_hash)]
+    known = _noted(layout, out)
+    if not known:  # nobody packs: all is asked of the dataset
+        known = layout.fingerprints(range(len(layout.shards)))
+    return [name for name, _ in layout.shards if name not in known or not kept(out / name, known[name])]
+
+
+def _noted(layout: ShardLayout, out: Path) -> dict[str, str]:
+    """Fingerprints of the shards that shares of this packing have finished, as they noted them."""
+    known: dict[str, str] = {}
+    for note in out.glob(f"{_NOTE}*.json"):
+        try:
+            said = decode_json(note.read_bytes())
+            if said["layout"] == layout.digest:
+                known |= said["fingerprints"]
+        except (OSError, ValueError, LookupError, TypeError):  # being replaced, or a stranger's
+            continue
+    return known
 
 
 def make_card(layout: ShardLayout, out: Path) -> dict[str, Any]:
     """The dataset card of the finished shards in `out`; FORMAT.md says what each entry means."""
     dataset, settings = layout.dataset, layout.settings
-    counts = _counts(dataset.tracklets) | {"frames_with_keypoints": 0, "heatmap_bytes": 0}
-    shards = []
-    for name, _ in layout.shards:
+    counts = {"frames_with_keypoints": 0, "heatmap_bytes": 0}
+    shards, columns = [], []
+    for name in [*(shard["file"] for shard in layout.before), *(name for name, _ in layout.shards)]:
         path = index_path(out / name)
         index = read_index(path)
+        columns.append(np.stack([index.identity, index.camera, index.split, index.frames]))
         counts["frames_with_keypoints"] += int((index.visible > 0).sum())
         counts["heatmap_bytes"] += index.heatmap_bytes
         shard = {"file": name, "tracklets": len(index.key), "frames": int(index.frames.sum())}
         shard |= {"index": path.name, "index_bytes": path.stat().st_size, "index_sha256": sha256(path)}
         shards.append(shard | {entry: index.header[entry] for entry in ("bytes", "sha256")})
-    by_split = {split: [tracklet for tracklet in dataset.tracklets if tracklet.split == split] for split in SPLITS}
+    facts = np.concatenate(columns, 1)
+    by_split = {split: _counts(facts[:, facts[2] == number]) for number, split in enumerate(SPLITS)}
     return {
         "format": f"keyreid-dataset/{VERSION}",
         "name": dataset.name,
         "tool": f"keyreid {keyreid.__version__}",
         "source": _source(layout),
         "settings": settings.described(),
-        "counts": counts,
-        "by_split": {split: _counts(tracklets) for split, tracklets in by_split.items() if tracklets},
-        "cameras": sorted({tracklet.camera for tracklet in dataset.tracklets}),
-        "splits": [{"train": list(map(int, train)), "test": list(map(int, test))} for train, test in dataset.splits],
+        "counts": _counts(facts) | counts,
+        "by_split": {split: numbers for split, numbers in by_split.items() if numbers["tracklets"]},
+        "cameras": np.unique(facts[1]).tolist(),
+        "splits": splits_of(dataset),
         "query_camera": dataset.query_camera,
         "names": dataset.names,
         "frames_per_second": dataset.frames_per_second,
@@ -200,27 +172,9 @@ def _source(layout: ShardLayout) -> dict[str, Any]:
     return {"dataset": dataset, "folder": layout.settings.root.name, "options": layout.settings.options}
 
 
-def _counts(tracklets: Any) -> dict[str, int]:
-    return {
-        "tracklets": len(tracklets),
-        "frames": sum(len(tracklet.frames) for tracklet in tracklets),
-        "identities": len({tracklet.identity for tracklet in tracklets}),
-    }
-
-
-def _bytes_of_a_picture(dataset: Dataset) -> float:
-    total = sum(len(tracklet.frames) for tracklet in dataset.tracklets)
-    every = max(1, total // _PICTURES_MEASURED)
-    sizes, number = [], 0
-    for tracklet in dataset.tracklets:
-        for frame in tracklet.frames[-number % every :: every]:
-            whole = frame.box is None and frame.video_frame is None
-            try:
-                sizes.append(frame.path.stat().st_size if whole else _BYTES_OF_A_CROP)
-            except OSError as error:
-                raise DataError(f"{frame.path}: {error.strerror} (tracklet {tracklet.key})") from None
-        number += len(tracklet.frames)
-    return sum(sizes) / len(sizes)
+def _counts(facts: np.ndarray) -> dict[str, int]:
+    """Of tracklets' identities, cameras, splits and frames."""
+    return {"tracklets": facts.shape[1], "frames": int(facts[3].sum()), "identities": len(np.unique(facts[0]))}
 
 
 def _newest(tar: Path, layout: ShardLayout, number: int) -> bool:

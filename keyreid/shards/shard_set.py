@@ -32,6 +32,11 @@ class TrackletRecord:
     visible: np.ndarray  # bool [T, P], whether a part has a keypoint in a frame
     shard: int  # position of its shard in the card
 
+    @property
+    def facts(self) -> tuple[str, int, int, str, int]:
+        """Key, identity, camera, split and number of frames."""
+        return self.key, self.identity, self.camera, self.split, self.frames
+
 
 class Tracklets(Sequence[TrackletRecord]):
     """The tracklets of a set by their position, each a record that is made when somebody looks at it."""

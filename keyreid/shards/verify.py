@@ -24,6 +24,7 @@ from keyreid.ownership import OWNER
 from keyreid.shards import members
 from keyreid.shards.card import CARD_NAME, encode_card, read_card
 from keyreid.shards.index_file import TAR_BLOCK, ShardIndex, read_index, stranger
+from keyreid.shards.layout import ordered
 from keyreid.shards.members import PICTURES, SPLITS, UNKNOWN_IDENTITY
 from keyreid.shards.set_index import FILE as COLUMNS
 from keyreid.shards.set_index import SetIndex
@@ -46,8 +47,11 @@ class Problem:
         return f"{self.file}: {self.member + ': ' if self.member else ''}{self.what}"
 
 
-def verify(folder: Path, threads: int = 1) -> Iterator[tuple[str, list[Problem]]]:
+def verify(folder: Path, threads: int = 1, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[str, list[Problem]]]:
     """Check each shard of a folder: sizes, hashes, every header, member and index entry; pictures must decode.
+
+    Args:
+        share: (i, n): of shards i, i + n, ... alone; what belongs to no shard is checked with the first share.
 
     Yields:
         The name of a shard and its problems, as each is done; last the folder's own ("").
@@ -58,11 +62,13 @@ def verify(folder: Path, threads: int = 1) -> Iterator[tuple[str, list[Problem]]
     card = read_card(folder)
     with ThreadPoolExecutor(threads) as pool:
         whole = True
-        found = pool.map(lambda shard: _all_of(shard["file"], _verify_shard(folder, shard)), card["shards"])
-        for shard, problems in zip(card["shards"], found, strict=True):
+        own = card["shards"][share[0] :: share[1]]
+        found = pool.map(lambda shard: _all_of(shard["file"], _verify_shard(folder, shard)), own)
+        for shard, problems in zip(own, found, strict=True):
             whole &= not problems
             yield shard["file"], problems
-    yield "", _all_of(CARD_NAME, _verify_folder(folder, card, whole))
+    if share[0] == 0:
+        yield "", _all_of(CARD_NAME, _verify_folder(folder, card, whole))
 
 
 def compare(shards: ShardSet, dataset: Dataset, settings: PackSettings) -> Iterator[tuple[str, list[Problem]]]:
@@ -75,16 +81,18 @@ def compare(shards: ShardSet, dataset: Dataset, settings: PackSettings) -> Itera
     Yields:
         A tracklet's key and its problems.
     """
-    keys = [tracklet.key for tracklet in dataset.tracklets]
+    tracklets = ordered(dataset.tracklets, settings)
+    keys = [tracklet.key for tracklet in tracklets]
     positions = shards.index.find(keys)
     for row in np.flatnonzero(positions < 0).tolist():
         yield keys[row], [Problem(shards.location, keys[row], "is in the dataset but was not packed")]
     packed = positions[positions >= 0]
+    shard = shards.index.shard(packed)
     for extra in shards.index.keys(np.setdiff1d(np.arange(len(shards)), packed)).tolist():
         yield extra, [Problem(shards.location, extra, "was packed but is not in the dataset")]
-    if (np.diff(packed) < 0).any():
+    if ((np.diff(packed) < 0) & (np.diff(shard) == 0)).any():  # what was appended later follows it all
         yield "", [Problem(shards.location, "", "the tracklets are in another order than in the dataset")]
-    for tracklet, position in zip(dataset.tracklets, positions.tolist(), strict=True):
+    for tracklet, position in zip(tracklets, positions.tolist(), strict=True):
         if position >= 0:
             yield tracklet.key, list(_compare_tracklet(shards, position, tracklet, settings))
 
@@ -220,8 +228,7 @@ def _check_content(index: ShardIndex, at: int, number: int, content: bytes) -> N
 def _compare_tracklet(shards: ShardSet, position: int, tracklet: Tracklet, settings: PackSettings) -> Iterator[Problem]:
     record = shards.tracklets[position]
     shard = shards.shard_name(record.shard)
-    all_packed = record.identity, record.camera, record.split, record.frames
-    for name, packed, wanted in zip(_COMPARED, all_packed, index_facts(tracklet)[1:], strict=True):
+    for name, packed, wanted in zip(_COMPARED, record.facts[1:], index_facts(tracklet)[1:], strict=True):
         if packed != wanted:
             yield Problem(shard, tracklet.key, f"{name} is {packed}, in the dataset {wanted}")
     if record.frames != len(tracklet.frames):

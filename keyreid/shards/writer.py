@@ -45,6 +45,7 @@ class PackSettings:
     image: str = "keep"  # JPEG and PNG byte for byte; `jpeg` makes JPEG of everything that is none
     quality: int = 95  # of JPEGs that are made
     parts: int = 6
+    order: int | None = None  # the seed of an order of identities, see layout.py; none: the dataset's order
     dataset: str = ""  # with `options`: what `keyreid.datasets.open_dataset` was given; the card notes them
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -54,7 +55,8 @@ class PackSettings:
         image = {"image": self.image} | ({"quality": self.quality} if self.image == "jpeg" else {})
         origin = "heatmap files" if self.heatmaps else keypoints
         heatmaps = {"from": origin, "parts": list(part_names(self.parts)), "tile": [TILE_HEIGHT, TILE_WIDTH]}
-        return {**image, "heatmaps": heatmaps, "keypoints": keypoints}
+        order = {} if self.order is None else {"order": self.order}
+        return {**image, **order, "heatmaps": heatmaps, "keypoints": keypoints}
 
 
 def fingerprint(name: str, tracklets: list[Tracklet], settings: PackSettings) -> tuple[str, list[Tracklet]]:
