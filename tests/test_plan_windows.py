@@ -7,8 +7,10 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from packed import make_config
+from packed import make_config, make_dataset, pack_dataset
+from typer.testing import CliRunner
 
+from keyreid.cli import app
 from keyreid.errors import ConfigError
 from keyreid.shards.batch import ClipPlan
 from keyreid.shards.index_file import ShardIndex
@@ -143,3 +145,28 @@ def test_sets_that_windows_do_not_fit_are_refused():
         plan(4, shards=made_set(shards=3))
     with pytest.raises(ConfigError, match="a window may hold 6 identities, a lane's step takes 8"):
         plan(1, window=6)
+
+
+def test_inspect_says_what_a_setting_reads(tmp_path):
+    dataset = make_dataset(tmp_path / "source", identities=24)
+    pack_dataset(dataset, tmp_path / "source", tmp_path / "shards", 100_000, order=3)
+    (tmp_path / "toy.yaml").write_text("data: {shards: x, identities: 4, tracklets: 2, lanes: 2, window: 4}\n")
+
+    def inspect(*options: str) -> str:
+        words = ["inspect", str(tmp_path / "shards"), "--config", str(tmp_path / "toy.yaml"), *options]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    shards = ShardSet.open(tmp_path / "shards")
+    said = inspect()
+    config = make_config(shards.location, data__identities=4, data__tracklets=2, data__lanes=2, data__window=4)
+    order = TrainingPlan(shards, config.data, config.clip, config.seed)
+    walks = [order.windows(0, lane) for lane in range(2)]
+    size = [shard["bytes"] for shard in shards.card["shards"]]
+    epoch = max(sum(size[shard] for window in walk for shard in window.shards) for walk in walks)
+    assert f"2 lanes of 2 identities x 2 tracklets, {order.steps_per_epoch} steps an epoch" in said
+    counts = sorted(window.identities for walk in walks for window in walk)
+    assert f"with {counts[0]} to {counts[-1]} identities" in said
+    assert f"{epoch / 1e9:.3g} GB an epoch" in said
+    assert "no windows: each step draws from all" in inspect("--set", "data.window=0")

@@ -1,5 +1,6 @@
 """`keyreid inspect`: what is in a set of shards, and whether it is intact."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 SHEET_TRACKLETS = 12
 _BAR = 50
 _SHOWN = 200  # problems that are printed
+_LANES_LOOKED_AT = 8
 
 
 def inspect_(
@@ -29,6 +31,12 @@ def inspect_(
         Path | None, typer.Option(help="with --against: the keypoint files that were packed; default: ROOT/keypoints")
     ] = None,
     sheet: Annotated[Path | None, typer.Option(help="write a contact sheet (PNG) of some tracklets")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="say what training by this configuration reads: windows, bytes, cache")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="with --config: a change to it, section.key=value")
+    ] = None,
     tracklet: Annotated[str | None, typer.Option(help="print the JSON of the tracklet with this key")] = None,
 ) -> None:
     """Show what is in a set of shards; check it, compare it with its source, draw it. Status 1 if anything is wrong."""
@@ -49,6 +57,8 @@ def inspect_(
         say(opened.read_member(opened.position_of(tracklet), JSON))
         return
     _describe(opened)
+    if config is not None:
+        _describe_training(opened, config, overrides or [])
     if sheet is not None:
         save_picture(guidance_picture(opened, evenly_spaced(len(opened), SHEET_TRACKLETS)), sheet)
         say(f"contact sheet: {sheet}")
@@ -129,3 +139,31 @@ def _describe(shards: "ShardSet") -> None:
     for low, high, height in zip(edges[:-1], edges[1:], heights, strict=True):
         label = f"{low}" if high == low + 1 else f"{low} to {high - 1}"
         say(f"{label:>12} {'#' * round(_BAR * height / heights.max())} {height}")
+
+
+def _describe_training(shards: "ShardSet", path: Path, overrides: list[str]) -> None:
+    """What training reads: an epoch's windows of a few lanes stand for all."""
+    from keyreid.config import load_config
+    from keyreid.shards.plan import TrainingPlan
+
+    config = load_config(path, [*overrides, f"data.shards={json.dumps(shards.location)}"])
+    data, plan = config.data, TrainingPlan(shards, config.data, config.clip, config.seed)
+    lane = f"{data.identities // data.lanes} identities x {data.tracklets} tracklets"
+    say(f"training by {path}: {data.lanes} lanes of {lane}, {plan.steps_per_epoch} steps an epoch")
+    size = [shard["bytes"] for shard in shards.card["shards"]]
+    if not data.window:
+        say(f"no windows: each step draws from all {sum(size) / 1e9:.3g} GB; see data.window")
+        return
+    walks = [plan.windows(0, number) for number in range(min(data.lanes, _LANES_LOOKED_AT))]
+    windows = [window for walk in walks for window in walk]
+    counts = [sorted(map(len, walks)), sorted(len(w.shards) for w in windows), sorted(w.identities for w in windows)]
+    a_lane, of_shards, of_people = (f"{each[0]} to {each[-1]}" for each in counts)
+    say(f"windows: {a_lane} a lane, of {of_shards} shards with {of_people} identities")
+    walked = [sum(w.sampler.steps_per_epoch for w in walk) / plan.steps_per_epoch for walk in walks]
+    held = [[sum(size[shard] for shard in w.shards.tolist()) for w in walk] for walk in walks]
+    epoch, two = max(map(sum, held)), max(max(map(sum, zip(h, [*h[1:], h[0]], strict=True))) for h in held)
+    say(
+        f"a node reads for each of its lanes {epoch / plan.steps_per_epoch / 1e6:.3g} MB a step, {epoch / 1e9:.3g} GB "
+        f"an epoch, and caches two windows, {two / 1e9:.3g} GB (data.cache_gigabytes={data.cache_gigabytes:g} in all); "
+        f"{1 - min(walked):.1%} of its steps fill up"
+    )

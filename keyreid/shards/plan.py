@@ -14,7 +14,7 @@ from keyreid.config import AugmentConfig, ClipConfig, DataConfig
 from keyreid.errors import ConfigError
 from keyreid.guidance import MODES, Guidance
 from keyreid.shards.batch import ClipPlan
-from keyreid.shards.lanes import Lanes
+from keyreid.shards.lanes import Lanes, Window
 from keyreid.shards.sampling import FRAMES, ByCamera, ByFrames, EachInTurn, Sampler, random_numbers
 from keyreid.shards.shard_set import ShardSet
 from keyreid.shards.storage import ShardFiles
@@ -58,6 +58,10 @@ class TrainingPlan:
         labels, blank = self._training.labels(positions).tolist(), _nothing(self._clip.frames)
         return [ClipPlan(*values, blank) for values in zip(positions.tolist(), labels, *changes, strict=True)]
 
+    def windows(self, epoch: int, lane: int) -> list[Window]:
+        """What a lane walks through in an epoch."""
+        return self._lanes.windows(epoch, lane)
+
     def places(self, epoch: int, step: int, rank: int = 0, world_size: int = 1) -> tuple[list[int], list[int]]:
         """The shards that a rank reads from at a step, and those of its next windows; none where there are no windows.
 
@@ -66,9 +70,9 @@ class TrainingPlan:
         share, size = self.batch_size // world_size, self._lanes.size
         now, then = [], []
         for lane in range(rank * share // size, -(-(rank + 1) * share // size)):
-            windows = self._lanes.windows(epoch, lane)
+            windows = self.windows(epoch, lane)
             at = int(np.searchsorted([window.start for window in windows], step, "right"))
-            following = windows[at] if at < len(windows) else self._lanes.windows(epoch + 1, lane)[0]
+            following = windows[at] if at < len(windows) else self.windows(epoch + 1, lane)[0]
             now += windows[at - 1].shards.tolist()
             then += following.shards.tolist()
         return now, then

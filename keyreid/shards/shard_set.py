@@ -16,6 +16,7 @@ from keyreid.shards.card import read_card
 from keyreid.shards.set_index import SetIndex
 from keyreid.shards.storage import DEFAULT_CACHE, LocalShardFiles, ShardFiles
 
+_BLOCK = 1 << 18  # tracklets that are looked at together
 Selection = Literal["train", "query", "gallery", "junk", "all", "holdout_query", "holdout_gallery"]
 
 
@@ -129,9 +130,26 @@ class ShardSet:
         return self.index.identities[np.flatnonzero(self.training_counts(split_number, holdout))]
 
     def training_counts(self, split_number: int | None = None, holdout: float | None = None) -> np.ndarray:
-        """How many training tracklets each of `index.identities` has: int64."""
-        persons = self.index.person[self.select("train", split_number, holdout)]
-        return np.bincount(persons, minlength=len(self.index.identities))
+        """How many training tracklets each of `index.identities` has, none where it is held out: int64."""
+        counts = self._counts(self.split_number if split_number is None else split_number)
+        return np.where(self._held_out(counts, self.holdout if holdout is None else holdout), 0, counts)
+
+    def _counts(self, split_number: int) -> np.ndarray:
+        """How many training tracklets each identity has before anybody is held out; in blocks that caches hold."""
+        counts = np.zeros(len(self.index.identities), np.int64)
+        for start in range(0, len(self), _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            persons = self.index.person[rows][self.in_split("train", split_number, rows)]
+            counts += np.bincount(persons, minlength=len(counts))
+        return counts
+
+    def _held_out(self, counts: np.ndarray, holdout: float) -> np.ndarray:
+        """Who of the training identities is held out: bool, of `index.identities`."""
+        there = np.flatnonzero(counts)
+        count = round(holdout * len(there))
+        held_out = np.zeros(len(counts), bool)
+        held_out[there[((np.arange(count) + 0.5) * len(there) / count).astype(np.int64)]] = True
+        return held_out
 
     def select(self, split: Selection, split_number: int | None = None, holdout: float | None = None) -> np.ndarray:
         """Positions of the tracklets of a split, ascending: int64.
@@ -153,12 +171,8 @@ class ShardSet:
         part = "train" if held_out else split
         chosen = np.flatnonzero(self.in_split(part, split_number))
         if held_out or (split == "train" and holdout):
-            persons = self.index.person[chosen]
-            there = np.flatnonzero(np.bincount(persons, minlength=len(self.index.identities)))
-            count = round(holdout * len(there))
-            away = np.zeros(len(self.index.identities), bool)
-            away[there[((np.arange(count) + 0.5) * len(there) / count).astype(np.int64)]] = True
-            chosen = chosen[away[persons] == held_out]
+            away = self._held_out(self._counts(split_number), holdout)
+            chosen = chosen[away[self.index.person[chosen]] == held_out]
         return self._queries_or_gallery(split, chosen) if held_out else chosen
 
     def in_split(self, split: str, number: int, positions: Any = slice(None)) -> np.ndarray:
@@ -187,8 +201,12 @@ class ShardSet:
         if split == "holdout_gallery":
             return positions
         # Each identity's first tracklet of each camera, where two cameras saw it.
-        cameras, number = np.unique(camera, return_inverse=True)
-        first = np.sort(np.unique(person.astype(np.int64) * len(cameras) + number, return_index=True)[1])
+        there = np.flatnonzero(np.bincount(person))
+        cameras = np.array(sorted(self.camera_index))
+        pair = np.searchsorted(there, person) * len(cameras) + np.searchsorted(cameras, camera)
+        first = np.full(len(there) * len(cameras), -1)
+        first[pair[::-1]] = np.arange(len(pair))[::-1]
+        first = np.sort(first[first >= 0])
         return positions[first[np.bincount(person[first])[person[first]] > 1]]
 
     def read_member(self, position: int, member: int) -> bytes:
