@@ -49,7 +49,9 @@ RECIPE, ONE_RANK = "tests/test_published_recipe.py", "tests/test_training_one_ra
 LOSSES, MODEL = "tests/test_losses.py", "tests/test_model_exact.py tests/test_model_machinery.py"
 ALIGNED, PLAN, READERS = "tests/test_model_aligned.py", "tests/test_plan.py", "tests/test_readers.py"
 SHARE = "tests/test_share.py"
-LANES = "tests/test_plan_lanes.py"
+LANES, WINDOWS = "tests/test_plan_lanes.py", "tests/test_plan_windows.py"
+APPEND, VERIFY = "tests/test_shards_append.py", "tests/test_shards_verify.py -k 'another or card or index'"
+FORMAT = "tests/test_shards_format.py"
 CLASSES = "tests/test_sharded_classes.py"
 BY_CLASSES = f"{CLASSES} -k 'not together_are_one'"  # on one rank
 PROTOCOLS, DISTANCE = "tests/test_evaluation_protocols.py", "tests/test_evaluation_distance.py"
@@ -471,8 +473,42 @@ BREAKS = [
         ("lanes of any weight", "order[np.argsort(self._rank[order], kind=", "order[np.argsort(0 * self._rank, kind="),
         ("neighbours in size never meet", "random.permuted(blocks.reshape(-1, 2 * self._lanes), axis=1)", "blocks"),
         ("a light lane repeats its steps", "epoch + turn * _AGAIN", "epoch"),
-        ("light lanes may be the longest", "if sampler.steps_per_epoch > self.steps_per_epoch:", "if False:"),
+        ("light lanes may be the longest", "if start > self.steps_per_epoch:", "if False:"),
         ("the heaviest lane is an average one", "[:, :2].ravel()", "[:, self._lanes :][:, :2].ravel()"),
+        ("a lane's windows in one order", "WINDOWS, epoch, number)", "WINDOWS, 0, number)", WINDOWS),
+        ("windows begin too early", "start += windows[-1].sampler.steps_per_epoch", "start += 1", WINDOWS),
+    ),
+    *room(
+        "keyreid/shards/windows.py",
+        WINDOWS,
+        ("identities in two shards pass", "if spilling := int((first != last).sum()):", "if spilling := 0:"),
+        ("a window of too few identities passes", "if few < self._wide:", "if False:"),
+        ("all shards are one window", "return max(1, shards // self.shards)", "return 1"),
+        ("no room for a window's last step", "windows * (self._wide - 1)", "0"),
+        (
+            "windows of half the size",
+            "data.window / self.identities.mean()",
+            "data.window / 2 / self.identities.mean()",
+        ),
+    ),
+    *room(
+        "keyreid/shards/set_index.py",
+        "tests/test_set_index.py",
+        ("a file of other shards is taken", "_about(made_of).items() <= about.items()", "True"),
+        ("an index that is not the card's", "if what := stranger(index, sha256(path), shard):", "if False:", VERIFY),
+        ("a key twice", "if len(same := np.flatnonzero(", "if 0 * len(same := np.flatnonzero("),
+        ("keys found by their beginning", "np.where(self.keys(row) == np.array(keys, np.str_), row, -1)", "row"),
+        ("members begin where the last tracklet's do", "np.cumsum(steps) - steps", "np.cumsum(steps)"),
+        (
+            "the columns' hash is not compared",
+            '["sha256"] == columns.content_sha256(folder / FILE)',
+            '["sha256"] != ""',
+        ),
+        (
+            "always made anew",
+            "if (index := cls._read(place / FILE, made_of)) is None:\n            with",
+            "if True:\n            with",
+        ),
     ),
     *room(
         "keyreid/config.py",
@@ -484,8 +520,8 @@ BREAKS = [
         f"{PLAN} -k splits_by_number",
         (
             "those held out are trained on",
-            "np.isin(self.identities[chosen], identities) == held_out",
-            "np.isin(self.identities[chosen], identities) >= held_out",
+            "away[self.index.person[chosen]] == held_out",
+            "away[self.index.person[chosen]] >= held_out",
         ),
         (
             "bytes are not checked",
@@ -494,9 +530,9 @@ BREAKS = [
             f"{READERS} -k damaged",
         ),
         (
-            "labels in the order of size",
-            "enumerate(identities.tolist())",
-            "enumerate(identities.tolist()[::-1])",
+            "a split's people are everybody",
+            "chosen = people[self.index.person[positions]]",
+            "chosen = people[self.index.person[positions]] | True",
             f"{PLAN} -k splits_by_number",
         ),
     ),
@@ -593,14 +629,20 @@ BREAKS = [
         ),
     ),
     *room(
+        "keyreid/shards/layout.py",
+        APPEND,
+        ("tracklets in another order", "return list(tracklets)", "return list(tracklets)[::-1]", FORMAT),
+        ("an identity is cut", "full and (tracklet.split not in _TOGETHER or", "full and (True or"),
+        ("splits share shards", "full = not same or (", "full = ("),
+        ("changed tracklets are appended to", "packed.tracklets[position].facts != index_facts(tracklet)", "False"),
+        ("other settings are appended", "if card[name] != value:", "if False:"),
+        ("names change their numbers", "if known.get(name, number) != number:", "if False:"),
+    ),
+    *room(
         "keyreid/shards/pack.py",
         "tests/test_shards_pack.py",
-        (
-            "tracklets in another order",
-            "for tracklet in dataset.tracklets:\n        size",
-            "for tracklet in dataset.tracklets[::-1]:\n        size",
-            "tests/test_shards_format.py",
-        ),
+        ("appending takes the card away", "if todo and not layout.before:", "if todo:", APPEND),
+        ("notes of other layouts count", 'if said["layout"] == layout.digest:', "if True:", APPEND),
         (
             "every share packs all",
             "range(share[0], len(layout.shards), share[1])",
@@ -612,6 +654,7 @@ BREAKS = [
         "keyreid/shards/verify.py",
         "tests/test_shards_verify.py",
         ("members' checksums not compared", "if zlib.crc32(content) != index.crc[row]:", "if False:"),
+        ("a share checks all", 'own = card["shards"][share[0] :: share[1]]', 'own = card["shards"]', APPEND),
         ("padding not looked at", 'if file.read(padding).strip(b"\\0"):', "if file.read(padding) and False:"),
     ),
     # ----------------------------------------------------------------------------------------------------- evaluation
