@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import collections
 import hashlib
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -16,61 +13,18 @@ import pytest
 from packed import make_config, make_dataset, pack_dataset
 
 from keyreid.errors import DataError
-from keyreid.shards import open_reader, remote, storage
+from keyreid.shards import open_reader, remote, transfer
 from keyreid.shards.plan import evaluation_clips
 from keyreid.shards.shard_set import ShardSet
 
 aiohttp = pytest.importorskip("aiohttp", reason="keyreid[remote] is not installed")
-aiohttp_web = pytest.importorskip("aiohttp.web")
+from shard_server import Server, in_pieces, redirect  # noqa: E402
 
 FETCH = (
     "import sys; from keyreid.shards.shard_set import ShardSet\n"
     "shards = ShardSet.open(sys.argv[1], sys.argv[2])\n"
     "for p, record in enumerate(shards.tracklets): shards.read_frame(p, 0)\n"
 )
-
-
-class Server:
-    """A web server on the loopback that serves a folder, counts, and misbehaves on request."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.requests: collections.Counter[str] = collections.Counter()
-        self.answers: dict[str, list] = {}  # by name: what the next requests get instead of the file
-        self.loop = asyncio.new_event_loop()
-        started = threading.Event()
-        self.thread = threading.Thread(target=self._run, args=(started,), daemon=True)
-        self.thread.start()
-        started.wait()
-
-    def _run(self, started: threading.Event) -> None:
-        asyncio.set_event_loop(self.loop)
-        app = aiohttp_web.Application()
-        app.router.add_get("/set/{name}", self._get)
-        self.runner = aiohttp_web.AppRunner(app, shutdown_timeout=0.1)
-        self.loop.run_until_complete(self.runner.setup())
-        site = aiohttp_web.TCPSite(self.runner, "127.0.0.1", 0)
-        self.loop.run_until_complete(site.start())
-        port = site._server.sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}/set"
-        started.set()
-        self.loop.run_forever()
-        self.loop.run_until_complete(self.runner.cleanup())
-
-    async def _get(self, request):
-        name = request.match_info["name"]
-        self.requests[name] += 1
-        path = self.folder / name
-        if self.answers.get(name):
-            answer = self.answers[name].pop(0)
-            if callable(answer):
-                return await answer(request, path.read_bytes())
-            return aiohttp_web.Response(status=answer) if isinstance(answer, int) else aiohttp_web.Response(body=answer)
-        return aiohttp_web.FileResponse(path) if path.is_file() else aiohttp_web.Response(status=404)
-
-    def close(self) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -82,29 +36,10 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def server(folder, monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(transfer, "FIRST_WAIT_SECONDS", 0.01)
     server = Server(folder)
     yield server
     server.close()
-
-
-def in_pieces(pieces: int, pause: float, stop: int | None = None, hang: bool = False):
-    """An answer of so many pieces, with a pause after each; after `stop` of them the connection ends, or hangs."""
-
-    async def answer(request, content):
-        response = aiohttp_web.StreamResponse(headers={"Content-Length": str(len(content))})
-        await response.prepare(request)
-        size = -(-len(content) // pieces)
-        for number in range(pieces if stop is None else stop):
-            await response.write(content[number * size : (number + 1) * size])
-            await asyncio.sleep(pause)
-        if hang:
-            await asyncio.sleep(600)
-        elif stop is not None:
-            request.transport.abort()
-        return response
-
-    return answer
 
 
 @pytest.fixture
@@ -112,7 +47,7 @@ def impatient(monkeypatch):
     """Transfers that are ended when no byte comes for half a second; of aiohttp's own accord, after one second."""
     from fsspec.implementations.http import HTTPFileSystem
 
-    monkeypatch.setattr(storage, "IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(transfer, "IDLE_SECONDS", 0.5)
     monkeypatch.setattr("aiohttp.client.DEFAULT_TIMEOUT", aiohttp.ClientTimeout(total=1))
     HTTPFileSystem.clear_instance_cache()
     yield
@@ -162,7 +97,7 @@ def test_two_processes_fetch_a_shard_once(folder, server, tmp_path):
 def test_the_cache_keeps_its_bound_and_drops_what_was_used_longest_ago(folder, server, tmp_path):
     sizes = [shard["bytes"] for shard in ShardSet.open(folder).card["shards"]]
     bound = sum(sizes[:3]) * 1.05
-    shards = ShardSet.open(server.url, tmp_path, bound / 1e9)
+    shards = ShardSet.open(server.url, tmp_path, bound / 1e9, remote="shards")
     first_of = {record.shard: p for p, record in reversed(list(enumerate(shards.tracklets)))}
     for number in (0, 1, 2):
         shards.read_frame(first_of[number], 0)
@@ -212,7 +147,7 @@ def test_a_shard_that_takes_longer_than_any_limit_of_the_client_comes_whole(fold
 
 
 def test_a_streamed_shard_may_take_as_long(folder, server, impatient):
-    files = storage.StreamedShardFiles([f"{server.url}/toy-00000.tar"])
+    files = remote.StreamedShardFiles([f"{server.url}/toy-00000.tar"])
     content = (folder / "toy-00000.tar").read_bytes()
     server.answers["toy-00000.tar"] = [200, in_pieces(12, 0.15)]  # it is asked for its size first
     assert files.read(0, 600, len(content) - 600) == content[-600:]
@@ -269,10 +204,10 @@ def test_a_set_that_is_not_there_is_named(server, tmp_path):
 
 
 def test_a_stream_goes_forward_and_opens_again_for_what_lies_far_behind(folder, monkeypatch):
-    monkeypatch.setattr(storage, "_STREAM_BYTES", 1000)
-    monkeypatch.setattr(storage, "_STREAM_KEPT", 5000)
+    monkeypatch.setattr(remote, "_STREAM_BYTES", 1000)
+    monkeypatch.setattr(remote, "_STREAM_KEPT", 5000)
     path = folder / "toy-00000.tar"
-    content, files = path.read_bytes(), storage.StreamedShardFiles([str(path)])
+    content, files = path.read_bytes(), remote.StreamedShardFiles([str(path)])
     for offset in (0, 512, 3000, 1024, 20_000, 18_000, 700, len(content) - 10):
         assert files.read(0, 600, offset) == content[offset : offset + 600]
     files.close()

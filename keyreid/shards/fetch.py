@@ -116,6 +116,11 @@ class ClipFetcher:
         self._last: tuple[int, np.ndarray] | None = None
         self._merged = None if self.parts == shards.parts else [list(united) for united in merged_parts(self.parts)]
 
+    def ahead(self, clips: list[ClipPlan]) -> None:
+        """Ask for the bytes of all these clips at once, where the shards are far away; then `fetch` each."""
+        frames = ((clip.tracklet, frame) for clip in clips for frame in clip.frames.tolist())
+        self.shards.ahead(frames, self.from_keypoints)
+
     def fetch(self, clip: ClipPlan, decode: Callable[[bytes], Any] | None = None) -> FetchedClip:
         """Read a clip's members; DataError where one cannot be used or replaced.
 
