@@ -30,7 +30,7 @@ _FINAL_STATUS = (400, 401, 403, 410)  # what the same request will be answered a
 log = logging.getLogger(__name__)
 
 
-class WholeFileError(OSError):
+class WholeFileError(Exception):
     """A server knows no ranges."""
 
 
