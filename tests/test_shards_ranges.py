@@ -141,6 +141,9 @@ def test_a_batch_with_a_lost_shard_reads_the_rest(folder, server, shards):
     assert np.array_equal(batch.tracklets, [clip.tracklet for clip in rest])
     with pytest.raises(DataError, match=f"nothing is left to replace it.*{NAME}: FileNotFoundError"):
         next(open_reader(shards, iter([lost]), config, workers=0))
+    server.answers[NAME] = [500] * 99
+    with pytest.raises(DataError, match=f"{NAME}.*500.*given up"):  # not once for each frame
+        next(open_reader(shards, iter([lost]), config, workers=0))
 
 
 def test_auto_takes_shards_that_fit_the_cache_and_otherwise_ranges_if_there_are_any(server, tmp_path):

@@ -32,6 +32,10 @@ class ShardFiles(Protocol):
         """Let shards go that will not be read soon; before `prefetch`, to which they make room."""
 
 
+class UnreachableError(DataError):
+    """A server that gives nothing: no sample is damaged, so that none is skipped for it."""
+
+
 class _Descriptor:
     """A file that is closed when nobody reads it any more."""
 

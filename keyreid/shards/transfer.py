@@ -19,6 +19,7 @@ from fsspec.core import url_to_fs
 
 from keyreid.errors import DataError, install_hint
 from keyreid.files import sha256
+from keyreid.shards.storage import UnreachableError
 
 TRIES = 4
 FIRST_WAIT_SECONDS = 0.5  # doubled for each further try; half of it is drawn, so that ranks do not come back together
@@ -73,7 +74,7 @@ def reason(url: str, error: Exception, end: float) -> str:
 
 def given_up(url: str, why: str) -> DataError:
     """The error after the last try."""
-    return DataError(f"{url}: {why}; given up after {TRIES} tries or {PATIENCE_SECONDS:g} s")
+    return UnreachableError(f"{url}: {why}; given up after {TRIES} tries or {PATIENCE_SECONDS:g} s")
 
 
 def fetch(url: str, path: Path, size: int, digest: str | None = None) -> None:
