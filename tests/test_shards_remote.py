@@ -161,6 +161,17 @@ def test_a_streamed_shard_may_take_as_long(folder, server, impatient):
     files.close()
 
 
+def test_a_stream_that_ends_early_is_opened_again(folder, server, impatient):
+    files = remote.StreamedShardFiles([f"{server.url}/toy-00000.tar"])
+    content = (folder / "toy-00000.tar").read_bytes()
+    server.answers["toy-00000.tar"] = [in_pieces(4, 0.01, stop=2), in_pieces(4, 0.01, stop=1, hang=True)]
+    assert files.read(0, 600, len(content) - 600) == content[-600:]
+    server.answers["toy-00000.tar"] = [503] * 99
+    files.close()
+    with pytest.raises(DataError, match=r"toy-00000\.tar: .*given up after 4 tries"):
+        files.read(0, 600, 0)
+
+
 def test_a_server_that_cuts_off_or_hangs_is_tried_again_from_the_beginning(folder, server, impatient, tmp_path):
     server.answers["toy-00000.tar"] = [in_pieces(4, 0.01, stop=3), in_pieces(4, 0.01, stop=1, hang=True)]
     ShardSet.open(server.url, tmp_path).read_frame(0, 0)

@@ -24,7 +24,9 @@ from keyreid.shards.transfer import WholeFileError, fetch, fetch_ranges, given_u
 DEFAULT_CACHE = Path("~/.cache/keyreid/shards")
 CARD_SECONDS = 60  # for which a card is not asked for again: the ranks of a machine that start together have the same
 AT_ONCE = 16  # indices
-GAP = 65_536  # bytes between two ranges of a shard, up to which one request for both is less than two
+# Bytes between two ranges of a shard up to which both are one request: a request costs 0.3 ms of a core
+# (benchmarks/remote.py), in which 100 MB/s bring as many.
+GAP = 32_768
 BATCHES_KEPT = 4  # of what was asked for ahead
 _STREAM_BYTES = 1 << 20  # read at once
 _STREAM_KEPT = 64 << 20  # behind the place of reading, for a tracklet whose frames repeat

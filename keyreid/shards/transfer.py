@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
@@ -26,7 +25,7 @@ FIRST_WAIT_SECONDS = 0.5  # doubled for each further try; half of it is drawn, s
 IDLE_SECONDS = 60.0  # without a byte, after which a try has failed
 PATIENCE_SECONDS = 300.0  # for all tries of a file, and
 SLOWEST = 100_000  # bytes a second more
-_FINAL_STATUS = (400, 401, 403, 410)  # what the same request will be answered again
+_FINAL_STATUS = (401, 403, 410)  # what the same request will be answered again
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +64,13 @@ def reason(url: str, error: Exception, end: float) -> str:
     """Why a try failed that had time until `end`; DataError where another would fail in the same way."""
     if isinstance(error, DataError):
         raise error
+    if hasattr(error.__cause__, "status"):  # fsspec calls all failures FileNotFoundError, when it asks for a size
+        error = error.__cause__
     if isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "status", None) in _FINAL_STATUS:
-        raise DataError(f"{url}: {type(error).__name__}: {error}") from None
+        raise DataError(f"{url}: {type(error).__name__}: {error!s:.300}") from None
     if isinstance(error, TimeoutError):  # has no words of its own
         return "it comes too slowly" if time.monotonic() > end else f"no byte came for {IDLE_SECONDS:g} s"
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error!s:.300}"  # aiohttp puts what it could not parse into the message
 
 
 def given_up(url: str, why: str) -> DataError:
@@ -130,7 +131,7 @@ def fetch_ranges(wanted: Sequence[tuple[str, int, int]], end: float) -> list[byt
 
 def open_stream(url: str) -> BinaryIO:
     """A file, to be read from front to back."""
-    return fsspec.open(url, "rb", **client_options(url)).open()
+    return _system(url).open(url, "rb")
 
 
 class _Bound(Callback):
