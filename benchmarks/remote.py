@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -18,6 +19,7 @@ import resource
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +86,17 @@ def serve(folder: Path, delay: float, port: multiprocessing.Queue) -> None:
     asyncio.run(run())
 
 
+@contextlib.contextmanager
+def serving(folder: Path, delay: float) -> Iterator[str]:
+    """The URL of a server in a process of its own."""
+    clean = multiprocessing.get_context("spawn")
+    port = clean.Queue()
+    server = clean.Process(target=serve, args=(folder, delay, port), daemon=True)
+    server.start()
+    yield f"http://127.0.0.1:{port.get()}"
+    server.terminate()
+
+
 def make_config(location: str, **data: object) -> Config:
     """The published recipe for this set."""
     return check_config({"data": {"shards": location, **data}}, "benchmark")
@@ -108,12 +121,6 @@ def measure(shards: ShardSet, url: str, batches: int, ahead: bool = True) -> tup
 
 def compare(root: Path, delay: float, batches: int) -> None:
     """The table of one delay."""
-    port = multiprocessing.get_context("spawn").Queue()
-    server = multiprocessing.get_context("spawn").Process(
-        target=serve, args=(root / "shards", delay, port), daemon=True
-    )
-    server.start()
-    url = f"http://127.0.0.1:{port.get()}"
     total = sum(shard["bytes"] for shard in ShardSet.open(root / "shards").card["shards"]) / 1e9
     cases = [
         ("whole shards, all fit", 2 * total, "shards", 0, True),
@@ -122,12 +129,12 @@ def compare(root: Path, delay: float, batches: int) -> None:
     cases += [("ranges, frame after frame", None, "ranges", 0, False)]
     cases += [(f"ranges, gap {gap / 1024:.3g} kB", None, "ranges", gap, True) for gap in (0, 32 << 10, 256 << 10)]
     cases += [("ranges, a clip's whole span", None, "ranges", 1 << 22, True)]
-    for number, (name, gigabytes, how, gap, ahead) in enumerate(cases):
-        shards = ShardSet.open(f"{url}/set", root / f"cache{delay}{number}", gigabytes, how)
-        remote.GAP = gap
-        requests, kilobytes, milliseconds = measure(shards, url, batches, ahead)
-        print(f"| {1e3 * delay:.0f} ms | {name} | {requests:.2f} | {kilobytes:.0f} | {milliseconds:.1f} |", flush=True)
-    server.terminate()
+    with serving(root / "shards", delay) as url:
+        for number, (name, gigabytes, how, gap, ahead) in enumerate(cases):
+            shards = ShardSet.open(f"{url}/set", root / f"cache{delay}{number}", gigabytes, how)
+            remote.GAP = gap
+            figures = "{:.2f} | {:.0f} | {:.1f}".format(*measure(shards, url, batches, ahead))
+            print(f"| {1e3 * delay:.0f} ms | {name} | {figures} |", flush=True)
 
 
 def read_epoch(folder: Path, reader: str) -> None:
@@ -157,6 +164,11 @@ def main() -> None:
                 child = multiprocessing.get_context("spawn").Process(target=read_epoch, args=(folder, reader))
                 child.start()
                 child.join()
+            with serving(folder, 0.02) as url:
+                for who in ("the first process", "each later one"):
+                    start = time.perf_counter()
+                    remote.open_remote(f"{url}/set", root / "cache")
+                    print(f"card and indices, 20 ms a request, {who}: {time.perf_counter() - start:.2f} s")
             return
         make_set(root, 128, 60, 256, SHARD_BYTES)
         print("| delay | how | requests a clip | kB a clip | ms a clip |\n|---|---|---|---|---|")
