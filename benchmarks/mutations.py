@@ -516,7 +516,7 @@ BREAKS = [
     *room(
         "keyreid/shards/remote.py",
         RANGES,
-        ("ranges are not checked", "elif right is None or right(content):", "else:"),
+        ("ranges are not checked", "elif right is None or right(content):", "elif True:"),
         (
             "kept ranges are not checked",
             "content is not None and (right is None or right(content))",

@@ -87,7 +87,7 @@ def test_another_process_gets_a_set_that_reads(folder, shards):
         b"<html>",
         changed(lambda body: body[:-1]),
         changed(lambda body: body + b"x"),
-        changed(lambda body: body[:9] + bytes([body[9] ^ 1]) + body[10:]),
+        changed(lambda body: bytes(byte ^ 1 for byte in body)),
         in_pieces(4, 0.01, stop=2),
         in_pieces(4, 0.01, stop=1, hang=True),
         redirect(NAME),

@@ -291,7 +291,8 @@ def cached(folder: Path) -> list[int]:
 
 def test_shards_are_fetched_ahead_and_let_go_within_the_bound(folder, server, tmp_path):
     sizes = [shard["bytes"] for shard in ShardSet.open(folder).card["shards"]]
-    files = ShardSet.open(server.url, tmp_path, 3.2 * max(sizes) / 1e9, remote="shards").files
+    bound = 3.2 * max(sizes) / 1e9
+    files, others = (ShardSet.open(server.url, tmp_path, bound, remote="shards").files for _ in range(2))
     files.prefetch([0, 1])
     wait_for(lambda: cached(tmp_path) == [0, 1])
     files.prefetch([1, 2, 3])  # the fourth would need the room of one that is wanted
@@ -303,6 +304,10 @@ def test_shards_are_fetched_ahead_and_let_go_within_the_bound(folder, server, tm
     assert files.read(1, 100, 600) == content[600:700]  # it is read all the same, and nothing is in its way
     assert len(cached(tmp_path)) == 3
     assert server.requests["toy-00003.tar"] == server.requests["toy-00000.tar"] == 1
+    there = cached(tmp_path)
+    files.drop([1])  # used last, and the first to go all the same
+    others.read(({0, 1, 2, 3} - set(there)).pop(), 100, 600)
+    assert cached(tmp_path) == [0, 2, 3]
 
 
 def prefetching() -> list[threading.Thread]:

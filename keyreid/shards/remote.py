@@ -24,7 +24,7 @@ from keyreid.shards.transfer import WholeFileError, fetch, fetch_ranges, given_u
 DEFAULT_CACHE = Path("~/.cache/keyreid/shards")
 CARD_SECONDS = 60  # for which a card is not asked for again: the ranks of a machine that start together have the same
 AT_ONCE = 16  # indices
-# Bytes between two ranges of a shard up to which both are one request: a request costs 0.3 ms of a core
+# Bytes between two ranges of a shard up to which both are one request: a request costs 0.3 ms or more
 # (benchmarks/remote.py), in which 100 MB/s bring as many.
 GAP = 32_768
 BATCHES_KEPT = 4  # of what was asked for ahead
