@@ -55,6 +55,7 @@ FORMAT = "tests/test_shards_format.py"
 CLASSES = "tests/test_sharded_classes.py"
 BY_CLASSES = f"{CLASSES} -k 'not together_are_one'"  # on one rank
 PROTOCOLS, DISTANCE = "tests/test_evaluation_protocols.py", "tests/test_evaluation_distance.py"
+REMOTE, RANGES, OPEN_FILES = "tests/test_shards_remote.py", "tests/test_shards_ranges.py", "tests/test_open_files.py"
 FEATURES, CHECKPOINTS = "tests/test_evaluation_features.py", "tests/test_training_checkpoints.py"
 
 BREAKS = [
@@ -535,6 +536,44 @@ BREAKS = [
             "chosen = people[self.index.person[positions]] | True",
             f"{PLAN} -k splits_by_number",
         ),
+    ),
+    *room(
+        "keyreid/shards/storage.py",
+        f"{OPEN_FILES} -k nobody",
+        ("files stay open", "functools.lru_cache(OPEN_FILES)", "functools.lru_cache(None)"),
+    ),
+    *room(
+        "keyreid/shards/cache.py",
+        f"{REMOTE} -k 'bound or ahead or cache'",
+        ("what is on its way takes no room", "used = coming + sum(", "used = sum("),
+        ("what is wanted makes room for more", "(ahead and spared)", "False"),
+        ("what is let go stays", "os.utime(self._path(number), (0, 0))", "pass"),
+    ),
+    *room(
+        "keyreid/shards/remote.py",
+        RANGES,
+        ("ranges are not checked", "elif right is None or right(content):", "elif True:"),
+        (
+            "kept ranges are not checked",
+            "content is not None and (right is None or right(content))",
+            "content is not None",
+        ),
+        ("a shard's end joins the next one's start", "joined[-1][0][0] != number or ", ""),
+        (
+            "each rank checks the set",
+            'if stamp.get("state") != _state(folder, card):',
+            "if True:",
+            f"{REMOTE} -k later",
+        ),
+        ("whole shards for ever", 'if "ranges" not in stamp:', "stamp['ranges'] = False\n        if False:"),
+    ),
+    *room(
+        "keyreid/shards/transfer.py",
+        f"{REMOTE} {RANGES} -k 'trickles or refuses or for_ever or card'",
+        ("no deadline", "if time.monotonic() > self.end:", "if False:"),
+        ("what is refused is asked for again", "_FINAL_STATUS = (401, 403, 410)", "_FINAL_STATUS = ()"),
+        ("whole files for ranges", "response.status == 200", "False"),
+        ("any bytes are a shard", "sha256(partial) == digest", "True"),
     ),
     *room(
         "keyreid/shards/batch.py",

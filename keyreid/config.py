@@ -34,6 +34,7 @@ class Section(BaseModel):
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Ratio = Annotated[float, Field(gt=0)]
+Remote = Literal["auto", "shards", "ranges"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -78,6 +79,9 @@ class DataConfig(Section):
     guidance_from: Literal["heatmaps", "keypoints"] = Field("heatmaps", description="packed, or drawn from keypoints")
     on_fault: Literal["stop", "skip"] = Field("stop", description="what a sample that cannot be read does to the run")
     max_faults: int = Field(100, ge=0, description="with on_fault: skip, how many before the run stops all the same")
+    # shards: whole, into the cache. ranges: only the bytes that are read, and nothing is kept. auto: shards where all
+    # fit the cache, so that each is fetched once; otherwise ranges, if the server sends them.
+    remote: Remote = Field("auto", description="how shards of a URL are read")
     cache_dir: str = Field("~/.cache/keyreid/shards", description="where remote shards are kept")
     cache_gigabytes: float = Field(200.0, gt=0, description="bound of that cache")
     augment: AugmentConfig = AugmentConfig()

@@ -118,24 +118,35 @@ def test_any_ranks_and_any_start_give_the_same_order(lanes):
                 assert same([clip for part in parts for clip in part], expected[number])
 
 
-def test_a_rank_has_shards_fetched_when_its_window_begins():
-    class Files:
-        def __init__(self):
-            self.asked = []
+class Files:
+    """Notes what it is told."""
 
-        def prefetch(self, numbers):
-            self.asked.append(numbers)
+    def __init__(self):
+        self.told = []
 
-    order, files = plan(2), Files()
-    batches = order.batches(0, 0, 1, 2, files=files)
-    for step in range(order.steps_per_epoch + 2):
+    def prefetch(self, numbers):
+        self.told.append(("fetch", numbers))
+
+    def drop(self, numbers):
+        self.told.append(("drop", numbers))
+
+
+def test_shards_are_fetched_a_window_ahead_and_let_go_when_readers_are_over_it():
+    order, files = plan(2, workers=1, prefetch=1), Files()
+    behind = 4  # batches that readers may be behind
+    batches, here = order.batches(0, 0, 1, 2, files=files), set()
+    for number in range(2 * order.steps_per_epoch):
         next(batches)
-        now, then = order.places(*divmod(step, order.steps_per_epoch), 1, 2)
-        assert files.asked[-1] == [*now, *then]
-    assert len(files.asked) == len({tuple(asked) for asked in files.asked}) < 12
+        for what, shards in files.told:
+            here = here | set(shards) if what == "fetch" else here - set(shards)
+        files.told.clear()
+        for step in range(max(0, number - behind), number + 1):
+            assert here.issuperset(order.places(*divmod(step, order.steps_per_epoch), 1, 2)[0])
+        now, then = order.places(*divmod(max(0, number - behind), order.steps_per_epoch), 1, 2)
+        assert here == {*now, *then}
     none = Files()
     list(islice(plan(2, window=0).batches(0, 0, files=none), 3))
-    assert not none.asked
+    assert not none.told
 
 
 def test_sets_that_windows_do_not_fit_are_refused():

@@ -329,7 +329,7 @@ def test_a_picture_that_was_packed_broken_is_named(damaged, reader):
     number = picture_member(1)
     path = folder / shards.card["shards"][0]["file"]
     content = bytearray(path.read_bytes())
-    ((offset,), (size,), _) = shards.index.members(0, number, 1)
+    ((offset, size, _),) = shards.index.members(0, number, 1)
     content[offset : offset + size] = b"\xff\xd8" + bytes(size - 4) + b"\xff\xd9"
     path.write_bytes(content)
     opened = ShardSet.open(folder)

@@ -52,8 +52,10 @@ def test_it_says_what_the_indices_beside_the_shards_say(folder):
             np.testing.assert_array_equal(record.visible, seen.astype(bool))
             at = slice(index.first_member[row], index.first_member[row] + members.members_of(record.frames))
             found = shards.index.members(position, 0, at.stop - at.start)
-            assert found == tuple(getattr(index, name)[at].tolist() for name in ("offset", "size", "crc"))
-            assert shards.index.members(position, 3, 2) == tuple(column[3:5] for column in found)
+            assert found == list(
+                zip(*(getattr(index, name)[at].tolist() for name in ("offset", "size", "crc")), strict=True)
+            )
+            assert shards.index.members(position, 3, 2) == found[3:5]
             names = [shards.index.member_name(position, n) for n in range(at.stop - at.start)]
             assert names == [index.member_name(row, n) for n in range(at.stop - at.start)]
             position += 1

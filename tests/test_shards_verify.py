@@ -109,8 +109,8 @@ def test_a_truncation_is_found_and_the_set_does_not_open(packed, folder, seed):
         left = path.stat().st_size
         for position, record in enumerate(opened.tracklets):
             if opened.shard_name(record.shard).endswith(path.name):
-                offset, size, _ = opened.index.members(position, 0, 1)
-                if offset[0] + size[0] > left:
+                ((offset, size, _),) = opened.index.members(position, 0, 1)
+                if offset + size > left:
                     with pytest.raises(DataError, match=f"{record.key}.*ends .* bytes early"):
                         opened.metadata(position)
 

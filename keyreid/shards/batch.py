@@ -1,9 +1,12 @@
 """What a plan asks of a reader, and what a reader gives: the two records that both readers share."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
+
+_SMALL_BYTES = 65_536
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,15 @@ class ClipBatch:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Small tensors as arrays: PyTorch holds a file open for each tensor on its way from another process."""
+        small = {name for name, value in vars(self).items() if name != "keys" and value.nbytes < _SMALL_BYTES}
+        return {name: value.numpy() if name in small else value for name, value in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        arrays = {name: torch.from_numpy(value) for name, value in state.items() if isinstance(value, np.ndarray)}
+        vars(self).update(state | arrays)
 
     @property
     def erased(self) -> torch.Tensor:

@@ -104,6 +104,7 @@ class DaliReader(Reader):
         decode = members.try_picture if self.faults.policy == "skip" else None
         with ThreadPoolExecutor(self._workers, thread_name_prefix="keyreid-fetch") as pool:
             for clips in batches:
+                self._fetcher.ahead(clips)
                 fetched = list(pool.map(self._fetcher.fetch, clips, itertools.repeat(decode)))
                 batch = self._fetcher.batch(clips, fetched)
                 size = max(1, MAX_FRAMES // len(clips[0].frames))

@@ -1,6 +1,6 @@
 """What all readers share: a clip's bytes from the shards, checked, its guidance, and what is done with faults.
 
-**Faults.** Whatever cannot be read is a DataError that names the shard, the tracklet and the member. Under
+**Faults.** Whatever cannot be read is a DataError that names the shard, the tracklet and the member, or the URL. Under
 `data.on_fault: skip` a frame that cannot be used is replaced by the nearest frame of its tracklet that can, the earlier
 one first, up to 16 frames away; after that, in training, by the middle of the identity's next tracklet. That depends on
 the shards alone, so it too is the same in every reader and on any ranks.
@@ -26,6 +26,7 @@ from keyreid.shards import members
 from keyreid.shards.batch import ClipBatch, ClipPlan
 from keyreid.shards.pooling import pool
 from keyreid.shards.shard_set import ShardSet
+from keyreid.shards.storage import UnreachableError
 
 NEAREST_FRAMES = 16  # how far away a damaged frame's replacement may be
 
@@ -116,6 +117,11 @@ class ClipFetcher:
         self._last: tuple[int, np.ndarray] | None = None
         self._merged = None if self.parts == shards.parts else [list(united) for united in merged_parts(self.parts)]
 
+    def ahead(self, clips: list[ClipPlan]) -> None:
+        """Ask for the bytes of all these clips at once, where the shards are far away; then `fetch` each."""
+        frames = ((clip.tracklet, frame) for clip in clips for frame in clip.frames.tolist())
+        self.shards.ahead(frames, self.from_keypoints)
+
     def fetch(self, clip: ClipPlan, decode: Callable[[bytes], Any] | None = None) -> FetchedClip:
         """Read a clip's members; DataError where one cannot be used or replaced.
 
@@ -129,7 +135,7 @@ class ClipFetcher:
                     picture, heatmap = self._frame(position, candidate, decode)
                 except DataError as error:
                     faults[f"{self.shards.tracklets[position].key} {candidate}"] = str(error)
-                    if not self.skip:
+                    if not self.skip or isinstance(error, UnreachableError):
                         raise
                     continue
                 pictures.append(picture)

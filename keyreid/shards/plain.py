@@ -18,7 +18,6 @@ from keyreid.shards import members
 from keyreid.shards.batch import ClipBatch, ClipPlan
 from keyreid.shards.fetch import ClipFetcher, Reader
 from keyreid.shards.shard_set import ShardSet
-from keyreid.shards.storage import StreamedShardFiles
 
 
 class PlainReader(Reader):
@@ -61,6 +60,8 @@ class StreamReader(PlainReader):
     def __init__(
         self, shards: ShardSet, batches: Iterator[list[ClipPlan]], config: Config, device: str, workers: int | None
     ) -> None:
+        from keyreid.shards.remote import StreamedShardFiles  # fsspec only where it is needed
+
         streamed = copy.copy(shards)
         streamed.files = StreamedShardFiles([shards.shard_name(n) for n in range(len(shards.card["shards"]))])
         super().__init__(streamed, batches, config, device, 0 if workers == 0 else 1)
@@ -79,6 +80,7 @@ class _Batches(Dataset):
         """
         fetched, images = [], []
         try:
+            self.fetcher.ahead(clips)
             for clip in clips:
                 fetched.append(self.fetcher.fetch(clip, members.decode_picture))
                 images.append(_images(fetched[-1].pictures, clip, self.fetcher))

@@ -40,6 +40,8 @@ class TrainingPlan:
         self.steps_per_epoch = self._lanes.steps_per_epoch  # the same in every epoch
         self.batch_size = data.batch_size  # clips a step, over all ranks: P x K
         self._unit = data.tracklets if data.lanes > 1 else data.batch_size  # clips a step that are drawn together
+        # Steps that readers, also those of other ranks, may be behind the plan; nothing is let go without windows.
+        self._ahead = 2 * data.prefetch * data.workers + 2 if data.window else 0
         self._augment, self._clip, self._seed = data.augment, clip, seed
         self._block = functools.lru_cache(maxsize=4)(self._plan_block)
 
@@ -90,7 +92,7 @@ class TrainingPlan:
 
         Args:
             steps_per_epoch: shorter epochs leave out the rest of the plan's; longer ones take in the next.
-            files: told which shards to fetch ahead, when a window begins.
+            files: told what to fetch ahead and to let go, once readers are over the beginning of a window.
 
         Raises:
             ConfigError: the ranks do not divide the batch.
@@ -100,15 +102,17 @@ class TrainingPlan:
             raise ConfigError(f"{world_size} ranks do not divide the batch of {batch}")
         share = self.batch_size // world_size
         length = steps_per_epoch or self.steps_per_epoch
-        fetched: tuple[list[int], list[int]] = [], []
-        for number in itertools.count(epoch * length + step):
-            epoch, step = divmod(number, length)
-            if length > self.steps_per_epoch:  # what is called an epoch has no meaning to the order then
-                epoch, step = divmod(number, self.steps_per_epoch)
-            if files is not None and (needed := self.places(epoch, step, rank, world_size)) != fetched:
-                files.prefetch([*needed[0], *needed[1]])
-                fetched = needed
-            yield self._clips(epoch, step, rank * share, (rank + 1) * share)
+        if length > self.steps_per_epoch:  # what is called an epoch has no meaning to the order then
+            epoch, step = divmod(epoch * length + step, length := self.steps_per_epoch)
+        first, fetched = epoch * length + step, []
+        for number in itertools.count(first):
+            if files is not None and self._ahead:
+                now, then = self.places(*divmod(max(first, number - self._ahead), length), rank, world_size)
+                if (needed := [*now, *then]) != fetched:
+                    files.drop(sorted(set(fetched) - set(needed)))
+                    files.prefetch(needed)
+                    fetched = needed
+            yield self._clips(*divmod(number, length), rank * share, (rank + 1) * share)
 
     def _plan_block(self, epoch: int, block: int, low: int, high: int) -> tuple[np.ndarray, ...]:
         """Tracklets, frames, flips, crops and erasures of whole units of a block of steps: [steps, high - low, ...]."""

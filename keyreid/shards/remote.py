@@ -1,48 +1,57 @@
-"""Shards in object storage or behind a web server: whole shards are fetched into a cache on this machine.
+"""Shards in object storage or behind a web server: in a cache on this machine, by ranges, or as streams."""
 
-A shard is fetched when it is first read, by one process while the others wait for it, and checked against the card's
-SHA-256 before it gets its name. The cache is shared by every process and dataset of the machine; when it is full, the
-shards that were not used for longest go. A shard is opened anew for each read (5 us), so what goes really frees disk.
-"""
-
-import contextlib
 import hashlib
+import json
 import logging
-import os
 import re
-import shutil
 import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock
-from fsspec.callbacks import Callback
-from fsspec.core import url_to_fs
 
-from keyreid.errors import DataError, install_hint
-from keyreid.files import replacing, sha256
+from keyreid.config import Remote
+from keyreid.errors import DataError
+from keyreid.files import replace_text, sha256
+from keyreid.shards.cache import CachedShardFiles
 from keyreid.shards.card import CARD_NAME, LARGEST_CARD, read_card
-from keyreid.shards.storage import DEFAULT_CACHE, client_options, read_range, why
+from keyreid.shards.storage import DEFAULT_CACHE, ShardFiles
+from keyreid.shards.transfer import WholeFileError, fetch, fetch_ranges, given_up, open_stream, reason, tries
 
-TRIES = 4
-FIRST_WAIT_SECONDS = 0.5  # doubled for each further try
-USE_NOTED_SECONDS = 60  # how often a shard's use is written down
-ABANDONED_SECONDS = 3600  # without a change, after which what is half fetched is nobody's
+CARD_SECONDS = 60  # for which a card is not asked for again: the ranks of a machine that start together have the same
+AT_ONCE = 16  # indices
+# Bytes between two ranges of a shard up to which both are one request: a request costs 0.3 ms or more
+# (benchmarks/remote.py), in which 100 MB/s bring as many.
+GAP = 32_768
+BATCHES_KEPT = 4  # of what was asked for ahead
+_STREAM_BYTES = 1 << 20  # read at once
+_STREAM_KEPT = 64 << 20  # behind the place of reading, for a tracklet whose frames repeat
+_STAMP = ".verified.json"  # no shard or index can have this name
 
 log = logging.getLogger(__name__)
 
 
 def open_remote(
-    url: str, cache_dir: str | Path | None = None, cache_gigabytes: float | None = None
-) -> "tuple[Path, CachedShardFiles]":
+    url: str,
+    cache_dir: str | Path | None = None,
+    cache_gigabytes: float | None = None,
+    remote: Remote = "auto",
+) -> tuple[Path, ShardFiles]:
     """Fetch the card and the indices of a set of shards: their folder, and the shards, fetched when they are read.
+
+    Whoever comes first fetches and checks them, for all processes of this machine.
 
     Args:
         url: its folder; whatever fsspec opens (s3://, gs://, https://), with the credentials it finds.
         cache_gigabytes: bound of the whole cache; None: none.
+        remote: `shards`: each is fetched whole, into the cache. `ranges`: only what is read is fetched, and not kept.
+            `auto`: shards where all fit the cache, so that each is fetched once; otherwise ranges, if the server can.
 
     Raises:
-        DataError: something cannot be fetched or is not what the card says.
+        DataError: something cannot be fetched or is not what the card says, or there are to be ranges and are none.
     """
     url = url.rstrip("/")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", url.rpartition("/")[2])[-40:]
@@ -50,105 +59,173 @@ def open_remote(
     folder = cache / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "card.lock"):
-        _fetch(f"{url}/{CARD_NAME}", folder / CARD_NAME, LARGEST_CARD)
-        card = read_card(folder)
-        for shard in card["shards"]:
-            index = folder / shard["index"]
-            if not (index.is_file() and sha256(index) == shard["index_sha256"]):
-                _fetch(f"{url}/{shard['index']}", index, shard["index_bytes"], shard["index_sha256"])
-    total = sum(shard["bytes"] for shard in card["shards"]) / 1e9
-    if cache_gigabytes is not None and total > cache_gigabytes:
-        log.warning(
-            "%s: %.3g GB of shards do not fit data.cache_gigabytes=%g: they will be fetched again and again",
-            *(url, total, cache_gigabytes),
-        )
+        card, stamp = _verified(url, folder)
+        total = sum(shard["bytes"] for shard in card["shards"]) / 1e9
+        fits = cache_gigabytes is None or total <= cache_gigabytes
+        if remote == "shards" or (remote == "auto" and fits):
+            return folder, CachedShardFiles(url, folder, card["shards"], cache_gigabytes)
+        if "ranges" not in stamp:
+            stamp["ranges"] = _gives_ranges(url, folder, card)
+            replace_text(folder / _STAMP, json.dumps(stamp))
+    if stamp["ranges"]:
+        return folder, RangeShardFiles(url, card["shards"])
+    if remote == "ranges":
+        raise DataError(f"{url}: the server does not send ranges of files; set data.remote=shards")
+    log.warning(
+        "%s: %.3g GB of shards do not fit data.cache_gigabytes=%g, and the server does not send ranges of them: "
+        "they will be fetched again and again",
+        *(url, total, cache_gigabytes),
+    )
     return folder, CachedShardFiles(url, folder, card["shards"], cache_gigabytes)
 
 
-class CachedShardFiles:
-    """The shards of a URL, in the cache once they were read."""
+class RangeShardFiles(ShardFiles):
+    """The shards of a URL, of which the bytes are fetched that are read, and nothing is kept on disk."""
 
-    def __init__(self, url: str, folder: Path, shards: list[dict[str, Any]], cache_gigabytes: float | None) -> None:
-        self._url, self._folder, self._shards = url, folder, shards
-        self._bound = None if cache_gigabytes is None else int(cache_gigabytes * 1e9)
-        self._noted: dict[int, float] = {}
+    def __init__(self, url: str, shards: list[dict[str, Any]]) -> None:
+        self._url, self._shards = url, shards
+        self._kept: deque[dict[tuple[int, int, int], bytes]] = deque(maxlen=BATCHES_KEPT)
 
-    def read(self, number: int, size: int, offset: int) -> bytes:
-        """See ShardFiles; a shard is fetched if it is not in the cache."""
-        shard = self._shards[number]
-        path = self._folder / shard["file"]
-        while True:
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process has fetched nothing yet."""
+        return RangeShardFiles, (self._url, self._shards)
+
+    def ahead(self, ranges: Iterable[tuple[int, int, int]]) -> None:
+        """See ShardFiles: all requests at once, one for ranges that are near each other."""
+        joined: list[list[tuple[int, int, int]]] = []
+        end = 0
+        for number, size, offset in sorted(set(ranges), key=lambda wanted: (wanted[0], wanted[2])):
+            if not joined or joined[-1][0][0] != number or offset > end + GAP:
+                joined.append([])
+                end = 0
+            joined[-1].append((number, size, offset))
+            end = max(end, offset + size)
+        spans = [(near[0][2], max(offset + size for _, size, offset in near)) for near in joined]
+        wanted = [(self._file(near[0][0]), *span) for near, span in zip(joined, spans, strict=True)]
+        kept = {}
+        for near, (start, _), content in zip(joined, spans, fetch_ranges(wanted, next(tries())), strict=True):
+            if not isinstance(content, Exception):  # `read` tries again
+                kept |= {(n, size, offset): content[offset - start :][:size] for n, size, offset in near}
+        self._kept.append(kept)
+
+    def read(self, number: int, size: int, offset: int, right: Callable[[bytes], bool] | None = None) -> bytes:
+        """See ShardFiles."""
+        for kept in tuple(self._kept):
+            content = kept.get((number, size, offset))
+            if content is not None and (right is None or right(content)):
+                return content
+        url, why, damaged = self._file(number), "", None
+        for end in tries(size):
+            if why:
+                log.warning("%s: bytes %d to %d: %s; trying again", url, offset, offset + size, why)
+            content = fetch_ranges([(url, offset, offset + size)], end)[0]
+            if isinstance(content, Exception):
+                why = reason(url, content, end)
+            elif right is None or right(content):
+                return content
+            else:
+                why, damaged = "they are not those packed", content
+        if damaged is not None:
+            return damaged  # as a file on disk that is: the caller names what is in it
+        raise given_up(f"{url}: bytes {offset} to {offset + size}", why)
+
+    def _file(self, number: int) -> str:
+        return f"{self._url}/{self._shards[number]['file']}"
+
+
+class StreamedShardFiles(ShardFiles):
+    """Shards read from front to back, one at a time, nothing kept on disk; for one thread.
+
+    A shard is read through a single time as long as the reads ascend, but for the last 64 MB; a read further back
+    opens it again, and so does a transfer that failed.
+    """
+
+    def __init__(self, locations: list[str]) -> None:
+        self._locations, self._number = locations, -1
+        self._stream: BinaryIO | None = None
+        self._kept, self._start = bytearray(), 0  # what was read last, and where in the shard it begins
+
+    def read(self, number: int, size: int, offset: int, right: Callable[[bytes], bool] | None = None) -> bytes:
+        """See ShardFiles."""
+        why = ""
+        for end in tries(offset + size):
             try:
-                with path.open("rb", buffering=0) as file:
-                    if time.monotonic() - self._noted.get(number, -1e9) > USE_NOTED_SECONDS:
-                        self._noted[number] = time.monotonic()
-                        os.utime(file.fileno())
-                    return read_range(file.fileno(), size, offset)
-            except FileNotFoundError:  # not fetched yet, or some process needed the room
-                with FileLock(f"{path}.lock"):
-                    if not path.exists():  # or it was fetched while this process waited
-                        self._make_room(shard["bytes"])
-                        _fetch(f"{self._url}/{shard['file']}", path, shard["bytes"], shard["sha256"])
-            except OSError as error:
-                raise DataError(f"{path}: {error.strerror}") from None
+                return self._read(number, size, offset, end)
+            except Exception as error:  # every protocol has its own
+                self.close()
+                why = reason(self._locations[number], error, end)
+        raise given_up(self._locations[number], why)
 
-    def _make_room(self, needed: int) -> None:
-        """Remove what killed processes left, and the shards not used for longest until `needed` bytes fit the bound."""
-        cache = self._folder.parent
-        with FileLock(cache / "room.lock"):
-            for partial in cache.glob("*/.*.partial"):
-                with contextlib.suppress(FileNotFoundError):  # it was finished
-                    if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
-                        partial.unlink()
-            if self._bound is not None:
-                stats = [(path, path.stat()) for path in cache.glob("*/*.tar")]
-                used = sum(stat.st_size for _, stat in stats)
-                for path, stat in sorted(stats, key=lambda pair: pair[1].st_mtime):
-                    if used + needed <= self._bound:
-                        break
-                    path.unlink(missing_ok=True)
-                    used -= stat.st_size
-            free = shutil.disk_usage(cache).free
-            if needed > free:
-                raise DataError(f"{cache}: {needed / 1e9:.2f} GB are to be fetched, {free / 1e9:.2f} GB are free")
+    def close(self) -> None:
+        """Close the stream."""
+        if self._stream is not None:
+            self._stream.close()
+        self._number, self._stream, self._kept, self._start = -1, None, bytearray(), 0
+
+    def _read(self, number: int, size: int, offset: int, end: float) -> bytes:
+        if number != self._number or offset < self._start:
+            self.close()
+            self._stream, self._number = open_stream(self._locations[number]), number
+        while self._start + len(self._kept) < offset + size:
+            if time.monotonic() > end:
+                raise TimeoutError
+            more = self._stream.read(_STREAM_BYTES)
+            if not more:
+                break
+            self._kept += more
+            surplus = min(len(self._kept) - _STREAM_KEPT, offset - self._start)
+            if surplus > 0:
+                del self._kept[:surplus]
+                self._start += surplus
+        return bytes(self._kept[offset - self._start :][:size])
 
 
-class _Bound(Callback):
-    """Ends a transfer that brings more than was promised."""
-
-    def __init__(self, url: str, most: int) -> None:
-        super().__init__()
-        self.url, self.most = url, most
-
-    def relative_update(self, inc: int = 1) -> None:
-        super().relative_update(inc)
-        if self.value > self.most:
-            raise DataError(f"{self.url}: is larger than the {self.most} bytes that the card says")
-
-
-def _fetch(url: str, path: Path, size: int, digest: str | None = None) -> None:
-    """Fetch a file whole: it has its name only when its hash is right. Tries again where that may help."""
+def _verified(url: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The card, and what is known of it and its indices, once they are here and right."""
+    path = folder / _STAMP
     try:
-        system = url_to_fs(url, **client_options(url))[0]  # fsspec keeps one for each process and protocol
-    except ImportError as error:
-        raise DataError(f"{url}: {error}; {install_hint('remote')}") from None
-    except ValueError as error:
-        raise DataError(f"{url}: {error}") from None
-    reason = ""
-    with replacing(path, alone=True) as partial:  # the caller has its lock
-        for attempt in range(TRIES):
-            if attempt:
-                log.warning("%s: %s; trying again", url, reason)
-                time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
-            try:
-                system.get_file(url, str(partial), callback=_Bound(url, size))
-                if digest is None or sha256(partial) == digest:
-                    return
-                reason = f"its SHA-256 is not that of the card ({partial.stat().st_size} of {size} bytes came)"
-            except (FileNotFoundError, PermissionError) as error:
-                raise DataError(f"{url}: {type(error).__name__}: {error}") from None
-            except DataError:
-                raise
-            except Exception as error:  # every protocol has its own, and networks fail in many ways
-                reason = why(error)
-        raise DataError(f"{url}: {reason}; given up after {TRIES} tries")
+        stamp = json.loads(path.read_text())
+    except (OSError, ValueError):
+        stamp = {}
+    asked = stamp.get("asked", 0)
+    if not 0 <= time.time() - asked < CARD_SECONDS or not (folder / CARD_NAME).is_file():
+        fetch(f"{url}/{CARD_NAME}", folder / CARD_NAME, LARGEST_CARD)
+        asked = time.time()
+    card = read_card(folder)
+    if stamp.get("state") != _state(folder, card):
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(lambda shard: _fetch_index(url, folder, shard), card["shards"]))
+        stamp = {"state": _state(folder, card)}
+    if stamp.get("asked") != asked:
+        stamp["asked"] = asked
+        replace_text(path, json.dumps(stamp))
+    return card, stamp
+
+
+def _state(folder: Path, card: dict[str, Any]) -> str:
+    """A hash of the card's content and of the sizes and times of its indices."""
+    digest = hashlib.sha256(sha256(folder / CARD_NAME).encode())
+    for shard in card["shards"]:
+        try:
+            about = (folder / shard["index"]).stat()
+            digest.update(f"{about.st_size} {about.st_mtime_ns}\n".encode())
+        except FileNotFoundError:
+            digest.update(b"missing\n")
+    return digest.hexdigest()
+
+
+def _fetch_index(url: str, folder: Path, shard: dict[str, Any]) -> None:
+    path = folder / shard["index"]
+    if not (path.is_file() and sha256(path) == shard["index_sha256"]):
+        fetch(f"{url}/{shard['index']}", path, shard["index_bytes"], shard["index_sha256"])
+
+
+def _gives_ranges(url: str, folder: Path, card: dict[str, Any]) -> bool:
+    """Whether the server sends a range of a file: asked once, with an index that is here."""
+    name = card["shards"][0]["index"]
+    expected = (folder / name).read_bytes()[8:24]
+    for end in tries():
+        (answer,) = fetch_ranges([(f"{url}/{name}", 8, 24)], end)
+        if answer == expected or isinstance(answer, WholeFileError):
+            return answer == expected
+    return False

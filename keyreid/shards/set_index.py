@@ -162,14 +162,14 @@ class SetIndex:
         """Whether parts have a keypoint in frames, bool [n, P]."""
         return (self.visible[frames][:, None] >> np.arange(self.parts, dtype=np.uint8) & 1).astype(bool)
 
-    def members(self, tracklet: int, member: int, count: int) -> tuple[list[int], list[int], list[int]]:
+    def members(self, tracklet: int, member: int, count: int) -> list[tuple[int, int, int]]:
         """Of members that follow each other: where the content of each begins in the shard, its size, its CRC-32."""
         row = _first_member(tracklet, int(self.first_frame[tracklet]))
         sizes = self.size[row : row + member + count].astype(np.int64)
         steps = TAR_BLOCK + -(-sizes // TAR_BLOCK) * TAR_BLOCK
         starts = int(self.first_byte[tracklet]) + np.cumsum(steps) - steps
         crc = self.crc[row + member : row + member + count]
-        return starts[member:].tolist(), sizes[member:].tolist(), crc.tolist()
+        return list(zip(starts[member:].tolist(), sizes[member:].tolist(), crc.tolist(), strict=True))
 
     def member_name(self, tracklet: int, member: int) -> str:
         """The name after `KEY.` of a tracklet's n-th member."""

@@ -2,14 +2,14 @@
 
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from keyreid.config import DataConfig
+from keyreid.config import DataConfig, Remote
 from keyreid.errors import DataError
 from keyreid.shards import members
 from keyreid.shards.card import read_card
@@ -75,9 +75,13 @@ class ShardSet:
 
     @classmethod
     def open(
-        cls, location: str | Path, cache_dir: str | Path | None = None, cache_gigabytes: float | None = None
+        cls,
+        location: str | Path,
+        cache_dir: str | Path | None = None,
+        cache_gigabytes: float | None = None,
+        remote: Remote = "auto",
     ) -> "ShardSet":
-        """Open a folder, or a URL whose shards are fetched whole into `cache_dir` when they are first read.
+        """Open a folder, or a URL; for its shards see `remote.open_remote`.
 
         Raises:
             DataError: no card, or a shard or index that is missing, cut off or does not belong to the card.
@@ -86,7 +90,7 @@ class ShardSet:
         if re.match(r"[a-z0-9+]+://", str(location)):
             from keyreid.shards.remote import open_remote  # fsspec's protocols only where they are needed
 
-            folder, files = open_remote(str(location), cache_dir, cache_gigabytes)
+            folder, files = open_remote(str(location), cache_dir, cache_gigabytes, remote)
             card = read_card(folder)
         else:
             folder = Path(location).expanduser()
@@ -98,7 +102,9 @@ class ShardSet:
     @classmethod
     def from_config(cls, data: DataConfig) -> "ShardSet":
         """The shards, split and holdout that a configuration names."""
-        shards = cls.open(data.shards, data.cache_dir, data.cache_gigabytes)
+        # Windows fetch whole shards ahead.
+        remote = "shards" if data.window and data.remote == "auto" else data.remote
+        shards = cls.open(data.shards, data.cache_dir, data.cache_gigabytes, remote)
         shards.split_number, shards.holdout = data.split_number, data.holdout
         return shards
 
@@ -217,6 +223,17 @@ class ShardSet:
         """A frame's picture and its heatmaps, which lie side by side, in one read; both checked."""
         return self._read(position, members.picture_member(frame), 2)
 
+    def ahead(self, frames: Iterable[tuple[int, int]], keypoints: bool) -> None:
+        """Say what `read_frame` will be asked for next, (position, frame) of each, and whether `keypoints` will be."""
+
+        def ranges() -> Iterator[tuple[int, int, int]]:
+            for position, frame in frames:
+                yield self._range(position, members.picture_member(frame), 2)
+                if keypoints:
+                    yield self._range(position, members.KEYPOINTS, 1)
+
+        self.files.ahead(ranges())
+
     def metadata(self, position: int) -> dict[str, Any]:
         """A tracklet's JSON."""
         return self._decoded(position, members.JSON, members.decode_tracklet)
@@ -252,15 +269,23 @@ class ShardSet:
         except ValueError as error:
             raise self.fault(position, member, str(error)) from None
 
+    def _range(self, position: int, member: int, count: int) -> tuple[int, int, int]:
+        """Where members that follow each other are: number of the shard, bytes, offset."""
+        rows = self.index.members(position, member, count)
+        return int(self.index.shard(position)), rows[-1][0] + rows[-1][1] - rows[0][0], rows[0][0]
+
     def _read(self, position: int, member: int, count: int) -> list[bytes]:
         """Members that follow each other, in one read, each checked."""
-        offsets, sizes, checksums = self.index.members(position, member, count)
-        shard = int(self.index.shard(position))
-        content = self.files.read(shard, offsets[-1] + sizes[-1] - offsets[0], offsets[0])
+        rows = self.index.members(position, member, count)
+        shard, total, start = self._range(position, member, count)
+
+        def right(content: bytes) -> bool:
+            return all(zlib.crc32(content[at - start :][:size]) == crc for at, size, crc in rows)
+
+        content = self.files.read(shard, total, start, right)
         pieces = []
-        for number, (offset, size, checksum) in enumerate(zip(offsets, sizes, checksums, strict=True), member):
-            start = offset - offsets[0]
-            pieces.append(content[start : start + size])
+        for number, (offset, size, checksum) in enumerate(rows, member):
+            pieces.append(content[offset - start :][:size])
             short = size - len(pieces[-1])
             if short or zlib.crc32(pieces[-1]) != checksum:
                 what = f"the shard ends {short} bytes early" if short else "its bytes are not those packed"

@@ -13,7 +13,8 @@ DATA = "data.fingerprint"
 # The only settings and sections that do not make the run, and why.
 FREE = {
     **dict.fromkeys(("name", "output"), "where the run is kept"),
-    **dict.fromkeys(("data.shards", "data.cache_dir", "data.cache_gigabytes"), f"where the data is; {DATA} says what"),
+    **dict.fromkeys(("data.shards", "data.cache_dir"), f"where the data is; {DATA} says what"),
+    **dict.fromkeys(("data.remote", "data.cache_gigabytes"), "how it comes from there"),
     **dict.fromkeys(("data.reader", "data.workers", "data.prefetch"), "who reads; what is read is the same"),
     **dict.fromkeys(("data.on_fault", "data.max_faults", "training.max_bad_steps"), "when a run gives up"),
     **dict.fromkeys(("training.zero_stage", "training.deepspeed", "training.accumulation"), "the same step, otherwise"),
