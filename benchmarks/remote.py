@@ -29,7 +29,8 @@ from keyreid.config import Config, check_config
 from keyreid.datasets.tracklet import Dataset, Frame, Tracklet
 from keyreid.shards import open_reader, remote
 from keyreid.shards.fetch import ClipFetcher
-from keyreid.shards.pack import finish, pack, plan_shards
+from keyreid.shards.layout import plan_shards
+from keyreid.shards.pack import finish, pack
 from keyreid.shards.plan import TrainingPlan
 from keyreid.shards.shard_set import ShardSet
 from keyreid.shards.writer import PackSettings
