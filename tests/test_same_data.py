@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,7 +45,7 @@ WALKERS, MARS = card("mars", frames=70), card("mars", frames=99, identities=625)
 )
 def test_what_is_not_known_to_be_the_same_is_not(trained: dict, judged: dict, same: bool) -> None:
     assert same_data(header(trained), 2, judged) is same
-    shards = SimpleNamespace(card=judged, camera_index={1: 0, 2: 1}, tracklets=[SimpleNamespace(identity=2)])
+    shards = SimpleNamespace(card=judged, camera_index={1: 0, 2: 1}, identities=np.array([2]))
     network = SimpleNamespace(num_cameras=2, num_identities=2)
     known = Trained(network, None, header(trained), None, None)
     assert known.knows_cameras(shards) is same and known.trained_on(shards, [0]) == ({2} if same else set())

@@ -42,7 +42,7 @@ class Trained:
         """Identities of these tracklets that the network was trained on, as far as its file tells."""
         if self.header is None or not same_data(self.header, self.network.num_identities, shards.card):
             return set()
-        return set(self.header.identities) & {shards.tracklets[position].identity for position in positions}
+        return set(self.header.identities) & set(shards.identities[positions].tolist())
 
 
 def open_trained(

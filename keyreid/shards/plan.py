@@ -123,7 +123,7 @@ def evaluation_clips(
     plans = []
     no_flip, no_crop, no_erase = _nothing(frames), np.zeros((frames, 2), np.int64), np.zeros((frames, 4), np.int64)
     for position in positions:
-        total = shards.tracklets[position].frames
+        total = int(shards.index.frames[position])
         numbers = np.arange(-(-total // frames))[: mode.most_clips]
         if clips is not None and clips < len(numbers):
             numbers = numbers[((np.arange(clips) + 0.5) * len(numbers) / clips).astype(np.int64)]
@@ -134,6 +134,14 @@ def evaluation_clips(
             blank = (np.arange(frames) >= real) & mode.blanks_repeats
             plans.append(ClipPlan(position, -1, chosen, no_flip, no_crop, no_erase, blank))
     return plans
+
+
+def evaluation_clip_counts(
+    totals: np.ndarray, frames: int, clips: int | None = None, mode: Guidance = MODES["aligned"]
+) -> np.ndarray:
+    """How many clips `evaluation_clips` makes of tracklets of so many frames: int64 [N] -> int64 [N]."""
+    most = min(limit for limit in (mode.most_clips, clips, np.iinfo(np.int64).max) if limit is not None)
+    return np.minimum(-(-totals.astype(np.int64) // frames), most)
 
 
 def _restricted_random(random: np.random.Generator, totals: np.ndarray, frames: int) -> np.ndarray:
