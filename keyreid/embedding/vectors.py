@@ -231,12 +231,19 @@ class VectorFiles:
             self.paths += sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         self._files = [_open(path) for path in self.paths]
         self.about = read_about(self.paths[0], self._files[0])
+        self.fingerprints: list[str] = []  # of each file
         for path, file in zip(self.paths, self._files, strict=True):
-            check_comparable(self.about, read_about(path, file), f"{self.paths[0]}", f"{path}")
+            about = read_about(path, file)
+            check_comparable(self.about, about, f"{self.paths[0]}", f"{path}")
+            self.fingerprints.append(about.fingerprint)
         self._first = np.cumsum([0, *(file.metadata.num_rows for file in self._files)])
 
     def __len__(self) -> int:
         return int(self._first[-1])
+
+    def rows_of_file(self, number: int | Sequence[int]) -> np.ndarray:
+        """int64 [..., 2]: the first row of each of these files, and the one after its last."""
+        return np.stack([self._first[:-1], self._first[1:]], axis=-1)[number]
 
     def blocks(self, columns: Iterable[str], rows: int | None = None) -> Iterator[tuple[int, pa.Table]]:
         """All rows in order, `rows` at a time (default: as ROW_GROUP_BYTES allow): the first's number, the rows."""

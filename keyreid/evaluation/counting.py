@@ -32,7 +32,11 @@ class Strips(Protocol):
     entries: np.ndarray
 
     def strips(self, wanted: np.ndarray | None = None) -> Iterator[tuple[slice, np.ndarray]]:
-        """Blocks of queries and float32 [b, n]; all ranks take each together. `wanted`: only blocks that hold these."""
+        """Blocks of queries and float32 [b, n], which lasts until the next; all ranks take each together.
+
+        Args:
+            wanted: rows; only blocks that hold one.
+        """
         ...
 
 
@@ -55,8 +59,10 @@ class Comparison:
         self.rows = _fixed(min(MOST_ROWS, largest, STRIP_BYTES // (4 * len(gallery))), len(query), _ROW_STEP)
         self._columns = _fixed(min(MOST_COLUMNS, largest), len(gallery), _COLUMN_STEP)
         longest = max(ranks.from_all(len(self.entries)))
-        # Vectors as they are, in float32 and a part's copy; a block of distances and two temporaries.
+        # Vectors as they are, in float32 and a part's copy; a block of distances and two temporaries; the strip; and
+        # what identities and cameras are sorted by.
         numbers = 3 * width * (self.rows + self._columns) + 3 * self.rows * self._columns + self.rows * longest
+        numbers += 25 * (len(query) + len(gallery))
         if ranks.first:
             what = f"{len(query)} queries with {len(gallery)} gallery entries on {ranks.world_size} rank(s)"
             blocks = f"blocks of {self.rows} x {self._columns}"
@@ -68,10 +74,11 @@ class Comparison:
         """See `Strips`."""
         numbers = self.entries // self._columns
         cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+        whole = np.empty((self.rows, len(self.entries)), np.float32)
         for rows in row_blocks(len(self._query), self.rows, wanted):
             block = self._together(self._query[rows], self.rows)
             left = prepare(block, self._metric, self._centre, self._ranks.device)
-            strip = np.empty((rows.stop - rows.start, len(self.entries)), np.float32)
+            strip = whole[: rows.stop - rows.start]
             for here in map(slice, cuts[:-1], cuts[1:]):
                 places = self.entries[here] % self._columns
                 side = _placed(self._own, self._rows_of[here], places, self._columns)
