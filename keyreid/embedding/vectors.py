@@ -101,11 +101,6 @@ class Vectors:
         described = self.described.take(np.arange(len(self))[rows])
         return Vectors(self.about, described, self.vectors[rows], self.visibility[rows])
 
-    def followed_by(self, other: "Vectors") -> "Vectors":
-        """Both, one after the other."""
-        arrays = (np.concatenate(pair) for pair in ((self.vectors, other.vectors), (self.visibility, other.visibility)))
-        return Vectors(self.about, pa.concat_tables([self.described, other.described]), *arrays)
-
     @cached_property
     def keys(self) -> np.ndarray:
         """str [N]."""
