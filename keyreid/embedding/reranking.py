@@ -16,7 +16,7 @@ from keyreid.embedding.distance import BLOCK_BYTES, Embeddings, Metric, nearest,
 from keyreid.errors import ConfigError
 
 MOST = 200_000  # tracklets: time grows with their square, and all vectors are on one rank
-_BYTES_OF_EACH = 24_000  # neighbours and encodings of a tracklet while they are made: benchmarks/evaluation.py rerank
+_BYTES_OF_EACH = 6_000  # neighbours and encodings while they are made: `benchmarks/evaluation.py rerank` holds less
 _STEP = 1024  # tracklets whose neighbours are looked for at a time
 
 
