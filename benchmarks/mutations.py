@@ -658,12 +658,6 @@ BREAKS = [
         ("sorted ties in any order", "keys |= index", "pass"),
         ("each rank its own counts", "            ranks.added(before)\n", ""),
         (
-            "entries at the places where they lie",
-            "places = self.entries[here] % self._columns",
-            "places = np.arange(len(self.entries[here]))",
-            f"{COUNTING} -k bits",
-        ),
-        (
             "lists of a rank alone",
             "for hits in ranks.from_all(list(own)) for hit in hits",
             "for hit in own",
