@@ -6,7 +6,9 @@ import multiprocessing
 import numpy as np
 import pytest
 from kills import Killer
+from typer.testing import CliRunner
 
+from keyreid.cli import app
 from keyreid.embedding.vectors import VectorFiles, Vectors, VectorsAbout, description
 from keyreid.errors import ConfigError, DataError
 from keyreid.retrieval import index as indexing
@@ -124,6 +126,17 @@ def test_an_index_of_the_last_version_is_opened(folder):
     finds_the_nearest(folder, fitting(folder))
     card.write_text(json.dumps({**values, "rows": 89}))
     assert fitting(folder).made == 90
+
+
+def test_the_command_says_what_it_built(folder):
+    words = ["search", str(folder), "--query", "b-3", "--index", str(folder.parent / "index.faiss")]
+    built, again = (CliRunner().invoke(app, [*words, *more]) for more in (["--index-kind", "lists"], []))
+    assert (built.exit_code, again.exit_code) == (0, 0), (built.output, again.output)
+    assert "90 of 90 rows added to the lists" in built.output.replace("\n", " ")
+    assert "of the true 10 nearest" in built.output
+    assert "rows added" not in again.output
+    alone = CliRunner().invoke(app, [*words[:-2], "--index-kind", "graph"])
+    assert isinstance(alone.exception, ConfigError) and "name it with --index FILE" in str(alone.exception)
 
 
 def test_what_cannot_be_indexed_is_refused(folder):
