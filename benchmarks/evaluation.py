@@ -4,6 +4,7 @@
     python benchmarks/evaluation.py distance    1980 x 11310 vectors of 19200 numbers
     python benchmarks/evaluation.py search      100 queries in a memory-mapped float16 gallery of 1,000,000 x 768
     python benchmarks/evaluation.py rerank      1980 queries, 9330 gallery tracklets of 768 numbers
+    python benchmarks/evaluation.py ranks       1000 x 100,000 x 64 judged by 2 ranks (--full: 10,000 x 1,000,000)
 
 Memory is what the process itself holds at its peak (pages of mapped files not counted), over what it held before.
 """
@@ -11,6 +12,7 @@ Memory is what the process itself holds at its peak (pages of mapped files not c
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import tempfile
 import threading
 import time
@@ -28,13 +30,14 @@ MIB = 2**20
 
 def main() -> None:
     """Run one benchmark, or all."""
-    benchmarks = {"metric": metric, "distance": distance, "search": search, "rerank": rerank}
+    benchmarks = {"metric": metric, "distance": distance, "search": search, "rerank": rerank, "ranks": ranks}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", nargs="?", choices=list(benchmarks), help="all, unless given")
-    which = parser.parse_args().which
-    for name in [which] if which else benchmarks:
+    parser.add_argument("--full", action="store_true", help="of `ranks`: 10,000 queries, 1,000,000 gallery entries")
+    options = parser.parse_args()
+    for name in [options.which] if options.which else benchmarks:
         print(f"\n{name}", flush=True)
-        benchmarks[name]()
+        benchmarks[name](*[options.full][: name == "ranks"])
 
 
 def metric() -> None:
@@ -131,6 +134,65 @@ def rerank() -> None:
         result, seconds = timed(lambda: k_reciprocal(query, gallery))
     whole = (QUERIES + 9330) ** 2 * 4
     print(f"{seconds:.1f} s, {(memory['peak'] - result.nbytes) / MIB:.0f} MiB (one full matrix: {whole / MIB:.0f} MiB)")
+
+
+def ranks(full: bool) -> None:
+    """Judging by two ranks of one thread each, who made half of the vectors each; ten tracklets an identity."""
+    queries, gallery = (10_000, 1_000_000) if full else (1_000, 100_000)
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        started = [context.Process(target=judging_rank, args=(n, folder, queries, gallery)) for n in range(2)]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join()
+        assert not any(process.exitcode for process in started)
+
+
+def judging_rank(number: int, folder: str, queries: int, gallery: int) -> None:
+    """A rank; the first then judges some queries by the whole matrix."""
+    import torch
+
+    from keyreid.distributed.ranks import Ranks
+    from keyreid.embedding.distance import Embeddings, pairwise
+    from keyreid.evaluation.counting import Comparison, judge_strips
+    from keyreid.evaluation.protocols import Answers
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=number, world_size=2)
+    us = Ranks(number, 2, 0, torch.device("cpu"), torch.distributed.group.WORLD)
+    rng = np.random.default_rng(0)
+    total = queries + gallery
+    who, where = rng.integers(1, gallery // 10, total), rng.integers(1, 9, total)
+    centres = rng.standard_normal((gallery // 10, 64), dtype=np.float32)
+
+    def vectors(rows: np.ndarray) -> Embeddings:  # a row's numbers follow from its thousand
+        noise = {
+            n: np.random.default_rng([1, n]).standard_normal((1000, 64), np.float32) for n in np.unique(rows // 1000)
+        }
+        return Embeddings(np.stack([centres[who[row]] + 1.5 * noise[row // 1000][row % 1000] for row in rows]))
+
+    own = np.arange(total)[number::2]  # rows lie anywhere
+    mine = Embeddings(np.concatenate([vectors(part).vectors for part in np.array_split(own, 100)]))
+    place = np.full(total, -1)
+    place[own] = np.arange(len(own))
+    sides = Side(who[:queries], where[:queries]), Side(who[queries:], where[queries:])
+    start, cpu = time.monotonic(), time.process_time()
+    with own_memory() as memory:
+        answers = Answers(*sides, "torchreid")
+        strips = Comparison(mine, place[:queries], place[queries:], "euclidean", us)
+        (scores,) = judge_strips(strips, [answers], us)
+    took, cpu = time.monotonic() - start, time.process_time() - cpu
+    print(
+        f"rank {number}: {took:.0f} s, {cpu:.0f} CPU-s, {memory['peak'] / MIB:.0f} MiB beside the vectors", flush=True
+    )
+    torch.distributed.destroy_process_group()
+    if us.first:
+        some = np.linspace(0, queries - 1, 50).astype(int)
+        everyone = np.concatenate([vectors(part).vectors for part in np.array_split(np.arange(queries, total), 100)])
+        plain = judge(pairwise(vectors(some), Embeddings(everyone)), sides[0][some], sides[1], "torchreid")
+        difference = np.nanmax(np.abs(plain.average_precision - scores.average_precision[some]))
+        print(f"mAP {scores.mean_ap:.4f}; AP of 50 queries by the whole matrix: {difference:.1e} apart at most")
 
 
 def timed(function: Callable) -> tuple:

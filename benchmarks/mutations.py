@@ -56,6 +56,7 @@ CLASSES = "tests/test_sharded_classes.py"
 BY_CLASSES = f"{CLASSES} -k 'not together_are_one'"  # on one rank
 PROTOCOLS, DISTANCE = "tests/test_evaluation_protocols.py", "tests/test_evaluation_distance.py"
 REMOTE, RANGES, OPEN_FILES = "tests/test_shards_remote.py", "tests/test_shards_ranges.py", "tests/test_open_files.py"
+COUNTING = "tests/test_evaluation_counting.py"
 FEATURES, CHECKPOINTS = "tests/test_evaluation_features.py", "tests/test_training_checkpoints.py"
 
 BREAKS = [
@@ -702,10 +703,10 @@ BREAKS = [
         PROTOCOLS,
         (
             "the same camera matches",
-            "matches = gallery.cameras[same] != query.cameras[row]",
-            "matches = np.ones(len(same), bool)",
+            "matches = self._gallery.cameras[self.own(row)] != self._query.cameras[row]",
+            "matches = np.ones(len(self.own(row)), bool)",
         ),
-        ("junk is ranked", "if rules.junk_left_out and junk.any() else None", "if False else None"),
+        ("junk is ranked", "if self._rules.junk_left_out and junk.any() else None", "if False else None"),
         ("official keeps junk", "queries_in_gallery=True, junk_left_out=True,", "queries_in_gallery=True,"),
         ("official's AP is rectangular", "junk_left_out=True, trapezoid=True", "junk_left_out=True"),
         ("precision one rank later", "precision = nth / rank", "precision = nth / (rank + 1)"),
@@ -721,29 +722,44 @@ BREAKS = [
         ("same-camera entries hold places", "position[order] + 1 - np.cumsum(~matches)", "position[order] + 1"),
         (
             "released reads the right cameras",
-            "np.repeat(side.cameras, released_entries(side.frames))[: len(side)]",
+            "side.cameras[tracklet]",
             "side.cameras",
         ),
         ("ties by chance", '(np.searchsorted(ordered, values, side="right") - position > 1).any()', "False"),
         (
             "distractors are junk",
-            "(gallery.identities == DISTRACTOR_IDENTITY)",
-            "(gallery.identities == JUNK_IDENTITY)",
+            "(self._gallery.identities == DISTRACTOR_IDENTITY)",
+            "(self._gallery.identities == JUNK_IDENTITY)",
         ),
+        ("queries of one camera are valid", "> same_end - same", "> 0"),
+    ),
+    *room(
+        "keyreid/evaluation/counting.py",
+        COUNTING,
+        ("ties stand behind", "np.count_nonzero(row[:at] <= value)", "np.count_nonzero(row[:at] < value)"),
+        ("sorted ties in any order", "keys |= index", "pass"),
+        ("each rank its own counts", "            ranks.added(before)\n", ""),
+        (
+            "lists of a rank alone",
+            "for hits in ranks.from_all(list(own)) for hit in hits",
+            "for hit in own",
+            f"{COUNTING} -k bits",
+        ),
+        ("NaN is judged", "if broken.any():", "if False:"),
     ),
     *room(
         "keyreid/evaluation/ranking.py",
         "tests/test_evaluation_run.py",
         (
             "inclusive without its queries",
-            "gallery.followed_by(query[~np.isin(query.keys, gallery.keys)]) if joined else gallery",
-            "gallery",
+            "entries = joined(query, gallery) if with_them else gallery",
+            "entries = gallery",
             "tests/test_evaluation_run.py -k scores_are",
         ),
         (
             "never re-ranked",
-            "compare = rerank if evaluation.rerank else pairwise",
-            "compare = pairwise",
+            "if evaluation.rerank:",
+            "if False:",
             "tests/test_evaluation_run.py -k reranking",
         ),
     ),
@@ -762,11 +778,27 @@ BREAKS = [
     *room(
         "keyreid/embedding/reranking.py",
         f"{DISTANCE} -k rerank",
-        ("no local query expansion", "if k2 > 1:", "if False:"),
-        ("lambda for 1 - lambda", "result *= 1 - weight", "result *= weight"),
+        ("no local query expansion", "if self._k2 > 1:", "if False:"),
+        ("lambda for 1 - lambda", "result *= 1 - self._weight", "result *= self._weight"),
         ("neighbours need not be mutual", "return forward * forward.T", "return forward"),
         ("overlap of a half", "3 * overlap.data > 2 *", "2 * overlap.data > 1 *"),
         ("Jaccard without its union", "1 - total / (2 - total)", "1 - total"),
+        ("no bound", "if count > MOST:", "if False:", f"{COUNTING} -k bound"),
+    ),
+    *room(
+        "keyreid/retrieval/index.py",
+        "tests/test_retrieval_growth.py",
+        (
+            "new days built anew",
+            "        if not held:\n            cls.build",
+            "        if True:\n            cls.build",
+        ),
+        (
+            "rows taken for the folder's",
+            "self._row = None if held == sorted(held) else",
+            "self._row = None if True else",
+        ),
+        ("a card vouches for an index cut off", 'side="right"))]', 'side="right")) + 9]'),
     ),
     *room(
         "keyreid/embedding/features.py",

@@ -1,6 +1,6 @@
 """Search in 1,000,000 vectors of 768 numbers: time and memory of the exact search and of the index.
 
-    python benchmarks/search.py --folder /tmp/search [--rows 1000000]
+    python benchmarks/search.py --folder /tmp/search [--rows 1000000] [--kinds graph lists]
 
 Vectors are drawn around `rows / 20` people's centres (a person's spread is half the people's), as embeddings lie; every
 number is of one process; another one writes the file. Memory is the peak of resident memory so far, imports included.
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--queries", type=int, default=100)
+    parser.add_argument("--kinds", nargs="+", default=["lists"], choices=["graph", "lists"])
     options = parser.parse_args()
     about = VectorsAbout(options.width, 6, options.width, "benchmark", {"name": "b", "sha256": "b"}, fingerprint="b")
     path = options.folder / f"vectors-{options.rows}.parquet"
@@ -86,23 +87,29 @@ def main() -> None:
         exact = measured(
             f"exact, {count} queries", lambda rows=rows: list(search(files, rows, files, SearchSettings(10)))
         )
-    index_path = options.folder / f"{path.stem}.faiss"
-    if not GalleryIndex.fits(index_path, files, "euclidean"):
-        measured("build the index", lambda: GalleryIndex.build(files, index_path, "euclidean"))
-    print(f"index: {index_path.stat().st_size / 1e9:.2f} GB")
     vectors = matrix(files.take(asked, ["vector"])["vector"], about.width)
     truth = [{hit["row"] for hit in found.hits} for found in exact]
+    for kind in options.kinds:
+        indexed(kind, options.folder / f"{path.stem}-{kind}.faiss", files, vectors, asked, truth)
+    print(f"all: peak {peak():.2f} GB")
+
+
+def indexed(kind: str, path: Path, files: VectorFiles, vectors: np.ndarray, asked: np.ndarray, truth: list) -> None:
+    """Build an index and search it, looking less and less far."""
+    if not GalleryIndex.fits(path, files, "euclidean", kind):
+        measured(f"build the {kind}", lambda: GalleryIndex.build(files, path, "euclidean", kind))
+    print(f"{kind}: {path.stat().st_size / 1e9:.2f} GB")
     for share in (64, 16, 4):
-        index = GalleryIndex(index_path, files, "euclidean")
-        index.probes = max(1, index.lists // share)
+        index = GalleryIndex(path, files, "euclidean")
+        index.probes = max(1, (index.lists or 1024) // share)
         index.search(vectors[:1], 11)  # maps the file
         start = time.monotonic()
         _, rows = index.search(vectors, 11)
         each = (time.monotonic() - start) / len(vectors) * 1000
         found = [set(row.tolist()) - {own} for row, own in zip(rows, asked.tolist(), strict=True)]
         recall = np.mean([len(one & other) / len(one) for one, other in zip(truth, found, strict=True)])
-        print(f"index, {index.probes} of {index.lists} lists: {each:.1f} ms a query, {recall:.1%} of the true 10 found")
-    print(f"all: peak {peak():.2f} GB")
+        far = f"{index.probes} of {index.lists} lists" if index.lists else f"{max(index.probes, 22)} candidates"
+        print(f"{kind}, {far}: {each:.1f} ms a query, {recall:.1%} of the true 10 found")
 
 
 if __name__ == "__main__":

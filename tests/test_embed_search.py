@@ -209,11 +209,14 @@ def test_reranking_among_the_candidates(gallery, small_blocks):
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("other_cameras", [False, True])
-def test_an_index_that_probes_all_lists_is_exact_to_half_precision(gallery, tmp_path, metric, other_cameras):
+@pytest.mark.parametrize("kind", ["graph", "lists"])
+def test_an_index_that_looks_at_everything_is_exact_to_half_precision(gallery, tmp_path, metric, other_cameras, kind):
     pytest.importorskip("faiss")
     files = VectorFiles([gallery[0]])
-    index = GalleryIndex.build(files, tmp_path / "index.faiss", metric)
-    index = GalleryIndex(tmp_path / "index.faiss", files, metric, probes=index.lists)
+    index = GalleryIndex.build(files, tmp_path / "index.faiss", metric, kind)
+    assert (index.kind, index.lists) == (kind, 8 if kind == "lists" else 0)
+    index = GalleryIndex(tmp_path / "index.faiss", files, metric, probes=index.lists or 65)
+    assert search.recall(files, index) > 0.95
     settings = SearchSettings(5, metric, other_cameras)
     rows = np.arange(len(files))
     exact = search.search(files, rows, files, settings)

@@ -21,7 +21,7 @@ from keyreid.embedding.vectors import Vectors
 from keyreid.errors import CheckpointError, ConfigError, DataError, KeyreidError
 from keyreid.evaluation.judging import check_judgeable, evaluate
 from keyreid.evaluation.protocols import judge
-from keyreid.evaluation.ranking import rank_gallery, side_of
+from keyreid.evaluation.ranking import query_and_gallery, rank_gallery, side_of
 
 SETTINGS = ["training.precision=fp32", "data.reader=plain", "data.workers=1", "evaluation.pictures=1"]
 
@@ -44,16 +44,19 @@ def evaluated(toy, tmp_path_factory):
     return out, run.output
 
 
+def rows_of(vectors, shards, split):
+    """The embeddings of a split's tracklets."""
+    return vectors.embeddings[vectors.rows_of(shards.index.keys(shards.select(split)))]
+
+
 def test_scores_are_the_protocols_of_the_vectors(toy, evaluated):
     out, output = evaluated
     result = json.loads((out / "scores.json").read_text())
     vectors = Vectors.load(out / "vectors.parquet")
     shards = toy[0]
-    query, gallery = (
-        vectors[vectors.rows_of([shards.tracklets[p].key for p in shards.select(s)])] for s in ("query", "gallery")
-    )
-    distance = pairwise(query.embeddings, gallery.embeddings)
-    expected = judge(distance, side_of(query), side_of(gallery), "torchreid").as_dict()
+    query, gallery = (rows_of(vectors, shards, split) for split in ("query", "gallery"))
+    sides = (side_of(shards, positions) for positions in query_and_gallery(shards, 0))
+    expected = judge(pairwise(query, gallery), *sides, "torchreid").as_dict()
     assert {name: result[name] for name in expected} == expected
     assert (result["queries"], result["gallery"]) == (4, 12)
     assert result["protocols"]["official"]["gallery"] == result["protocols"]["inclusive"]["gallery"] == 16
@@ -70,15 +73,13 @@ def test_scores_are_the_protocols_of_the_vectors(toy, evaluated):
 
 def test_reranking_replaces_the_distances(toy, evaluated):
     vectors, shards = Vectors.load(evaluated[0] / "vectors.parquet"), toy[0]
-    query, gallery = (
-        vectors[vectors.rows_of([shards.tracklets[p].key for p in shards.select(s)])] for s in ("query", "gallery")
-    )
-    plain, again = (
-        rank_gallery(query, gallery, EvaluationConfig(rerank=reranked), ["torchreid"])["torchreid"].distance
-        for reranked in (False, True)
-    )
-    np.testing.assert_array_equal(plain, pairwise(query.embeddings, gallery.embeddings))
-    np.testing.assert_array_equal(again, rerank(query.embeddings, gallery.embeddings))
+    query, gallery = (rows_of(vectors, shards, split) for split in ("query", "gallery"))
+    for reranked, compare in ((False, pairwise), (True, rerank)):
+        sides, settings = query_and_gallery(shards, 0), EvaluationConfig(rerank=reranked)
+        ranking = rank_gallery(vectors, shards, *sides, settings, ["torchreid"])["torchreid"]
+        ((rows, found),) = ranking.strips.strips()
+        assert rows == slice(0, 4)
+        np.testing.assert_allclose(found, compare(query, gallery), atol=2e-6)
 
 
 def test_everything_is_on_one_page(evaluated):

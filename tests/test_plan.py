@@ -10,7 +10,7 @@ from packed import index_only, make_config
 
 from keyreid.errors import ConfigError, DataError
 from keyreid.guidance import named
-from keyreid.shards.plan import SAMPLERS, TrainingPlan, evaluation_clips
+from keyreid.shards.plan import SAMPLERS, TrainingPlan, evaluation_clip_counts, evaluation_clips
 
 FIELDS = ("tracklet", "label", "frames", "flip", "crop", "erase", "blank")
 
@@ -283,6 +283,16 @@ def test_evenly_spaced_evaluation_clips():
     shards = index_only(np.arange(2), np.ones(2, int), np.array([8, 400]), split="query")
     clips = evaluation_clips(shards, [0, 1], 4, clips=5)
     assert [clip.frames[0] for clip in clips] == [0, 4, 40, 120, 200, 280, 360]
+
+
+@pytest.mark.parametrize("mode", ["aligned", "released"])
+@pytest.mark.parametrize("clips", [None, 1, 5, 50])
+def test_clips_are_counted_before_any_is_made(mode, clips):
+    totals = np.array([1, 4, 6, 9, 200])
+    shards = index_only(np.arange(5), np.ones(5, int), totals, split="query")
+    made = evaluation_clips(shards, range(5), 4, clips, named(mode))
+    counts = evaluation_clip_counts(totals, 4, clips, named(mode))
+    assert counts.tolist() == np.bincount([clip.tracklet for clip in made]).tolist()
 
 
 def test_splits_by_number_and_holdout():

@@ -16,7 +16,7 @@ from keyreid.embedding.features import extract
 from keyreid.errors import DataError
 from keyreid.evaluation.pictures import chosen_queries, write_result_page
 from keyreid.evaluation.protocols import PROTOCOLS
-from keyreid.evaluation.ranking import rank_gallery, split_vectors
+from keyreid.evaluation.ranking import query_and_gallery, rank_gallery
 from keyreid.shards import open_reader
 from keyreid.shards.plan import evaluation_clips
 from keyreid.visualization.attention import attention_maps
@@ -85,11 +85,11 @@ def test_overlay_shows_weights_in_place():
 def test_ranked_lists_are_what_was_judged(toy, protocol):
     """AP and first match, counted from the lists that the pictures show, are the scores."""
     shards, config, _, vectors, _ = toy
-    query, gallery = split_vectors(vectors, shards, 0)
-    ranking = rank_gallery(query, gallery, config.evaluation, (protocol,))[protocol]
-    for row in range(len(query)):
-        entries, right = ranking.nearest(row, top=len(ranking.gallery))
-        assert (np.diff(ranking.distance[row, entries]) >= 0).all()
+    query, gallery = query_and_gallery(shards, 0)
+    ranking = rank_gallery(vectors, shards, query, gallery, config.evaluation, (protocol,))[protocol]
+    for row, shown in ranking.nearest(np.arange(len(query)), top=len(ranking.gallery)).items():
+        _, distances, right = zip(*shown, strict=True)
+        assert (np.diff(distances) >= 0).all()
         ranks = np.flatnonzero(right) + 1
         assert ranking.scores.first_match[row] == (ranks[0] if len(ranks) else 0)
         if not len(ranks):

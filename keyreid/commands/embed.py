@@ -83,7 +83,7 @@ def _embed(weights: str, source: str, out: Path, overrides: list[str], split: Se
     trained = open_trained(weights, overrides=overrides, shards=source, verify=verify)
     shards = ShardSet.from_config(trained.config.data)
     positions = shards.select(split)
-    if not positions:
+    if not len(positions):
         raise ConfigError(f"{source}: no tracklets in the split {split}")
     job = EmbeddingJob(trained, shards, positions, out, settings)
     if rank == 0:

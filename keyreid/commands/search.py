@@ -1,7 +1,7 @@
 """`keyreid search`: find people in vector files."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,8 +13,12 @@ PICTURE_ROWS = 24  # queries in the ranked picture
 
 Gallery = Annotated[list[Path], typer.Argument(help="The gallery: `embed` or `evaluate` files, or folders of them.")]
 Query = Annotated[list[str], typer.Option(help="A tracklet's key, or a vector file (all rows). Repeat for several.")]
-Index = Annotated[Path | None, typer.Option(help="Search with this index, approximately; built if absent or outdated.")]
-Probes = Annotated[int | None, typer.Option(min=1, help="Lists of the index to search; default: a sixteenth of them.")]
+_INDEX = "Search with this index, approximately; built if absent or outdated, grown by files that it does not have."
+Index = Annotated[Path | None, typer.Option(help=_INDEX)]
+_KIND = "Of an index that is built: a graph (default up to 100,000 rows) or inverted lists."
+Kind = Annotated[Literal["graph", "lists"] | None, typer.Option(help=_KIND, show_default=False)]
+_PROBES = "How far the index looks: lists searched (default a sixteenth), or candidates in a graph (default 64)."
+Probes = Annotated[int | None, typer.Option(min=1, help=_PROBES, show_default=False)]
 
 
 def search(
@@ -25,6 +29,7 @@ def search(
     other_cameras: Annotated[bool, typer.Option(help="Leave out tracklets of the query's own camera.")] = False,
     rerank: Annotated[bool, typer.Option(help="k-reciprocal re-ranking of each query's 200 nearest.")] = False,
     index: Index = None,
+    index_kind: Kind = None,
     probes: Probes = None,
     json: Annotated[Path | None, typer.Option(help="Write all results to this file.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the ranked picture (.png).")] = None,
@@ -40,17 +45,21 @@ def search(
     from keyreid.embedding.vectors import VectorFiles
     from keyreid.retrieval.index import GalleryIndex
     from keyreid.retrieval.matches import ranked_picture, summary, table_of, write_matches
-    from keyreid.retrieval.search import SearchSettings
+    from keyreid.retrieval.search import SearchSettings, recall
     from keyreid.retrieval.search import search as find
     from keyreid.visualization.canvas import save_picture
 
-    if probes is not None and index is None:
-        raise ConfigError("--probes is of an index; name it with --index FILE")
+    if index is None and (probes or index_kind):
+        raise ConfigError(f"--{'probes' if probes else 'index-kind'} is of an index; name it with --index FILE")
     gallery = VectorFiles(vectors)
     settings = SearchSettings(top, metric, other_cameras, rerank)
     queries, rows = _queries(query, gallery)
-    lookup = None if index is None else GalleryIndex.fitting(index, gallery, metric, probes)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    lookup = None if index is None else GalleryIndex.fitting(index, gallery, metric, probes, index_kind)
+    if lookup is not None and lookup.made:
+        found, size = recall(gallery, lookup, device), index.stat().st_size / 2**20
+        added = f"{lookup.made} of {len(gallery)} rows added to the {lookup.kind}"
+        print(f"{index}: {added}, {size:.1f} MiB, mapped; of the true 10 nearest {found:.1%} are found")
     results = list(find(queries, rows, gallery, settings, lookup, device))
     console = Console()
     for found in results[:TABLES]:

@@ -27,18 +27,23 @@ def ranked(
     split_number: Annotated[int, typer.Option(min=0, help="Which split of the dataset.")] = 0,
 ) -> None:
     """Draw queries and their matches: green frames are right, red ones wrong."""
+    import numpy as np
+    import pyarrow as pa
+
     from keyreid.config import EvaluationConfig
-    from keyreid.embedding.vectors import Vectors
-    from keyreid.evaluation.pictures import ranked_picture
-    from keyreid.evaluation.ranking import rank_gallery, split_vectors
+    from keyreid.embedding.vectors import Vectors, rows_of
+    from keyreid.evaluation.pictures import TOP, chosen_queries, ranked_picture
+    from keyreid.evaluation.ranking import query_and_gallery, rank_gallery
     from keyreid.shards.shard_set import ShardSet
 
     packed = ShardSet.open(shards)
-    query, gallery = split_vectors(Vectors.load(vectors), packed, split_number)
+    query, gallery = query_and_gallery(packed, split_number)
+    rows = rows_of(pa.array(packed.index.keys(query)), key, "the queries") if key else None
     settings = EvaluationConfig(distance=distance, rerank=rerank)
-    ranking = rank_gallery(query, gallery, settings, (protocol,))[protocol]
-    rows = query.rows_of(key, "the queries") if key else None
-    _save(ranked_picture(ranking, packed, count, seed, rows), out)
+    ranking = rank_gallery(Vectors.load(vectors), packed, query, gallery, settings, (protocol,))[protocol]
+    wanted = list(chosen_queries(ranking, count, seed).values()) if rows is None else [rows]
+    shown = ranking.nearest(np.unique(np.concatenate(wanted)), TOP)
+    _save(ranked_picture(ranking, shown, packed, count, seed, rows), out)
 
 
 @app.command("guidance")

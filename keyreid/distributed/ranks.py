@@ -7,10 +7,13 @@ import os
 import re
 import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 
@@ -59,6 +62,45 @@ class Ranks:
     def from_all(self, value: object) -> list[Any]:
         """Every rank's value, on every rank; a collective. Values are as in from_first."""
         return [self._from(rank, value) for rank in range(self.world_size)]
+
+    def added(self, values: np.ndarray) -> np.ndarray:
+        """The sum of all ranks' arrays of one shape and type, in the array given; a collective. 0 + x is x, exactly."""
+        if self.control is not None:
+            dist.all_reduce(torch.from_numpy(values), group=self.control)
+        return values
+
+    def to_first(self, table: pa.Table | None, source: int) -> pa.Table | None:
+        """Give a rank's table to the first; those two call it together. None on the others."""
+        if self.rank == source:
+            content = pa.BufferOutputStream()
+            with pa.ipc.new_stream(content, table.schema) as stream:
+                stream.write_table(table)
+            words = torch.frombuffer(bytearray(content.getvalue()), dtype=torch.uint8)
+            dist.send(torch.tensor(len(words)), 0, group=self.control)
+            dist.send(words, 0, group=self.control)
+        if not self.first:
+            return None
+        length = torch.tensor(0)
+        dist.recv(length, source, group=self.control)
+        words = torch.empty(int(length), dtype=torch.uint8)
+        dist.recv(words, source, group=self.control)
+        return pa.ipc.open_stream(pa.py_buffer(words.numpy())).read_all()
+
+    def in_step(self, work: Iterator[object]) -> None:
+        """Do each rank's work piece by piece, and meet after each: nobody waits for longer than a piece takes.
+
+        Raises:
+            KeyreidError: on all ranks, where the work of one raised it or an OSError.
+        """
+        error, going = None, True
+        while going:
+            try:
+                busy = next(work, self) is not self
+            except (KeyreidError, OSError) as caught:
+                busy, error = False, caught
+            going, failed = self.agree(busy, error is not None)
+            if failed:
+                raise next(found for found in [error, *self.from_all(error)] if found is not None)
 
     def _from(self, source: int, value: object) -> Any:
         if self.control is None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import cv2
+import numpy as np
 import pyarrow as pa
 
 from keyreid.embedding.vectors import description
@@ -23,16 +24,16 @@ def describe(shards: ShardSet, positions: Sequence[int], times: bool = False, pi
     """
     names = (shards.card.get("names", {}).get(kind, {}) for kind in ("identity", "camera"))
     people, cameras = ({number: name for name, number in of.items()} for of in names)
-    records = [shards.tracklets[position] for position in positions]
-    columns: dict[str, list[Any]] = {
-        **{name: [getattr(record, name) for record in records] for name in ("key", "identity", "camera", "frames")},
-        "identity_name": [people.get(record.identity) for record in records],
-        "camera_name": [cameras.get(record.camera) or str(record.camera) for record in records],
-    }
+    rows = np.asarray(positions, np.int64)
+    identity, camera = shards.identities[rows], shards.cameras[rows]
+    columns: dict[str, Any] = {"key": shards.index.keys(rows), "frames": shards.index.frames[rows]}
+    columns |= {"identity": identity, "identity_name": [people.get(number) for number in identity.tolist()]}
+    names = [cameras.get(number) or str(number) for number in camera.tolist()]
+    columns |= {"camera": camera, "camera_name": names}
     if times:
         numbers = [numbered_frames(shards.metadata(position)) for position in positions]
         rates = shards.card.get("frames_per_second", {})
-        rate = [rates.get(cameras.get(record.camera)) for record in records]
+        rate = [rates.get(cameras.get(number)) for number in camera.tolist()]
         for end, frame, seconds in ((0, "first_frame", "start_seconds"), (1, "last_frame", "end_seconds")):
             columns[frame] = [number[end] for number in numbers]
             timed = zip(columns[frame], rate, strict=True)
@@ -57,7 +58,7 @@ def numbered_frames(metadata: dict[str, Any]) -> tuple[int | None, int | None]:
 
 def _picture(shards: ShardSet, position: int) -> bytes:
     """The middle frame as a small JPEG."""
-    picture = shards.picture(position, shards.tracklets[position].frames // 2)
+    picture = shards.picture(position, int(shards.index.frames[position]) // 2)
     height, width = picture.shape[:2]
     if height > PICTURE_HEIGHT:
         size = max(1, round(width * PICTURE_HEIGHT / height)), PICTURE_HEIGHT

@@ -2,6 +2,7 @@
 
 Nothing here holds more than `block_bytes` (256 MiB by default) beside what it is given and what it returns. The
 gallery is read once for every block of queries (at most 1024), so that it may be larger than memory, in float16.
+`evaluation.counting` cuts blocks in its own way, for it needs the same bits on any number of ranks.
 
 - `euclidean`: |q - g|, not squared.
 - `cosine`: 1 - cos(q, g).
@@ -74,17 +75,21 @@ def nearest(
     block_bytes: int = BLOCK_BYTES,
     query_group: np.ndarray | None = None,
     gallery_group: np.ndarray | None = None,
+    furthest: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest gallery entries of each query, exactly; ties go to the smaller index.
 
     Args:
         query_group, gallery_group: int64 [Q], [G]; entries of the query's own group (its camera, say) are left out.
+        furthest: float32 [Q], is raised to the largest distance of each query to anyone.
 
     Returns:
         distances float32 [Q, k] ascending, indices int64 [Q, k]; infinity and -1 where fewer than k entries are left.
     """
     found = np.full((len(query), k), _NO_ENTRY, np.int64)
     for rows, columns, block in distance_blocks(query, gallery, metric, device, block_bytes):
+        if furthest is not None:
+            furthest[rows] = np.maximum(furthest[rows], block.amax(dim=1).cpu().numpy())
         # Distances are not negative, so their bits order as they do; with the index below them no two keys are equal.
         keys = block.view(torch.int32).long()
         keys <<= 32
@@ -107,7 +112,7 @@ def distance_blocks(
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """The distance matrix piece by piece: (rows, columns, float32 [rows, columns] on `device`), row blocks in order."""
-    _check(query, gallery, metric)
+    check_metric(query, gallery, metric)
     if not len(query) or not len(gallery):
         return
     width = query.vectors.shape[1]
@@ -117,25 +122,25 @@ def distance_blocks(
     centre = torch.from_numpy(query.vectors.mean(axis=0, dtype=np.float64).astype(np.float32)).to(device)
     for top in range(0, len(query), row_count):
         rows = slice(top, min(top + row_count, len(query)))
-        left = _prepare(query[rows], metric, centre, device)
+        left = prepare(query[rows], metric, centre, device)
         for start in range(0, len(gallery), column_count):
             columns = slice(start, min(start + column_count, len(gallery)))
-            right = _prepare(gallery[columns], metric, centre, device)
-            yield rows, columns, _block(left, right, metric)
+            right = prepare(gallery[columns], metric, centre, device)
+            yield rows, columns, compare(left, right, metric)
 
 
 def pair_distances(
     query: Embeddings, gallery: Embeddings, left: np.ndarray, right: np.ndarray, metric: Metric
 ) -> np.ndarray:
     """float32 [n]: the distances of query left[i] and gallery right[i], in chunks within BLOCK_BYTES, on the CPU."""
-    _check(query, gallery, metric)
+    check_metric(query, gallery, metric)
     result = np.empty(len(left), np.float32)
     step = max(1, BLOCK_BYTES // (20 * query.vectors.shape[1]))
     centre = torch.zeros(query.vectors.shape[1])
     for start in range(0, len(left), step):
         chosen = slice(start, start + step)
-        one = _prepare(query[left[chosen]], metric, centre, "cpu")
-        other = _prepare(gallery[right[chosen]], metric, centre, "cpu")
+        one = prepare(query[left[chosen]], metric, centre, "cpu")
+        other = prepare(gallery[right[chosen]], metric, centre, "cpu")
         pairs = zip(one.pieces, other.pieces, strict=True)
         if metric == "cosine":
             parts = [(1 - (a * b).sum(1)).clamp_(min=0) for a, b in pairs]
@@ -148,14 +153,15 @@ def pair_distances(
     return result
 
 
-class _Prepared(NamedTuple):
+class Prepared(NamedTuple):
     """Vectors on the device, cut into what is compared apart, and how much each piece weighs ([n, pieces])."""
 
     pieces: list[torch.Tensor]
     weights: torch.Tensor | None = None
 
 
-def _check(query: Embeddings, gallery: Embeddings, metric: Metric) -> None:
+def check_metric(query: Embeddings, gallery: Embeddings, metric: Metric) -> None:
+    """Raise ConfigError where the widths differ, or `visible` is asked for without visibilities."""
     if query.vectors.shape[1] != gallery.vectors.shape[1]:
         raise ConfigError(f"vectors {query.vectors.shape} and {gallery.vectors.shape} differ in width")
     if metric not in ("euclidean", "cosine", "visible"):
@@ -169,22 +175,24 @@ def _check(query: Embeddings, gallery: Embeddings, metric: Metric) -> None:
                 raise ConfigError(f"distance visible needs {needs}; embed whole vectors, or use euclidean")
 
 
-def _prepare(side: Embeddings, metric: Metric, centre: torch.Tensor, device: torch.device | str) -> _Prepared:
+def prepare(side: Embeddings, metric: Metric, centre: torch.Tensor, device: torch.device | str) -> Prepared:
+    """One side of a block; `centre` [D] is anything near the middle of all vectors, the same for both sides."""
     vectors = torch.from_numpy(np.array(side.vectors)).to(device).float()
     if metric == "cosine":
-        return _Prepared([functional.normalize(vectors, dim=1)])
+        return Prepared([functional.normalize(vectors, dim=1)])
     # Distances do not change when both sides move, and small vectors lose less where large numbers would cancel.
     vectors -= centre
     if metric == "euclidean":
-        return _Prepared([vectors])
+        return Prepared([vectors])
     parts = side.visibility.shape[1]
     part_width = (vectors.shape[1] - side.global_width) // parts
     seen = torch.from_numpy(np.array(side.visibility, np.float32)).to(device)
     pieces = list(vectors.split([side.global_width] + [part_width] * parts, dim=1))
-    return _Prepared(pieces, torch.cat([torch.ones(len(seen), 1, device=seen.device), seen], dim=1))
+    return Prepared(pieces, torch.cat([torch.ones(len(seen), 1, device=seen.device), seen], dim=1))
 
 
-def _block(left: _Prepared, right: _Prepared, metric: Metric) -> torch.Tensor:
+def compare(left: Prepared, right: Prepared, metric: Metric) -> torch.Tensor:
+    """All distances of two prepared sides: float32 [rows, columns] on their device."""
     if metric == "cosine":
         return (left.pieces[0] @ right.pieces[0].T).neg_().add_(1).clamp_(min=0)
     total = _euclidean(left.pieces[0], right.pieces[0])

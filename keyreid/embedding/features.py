@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from keyreid.config import Config
 from keyreid.distributed.ranks import Ranks
@@ -23,8 +22,8 @@ from keyreid.model import KeyReID
 from keyreid.model.inputs import prepare
 from keyreid.progress import track
 from keyreid.shards import open_reader
-from keyreid.shards.batch import ClipBatch
-from keyreid.shards.plan import evaluation_clips
+from keyreid.shards.batch import ClipBatch, ClipPlan
+from keyreid.shards.plan import evaluation_clip_counts, evaluation_clips
 from keyreid.shards.shard_set import ShardSet
 
 UNKNOWN_CAMERA = -1  # what the network takes for a camera that it has not been trained on
@@ -38,11 +37,11 @@ def extract(
     ranks: Ranks | None = None,
     cameras_known: bool = True,
     weights: Mapping[str, str] | None = None,
-) -> Vectors | None:
+) -> Vectors:
     """Embed tracklets. Every rank calls it; with several, the default process group must exist.
 
     Every rank runs equally many batches, so that a network whose weights are spread over the ranks works too. The
-    model is put into evaluation mode and back. Memory of the first rank: N x D floats and one clip batch.
+    model is put into evaluation mode and back. Memory of a rank: its own vectors and one clip batch.
 
     Args:
         positions: of the tracklets in `shards.tracklets`.
@@ -51,39 +50,42 @@ def extract(
         weights: what the vectors say of their network, see `VectorsAbout`.
 
     Returns:
-        the vectors in the order of `positions` on the first rank, None on the others.
+        this rank's share of the vectors; the shares of all ranks, one after the other, are in the order of `positions`.
     """
     ranks = ranks or Ranks.alone()
     mode = named(config.model.guidance)
-    clips = evaluation_clips(shards, positions, config.clip.frames, clips=config.evaluation.clips, mode=mode)
-    place = {position: row for row, position in enumerate(positions)}
-    counts = np.bincount([place[clip.tracklet] for clip in clips], minlength=len(positions))
+    positions = np.asarray(positions, np.int64)
+    cut = {"frames": config.clip.frames, "clips": config.evaluation.clips, "mode": mode}
+    counts = evaluation_clip_counts(shards.index.frames[positions], **cut)
     share = _shares(counts, ranks.world_size)
     size = config.evaluation.clips_per_batch
     batches = _batches_of(share, counts, size)[ranks.rank]
-    chosen = [clips[batch * size : (batch + 1) * size] for batch in batches]
+    ends = np.cumsum(counts)
+
+    def clips_of(batch: int) -> list[ClipPlan]:
+        start, stop = batch * size, min((batch + 1) * size, int(counts.sum()))
+        first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+        skipped = start - int(ends[first] - counts[first])
+        return evaluation_clips(shards, positions[first : last + 1].tolist(), **cut)[skipped:][: stop - start]
 
     was_training = model.training
     model.eval()
-    reader = open_reader(shards, iter(chosen), config, device=ranks.device)
+    reader = open_reader(shards, map(clips_of, batches), config, device=ranks.device)
     try:
         start = time.monotonic()
-        shown = track(reader, len(chosen), "embedding", "batches", quiet=not ranks.first)
+        shown = track(reader, len(batches), "embedding", "batches", quiet=not ranks.first)
         embedded = (_embed(model, batch.to(ranks.device), config, cameras_known) for batch in shown)
         means = _mean_by_tracklet(embedded, batches, size, counts, share[ranks.rank])
-        if ranks.first and clips:
-            rate = f"{len(clips) / (time.monotonic() - start):.1f} clips/s on {ranks.world_size} rank(s)"
-            print(f"embedded {len(counts)} tracklets, {len(clips)} clips: {rate}")
+        if ranks.first:
+            rate = f"{counts.sum() / (time.monotonic() - start):.1f} clips/s on {ranks.world_size} rank(s)"
+            print(f"embedded {len(counts)} tracklets, {counts.sum()} clips: {rate}")
     finally:
         reader.close()
         model.train(was_training)
-    if ranks.world_size > 1:
-        means = _gather_rows(means, [len(tracklets) for tracklets in share], ranks)
-    if not ranks.first:
-        return None
     about = about_vectors(model, shards, cameras_known, weights or {})
     vectors, seen = np.split(means.numpy(), [about.width], axis=1)
-    return Vectors(about, describe(shards, positions), vectors, seen)
+    own = share[ranks.rank]
+    return Vectors(about, describe(shards, positions[own.start : own.stop]), vectors, seen)
 
 
 def about_vectors(model: KeyReID, shards: ShardSet, cameras_known: bool, weights: Mapping[str, str]) -> VectorsAbout:
@@ -129,7 +131,6 @@ def _mean_by_tracklet(
         embedded: [B, E] of each of `batches`.
     """
     ends = np.cumsum(counts)
-    tracklet_of = np.repeat(np.arange(len(counts)), counts)
     means = torch.zeros(len(own), 0)
     total: torch.Tensor | float = 0.0
     done = -1
@@ -140,7 +141,7 @@ def _mean_by_tracklet(
             continue
         done = number
         last_clip = number * size + len(vectors)
-        of_clip = tracklet_of[number * size : last_clip]
+        of_clip = np.searchsorted(ends, np.arange(number * size, last_clip), side="right")
         present = np.unique(of_clip)
         members = torch.from_numpy(of_clip[None] == present[:, None]).to(vectors.device, torch.float64)
         for tracklet, clip_sum in zip(present.tolist(), (members @ vectors.double()).cpu(), strict=True):
@@ -161,17 +162,3 @@ def _embed(model: KeyReID, batch: ClipBatch, config: Config, cameras_known: bool
     with torch.autocast(device, dtype, enabled=dtype is not None and device != "cpu"):
         vectors = model.embed(*network_inputs(model, batch, cameras_known))
     return torch.cat([vectors.float(), batch.visibility.float()], dim=1)
-
-
-def _gather_rows(rows: torch.Tensor, lengths: list[int], ranks: Ranks) -> torch.Tensor:
-    """All ranks' rows, `lengths` of them, in rank order on the first rank; the others get their own back."""
-    if not ranks.first:
-        if len(rows):
-            dist.send(rows, 0, group=ranks.control)
-        return rows
-    gathered = torch.empty(sum(lengths), rows.shape[1])
-    gathered[: len(rows)] = rows
-    for rank, theirs in enumerate(gathered.split(lengths)):
-        if rank > 0 and len(theirs):
-            dist.recv(theirs, rank, group=ranks.control)
-    return gathered

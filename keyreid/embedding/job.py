@@ -52,8 +52,8 @@ class EmbeddingJob:
         self, trained: Trained, shards: ShardSet, positions: Sequence[int], out: Path, settings: EmbedSettings
     ) -> None:
         self.trained, self.shards, self.out, self.settings = trained, shards, out, settings
-        self.parts = cut([shards.tracklets[position].frames for position in positions], PART_FRAMES)
-        self.positions = list(positions)
+        self.positions = np.asarray(positions, np.int64)
+        self.parts = cut(shards.index.frames[self.positions], PART_FRAMES)
         self.folder = out.with_name(f"{out.name}.parts")
         self.paths = [self.folder / f"part-{number:05d}.parquet" for number in range(len(self.parts))]
         self.cameras_known = trained.knows_cameras(shards)
@@ -77,7 +77,7 @@ class EmbeddingJob:
             print(f"{len(mine) - len(todo)} of {len(mine)} parts are there already")
         self.trained.network.to(device)
         for number in track(todo, len(todo), "embedding", "parts", quiet=rank > 0 or len(todo) < 2):
-            positions = [self.positions[row] for row in self.parts[number]]
+            positions = self.positions[self.parts[number].start : self.parts[number].stop]
             alone, config = Ranks.alone(device), self.trained.config
             vectors = extract(self.trained.network, self.shards, positions, config, alone, self.cameras_known)
             described = describe(self.shards, positions, times=True, pictures=self.settings.pictures)
@@ -103,7 +103,7 @@ class EmbeddingJob:
         decides = {
             "weights": weights,
             "shards": [shard["sha256"] for shard in self.shards.card["shards"]],
-            "positions": hashlib.sha256(np.asarray(self.positions, np.int64).tobytes()).hexdigest(),
+            "positions": hashlib.sha256(self.positions.tobytes()).hexdigest(),
             "clips": config.evaluation.clips,
             "guidance_from": config.data.guidance_from,
             "settings": [settings.features, settings.dtype, settings.pictures, self.cameras_known],
@@ -124,7 +124,7 @@ def weights_identity(trained: Trained) -> dict[str, str]:
     return {"name": name or trained.file.name, "sha256": sha256(trained.file)}
 
 
-def cut(frames: Sequence[int], frames_a_part: int) -> list[range]:
+def cut(frames: Sequence[int] | np.ndarray, frames_a_part: int) -> list[range]:
     """Cut tracklets into runs of about so many frames, none empty."""
     number = (np.cumsum(frames, dtype=np.int64) - 1) // frames_a_part
     starts = np.flatnonzero(np.diff(number, prepend=-1)).tolist()

@@ -5,11 +5,19 @@ sparse matrices, so that memory grows with N k1 k2 (N = queries + gallery) inste
 The result is (1 - weight) Jaccard distance + weight d^2 / max d^2, the maximum over each query's row.
 """
 
+import time
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from scipy import sparse
 
-from keyreid.embedding.distance import BLOCK_BYTES, Embeddings, Metric, distance_blocks, nearest, pair_distances
+from keyreid.embedding.distance import BLOCK_BYTES, Embeddings, Metric, nearest, pair_distances, pairwise
+from keyreid.errors import ConfigError
+
+MOST = 200_000  # tracklets: time grows with their square, and all vectors are on one rank
+_BYTES_OF_EACH = 6_000  # neighbours and encodings while they are made: `benchmarks/evaluation.py rerank` holds less
+_STEP = 1024  # tracklets whose neighbours are looked for at a time
 
 
 def rerank(
@@ -22,49 +30,95 @@ def rerank(
     device: torch.device | str = "cpu",
     block_bytes: int = BLOCK_BYTES,
 ) -> np.ndarray:
-    """Re-ranked distances float32 [Q, G], from 0 to 1.
-
-    Args:
-        k1: neighbours that must hold each other.
-        k2: nearest neighbours whose encodings are averaged (local query expansion).
-        weight: of the original distance (lambda in the paper).
-    """
+    """Re-ranked distances float32 [Q, G], from 0 to 1; arguments as of `Reranking`."""
     seen = (query.visibility, gallery.visibility)
     visibility = None if any(side is None for side in seen) else np.concatenate(seen)
     everyone = Embeddings(np.concatenate([query.vectors, gallery.vectors]), visibility, query.global_width)
-    count = len(everyone)
-    neighbours = nearest(everyone, everyone, min(k1 + 1, count), metric, device, block_bytes)[1]
-    original, furthest = _distances_of_queries(everyone, len(query), metric, device, block_bytes)
-    scale = np.maximum(furthest, np.finfo(np.float32).tiny).astype(np.float64) ** 2
-
-    reciprocal = _reciprocal(neighbours, k1 + 1)
-    expanded = _expand(reciprocal, _reciprocal(neighbours, round(k1 / 2) + 1))
-    rows, columns = expanded.nonzero()
-    distances = pair_distances(everyone, everyone, rows, columns, metric).astype(np.float64) ** 2
-    encoding = sparse.csr_array((np.exp(-distances / scale[rows]), (rows, columns)), shape=(count, count))
-    encoding = sparse.diags_array(1 / encoding.sum(axis=1)) @ encoding
-    if k2 > 1:
-        encoding = _membership(neighbours, min(k2, count)) @ encoding / min(k2, count)
-
-    result = _jaccard(sparse.csr_array(encoding), len(query))
-    result *= 1 - weight
-    original **= 2
-    original *= (weight / scale[: len(query), None]).astype(np.float32)
-    result += original
-    return result
+    reranking = Reranking(everyone, len(query), metric, k1, k2, weight, device, block_bytes)
+    for _ in reranking.prepare():
+        pass
+    return reranking.distances(slice(0, len(query)))
 
 
-def _distances_of_queries(
-    everyone: Embeddings, queries: int, metric: Metric, device: torch.device | str, block_bytes: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Distances from the queries to the gallery [Q, G], and every row's largest distance to anyone [N]."""
-    furthest = np.zeros(len(everyone), np.float32)
-    original = np.empty((queries, len(everyone)), np.float32)
-    for rows, columns, block in distance_blocks(everyone, everyone, metric, device, block_bytes):
-        furthest[rows] = np.maximum(furthest[rows], block.amax(dim=1).cpu().numpy())
-        wanted = max(0, min(rows.stop, queries) - rows.start)
-        original[rows.start : rows.start + wanted, columns] = block[:wanted].cpu().numpy()
-    return original[:, queries:], furthest
+def check_size(count: int) -> None:
+    """Raise ConfigError where so many tracklets are too many to be re-ranked."""
+    if count > MOST:
+        instead = "leave out evaluation.rerank; `keyreid search --rerank` re-ranks each query's nearest alone"
+        raise ConfigError(
+            f"re-ranking {count} tracklets: more than {MOST} cannot be compared with each other; {instead}"
+        )
+
+
+class Reranking:
+    """Re-ranked distances of the first Q of N tracklets to the others, block by block."""
+
+    def __init__(
+        self,
+        everyone: Embeddings,
+        queries: int,
+        metric: Metric = "euclidean",
+        k1: int = 20,
+        k2: int = 6,
+        weight: float = 0.3,
+        device: torch.device | str = "cpu",
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
+        """Raise ConfigError where there are too many.
+
+        Args:
+            everyone: queries, then gallery.
+            k1: neighbours that must hold each other.
+            k2: nearest neighbours whose encodings are averaged (local query expansion).
+            weight: of the original distance (lambda in the paper).
+        """
+        check_size(len(everyone))
+        self._everyone, self._queries, self._compared = everyone, queries, (metric, device, block_bytes)
+        self._k1, self._k2, self._weight = k1, k2, weight
+
+    def cost(self) -> str:
+        """Memory, and the time that a small part of the work hints at."""
+        count, some = len(self._everyone), self._everyone[:256]
+        start = time.monotonic()
+        nearest(some, self._everyone[:4096], min(count, 4096, self._k1 + 1), *self._compared)
+        seconds = (time.monotonic() - start) * count / len(some) * max(1.0, count / 4096)
+        size = (self._everyone.vectors.nbytes + count * _BYTES_OF_EACH + BLOCK_BYTES) / 2**30
+        return f"re-ranking {count} tracklets: about {size:.1f} GiB on the first rank, {seconds / 60:.1f} minutes"
+
+    def prepare(self) -> Iterator[None]:
+        """Find all neighbourhoods, in pieces of seconds; once, before any distances."""
+        everyone, count, (metric, device, block_bytes) = self._everyone, len(self._everyone), self._compared
+        neighbours = np.empty((count, min(self._k1 + 1, count)), np.int64)
+        furthest = np.zeros(count, np.float32)
+        for start in range(0, count, _STEP):
+            rows = slice(start, start + _STEP)
+            neighbours[rows] = nearest(
+                everyone[rows], everyone, neighbours.shape[1], metric, device, block_bytes, furthest=furthest[rows]
+            )[1]
+            yield
+        self._scale = np.maximum(furthest, np.finfo(np.float32).tiny).astype(np.float64) ** 2
+        reciprocal = _reciprocal(neighbours, self._k1 + 1)
+        yield
+        expanded = _expand(reciprocal, _reciprocal(neighbours, round(self._k1 / 2) + 1))
+        yield
+        rows, columns = expanded.nonzero()
+        distances = pair_distances(everyone, everyone, rows, columns, metric).astype(np.float64) ** 2
+        yield
+        encoding = sparse.csr_array((np.exp(-distances / self._scale[rows]), (rows, columns)), shape=(count, count))
+        encoding = sparse.diags_array(1 / encoding.sum(axis=1)) @ encoding
+        if self._k2 > 1:
+            encoding = _membership(neighbours, min(self._k2, count)) @ encoding / min(self._k2, count)
+        encoding = sparse.csr_array(encoding)
+        self._asking, self._asked = encoding[: self._queries], sparse.csc_array(encoding[self._queries :])
+
+    def distances(self, rows: slice) -> np.ndarray:
+        """Re-ranked distances of some queries to the gallery: float32 [n, G], from 0 to 1."""
+        result = _jaccard(sparse.csr_array(self._asking[rows]), self._asked)
+        result *= 1 - self._weight
+        original = pairwise(self._everyone[: self._queries][rows], self._everyone[self._queries :], *self._compared)
+        original **= 2
+        original *= (self._weight / self._scale[: self._queries][rows, None]).astype(np.float32)
+        result += original
+        return result
 
 
 def _membership(neighbours: np.ndarray, k: int) -> sparse.csr_array:
@@ -91,17 +145,16 @@ def _expand(reciprocal: sparse.csr_array, half: sparse.csr_array) -> sparse.csr_
     return reciprocal + sparse.csr_array((np.ones(chosen.sum()), places), shape=reciprocal.shape) @ half
 
 
-def _jaccard(encoding: sparse.csr_array, queries: int) -> np.ndarray:
-    """1 - sum_j min(q_j, g_j) / sum_j max(q_j, g_j) for queries and gallery: float32 [Q, G].
+def _jaccard(asking: sparse.csr_array, asked: sparse.csc_array) -> np.ndarray:
+    """1 - sum_j min(q_j, g_j) / sum_j max(q_j, g_j) of the encodings of queries and gallery: float32 [Q, G].
 
-    Each row of `encoding` sums to 1, so that sum max = 2 - sum min.
+    Each row sums to 1, so that sum max = 2 - sum min.
     """
-    gallery = sparse.csc_array(encoding[queries:])
-    result = np.empty((queries, gallery.shape[0]), np.float32)
-    for row in range(queries):
-        own = slice(*encoding.indptr[row : row + 2])
-        shared = gallery[:, encoding.indices[own]]
-        np.minimum(shared.data, np.repeat(encoding.data[own], np.diff(shared.indptr)), out=shared.data)
+    result = np.empty((asking.shape[0], asked.shape[0]), np.float32)
+    for row in range(len(result)):
+        own = slice(*asking.indptr[row : row + 2])
+        shared = asked[:, asking.indices[own]]
+        np.minimum(shared.data, np.repeat(asking.data[own], np.diff(shared.indptr)), out=shared.data)
         total = shared.sum(axis=1)
         result[row] = 1 - total / (2 - total)
     return result

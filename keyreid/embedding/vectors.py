@@ -9,6 +9,7 @@ frame, or null). The file's metadata says which network made the vectors. Any Pa
 import difflib
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,8 +19,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from keyreid.distributed.ranks import Ranks
 from keyreid.embedding.distance import Embeddings
 from keyreid.embedding.npz import read_arrays
 from keyreid.errors import DataError
@@ -98,11 +101,6 @@ class Vectors:
         described = self.described.take(np.arange(len(self))[rows])
         return Vectors(self.about, described, self.vectors[rows], self.visibility[rows])
 
-    def followed_by(self, other: "Vectors") -> "Vectors":
-        """Both, one after the other."""
-        arrays = (np.concatenate(pair) for pair in ((self.vectors, other.vectors), (self.visibility, other.visibility)))
-        return Vectors(self.about, pa.concat_tables([self.described, other.described]), *arrays)
-
     @cached_property
     def keys(self) -> np.ndarray:
         """str [N]."""
@@ -137,19 +135,31 @@ class Vectors:
             columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
         return pa.table(columns, self.about.schema)
 
-    def rows_of(self, keys: Iterable[str], source: str = "these vectors") -> np.ndarray:
+    def rows_of(self, keys: Sequence[str] | np.ndarray, source: str = "these vectors") -> np.ndarray:
         """int64 [n]: the rows of these tracklets; see `rows_of`."""
-        return rows_of(self.keys.tolist(), list(keys), source)
+        return rows_of(self.described["key"], keys, source)
 
-    def save(self, path: Path) -> None:
-        """Write a vector file; errors as of `write_vectors`."""
-        step = self.about.rows_at_a_time
-        blocks = [slice(at, at + step) for at in range(0, len(self), step)]
-        digest = hashlib.sha256()  # by which an index knows its vectors again
-        for rows in blocks:
-            digest.update(np.ascontiguousarray(self.vectors[rows]))
-        about = replace(self.about, fingerprint=digest.hexdigest())
-        write_vectors(path, about, (replace(self[rows], about=about).table for rows in blocks))
+    def save(self, path: Path, ranks: Ranks | None = None) -> None:
+        """Write a vector file of all ranks' rows, one rank's after the other's; errors as of `write_vectors`.
+
+        A collective. Rows go to the first rank in blocks, so that it holds its own rows and one block.
+        """
+        ranks = ranks or Ranks.alone()
+        first = np.cumsum([0, *ranks.from_all(len(self))])
+        digests = ranks.from_all(_digest(self.vectors, int(first[ranks.rank])))
+        # By which an index knows its vectors again; a sum, so that it does not depend on who has which rows.
+        about = replace(self.about, fingerprint=f"{sum(int(digest, 16) for digest in digests) % 2**256:064x}")
+        # At the same rows whatever the ranks, so that the file is the same to the byte.
+        cuts = sorted({*range(0, int(first[-1]), about.rows_at_a_time), *first.tolist()})
+
+        def blocks() -> Iterator[pa.Table | None]:
+            for start, stop in itertools.pairwise(cuts):
+                owner = int(np.searchsorted(first, start, side="right")) - 1
+                own = slice(start - first[ranks.rank], stop - first[ranks.rank])
+                table = replace(self[own], about=about).table if owner == ranks.rank else None
+                yield table if owner == 0 else ranks.to_first(table, owner)
+
+        ranks.in_step(writing_vectors(path, about, blocks()) if ranks.first else blocks())
 
     @staticmethod
     def load(path: Path) -> "Vectors":
@@ -176,7 +186,11 @@ def write_vectors(path: Path, about: VectorsAbout, tables: Iterable[pa.Table]) -
     Raises:
         KeyreidError: it cannot be written.
     """
-    rows = 0
+    return sum(writing_vectors(path, about, tables))
+
+
+def writing_vectors(path: Path, about: VectorsAbout, tables: Iterable[pa.Table]) -> Iterator[int]:
+    """The same table by table; gives the rows of each."""
     waiting: list[pa.Table] = []
     # Vectors do not get smaller by compression or dictionaries; the other columns do.
     plain = list(DESCRIPTION)
@@ -189,12 +203,11 @@ def write_vectors(path: Path, about: VectorsAbout, tables: Iterable[pa.Table]) -
                 waiting.clear()
 
         for table in tables:
-            rows += len(table)
             waiting.append(table.replace_schema_metadata(about.schema.metadata))
             if sum(map(len, waiting)) >= about.rows_at_a_time:
                 flush()
+            yield len(table)
         flush()
-    return rows
 
 
 class VectorFiles:
@@ -213,12 +226,19 @@ class VectorFiles:
             self.paths += sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         self._files = [_open(path) for path in self.paths]
         self.about = read_about(self.paths[0], self._files[0])
+        self.fingerprints: list[str] = []  # of each file
         for path, file in zip(self.paths, self._files, strict=True):
-            check_comparable(self.about, read_about(path, file), f"{self.paths[0]}", f"{path}")
+            about = read_about(path, file)
+            check_comparable(self.about, about, f"{self.paths[0]}", f"{path}")
+            self.fingerprints.append(about.fingerprint)
         self._first = np.cumsum([0, *(file.metadata.num_rows for file in self._files)])
 
     def __len__(self) -> int:
         return int(self._first[-1])
+
+    def rows_of_file(self, number: int | Sequence[int]) -> np.ndarray:
+        """int64 [..., 2]: the first row of each of these files, and the one after its last."""
+        return np.stack([self._first[:-1], self._first[1:]], axis=-1)[number]
 
     def blocks(self, columns: Iterable[str], rows: int | None = None) -> Iterator[tuple[int, pa.Table]]:
         """All rows in order, `rows` at a time (default: as ROW_GROUP_BYTES allow): the first's number, the rows."""
@@ -265,7 +285,7 @@ class VectorFiles:
 
     def rows_of(self, keys: Sequence[str]) -> np.ndarray:
         """int64 [n]: the row of each key; see `rows_of`."""
-        return rows_of(self.column("key").tolist(), keys, str(self.paths[0]))
+        return rows_of(pa.array(self.column("key"), pa.string()), keys, str(self.paths[0]))
 
 
 def embeddings_of(table: pa.Table, about: VectorsAbout) -> Embeddings:
@@ -304,18 +324,32 @@ def matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty((0, width), np.float32)])
 
 
-def rows_of(there: list[str], keys: Sequence[str], source: str) -> np.ndarray:
+def places_of(there: pa.Array | pa.ChunkedArray, keys: Sequence[str] | np.ndarray) -> np.ndarray:
+    """int64 [n]: where each key stands; -1 where it is not there."""
+    return pc.index_in(pa.array(keys, pa.string()), value_set=there).fill_null(-1).to_numpy().astype(np.int64)
+
+
+def rows_of(there: pa.Array | pa.ChunkedArray, keys: Sequence[str] | np.ndarray, source: str) -> np.ndarray:
     """int64 [n]: where each key stands.
 
     Raises:
         DataError: a key is not there; a near one is named.
     """
-    place = {key: row for row, key in enumerate(there)}
-    if missing := [key for key in keys if key not in place]:
-        near = difflib.get_close_matches(missing[0], there[:_KEYS_COMPARED], n=1, cutoff=0.0)
+    places = places_of(there, keys)
+    if len(missing := np.flatnonzero(places < 0)):
+        key = str(keys[missing[0]])
+        near = difflib.get_close_matches(key, there[:_KEYS_COMPARED].to_pylist(), n=1, cutoff=0.0)
         hint = f"; the nearest key is {near[0]}" if near else ""
-        raise DataError(f"{source}: no tracklet has the key {missing[0]!r} ({len(missing)} are missing){hint}")
-    return np.array([place[key] for key in keys], np.int64)
+        raise DataError(f"{source}: no tracklet has the key {key!r} ({len(missing)} are missing){hint}")
+    return places
+
+
+def _digest(vectors: np.ndarray, first: int) -> str:
+    """A sum over the rows, each hashed with its number."""
+    total = 0
+    for number, row in enumerate(vectors, first):
+        total += int.from_bytes(hashlib.sha256(number.to_bytes(8) + row.tobytes()).digest())
+    return f"{total % 2**256:x}"
 
 
 def _open(path: Path) -> pq.ParquetFile:

@@ -1,7 +1,6 @@
 """One evaluation: embed the test tracklets on all ranks, judge them by named protocols, write scores and pictures."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,16 @@ from keyreid.distributed.ranks import Ranks
 from keyreid.embedding.features import extract
 from keyreid.embedding.vectors import Vectors
 from keyreid.errors import DataError, KeyreidError
-from keyreid.evaluation.protocols import Side, judge, protocol_named
-from keyreid.evaluation.ranking import JudgedSet, Ranking, query_and_gallery, rank_gallery, split_vectors
+from keyreid.evaluation.protocols import Answers, protocol_named
+from keyreid.evaluation.ranking import (
+    JudgedSet,
+    Ranking,
+    Shown,
+    joined,
+    query_and_gallery,
+    rank_gallery,
+    side_of,
+)
 from keyreid.evaluation.scores import combine, write_scores
 from keyreid.model import KeyReID
 from keyreid.shards.shard_set import ShardSet
@@ -47,16 +54,15 @@ def evaluate(
     Returns:
         `judge_vectors`' result and `vectors`, the path.
     """
-    query, gallery = query_and_gallery(shards, config.data.split_number, part)
-    vectors = extract(model, shards, sorted({*query, *gallery}), config, ranks, weights=weights)
+    positions = np.union1d(*query_and_gallery(shards, config.data.split_number, part))
+    vectors = extract(model, shards, positions, config, ranks, weights=weights)
     path = vectors_path or out / VECTORS
-    if vectors is not None:
-        vectors.save(path)
+    vectors.save(path, ranks)
     return {**judge_vectors(vectors, model, shards, config, out, ranks, protocols, part), "vectors": str(path)}
 
 
 def judge_vectors(
-    vectors: Vectors | None,
+    vectors: Vectors,
     model: KeyReID | None,
     shards: ShardSet,
     config: Config,
@@ -65,7 +71,7 @@ def judge_vectors(
     protocols: Sequence[str] = (),
     part: JudgedSet = "test",
 ) -> dict[str, Any]:
-    """Judge embedded tracklets. All ranks call it and get the same result; the first one needs the vectors.
+    """Judge embedded tracklets. All ranks call it, each with its own vectors, and get the same result.
 
     Writes to `out`: `scores.json` and, unless `evaluation.pictures` is 0, `ranked.png`, `cmc.png`, `guidance.png`,
     `attention.png` (where there is a model) and `index.html`, which shows them all.
@@ -77,14 +83,20 @@ def judge_vectors(
     Raises:
         DataError: the split has no queries, or no query has a match.
     """
-    ranks = ranks or Ranks.alone()
+    ranks, settings = ranks or Ranks.alone(), config.evaluation
+    sides = query_and_gallery(shards, config.data.split_number, part)
+    rankings = rank_gallery(vectors, shards, *sides, settings, protocols or (settings.protocol,), ranks)
+    shown: Shown = {}
+    if settings.pictures:
+        from keyreid.evaluation.pictures import TOP, chosen_queries
+
+        first = next(iter(rankings.values()))
+        rows = np.unique(np.concatenate(list(chosen_queries(first, settings.pictures, config.seed).values())))
+        shown = first.nearest(rows, TOP)
     result: Any = None
     if ranks.first:
         try:
-            query, gallery = split_vectors(vectors, shards, config.data.split_number, part)
-            protocols = protocols or (config.evaluation.protocol,)
-            rankings = rank_gallery(query, gallery, config.evaluation, protocols, ranks.device)
-            result = _write_all(rankings, model, shards, config, out, ranks.device, part)
+            result = _write_all(rankings, shown, model, shards, config, out, ranks.device, part)
         except (KeyreidError, OSError) as error:  # the other ranks wait for an answer
             result = error
     result = ranks.from_first(result)
@@ -98,25 +110,24 @@ def check_judgeable(shards: ShardSet, config: Config, part: JudgedSet = "test") 
 
     Raises:
         DataError: none, or there are no queries.
+        ConfigError: too many tracklets are to be re-ranked.
     """
-    sides = []
-    for positions in query_and_gallery(shards, config.data.split_number, part):
-        records = [shards.tracklets[position] for position in positions]
-        columns = ([getattr(record, name) for record in records] for name in ("identity", "camera", "frames"))
-        sides.append(Side(*(np.array(column, np.int64) for column in columns)))
-    query, gallery = sides
+    query, gallery = query_and_gallery(shards, config.data.split_number, part)
     if protocol_named(config.evaluation.protocol).queries_in_gallery:
-        gallery = Side(*(np.concatenate(pair) for pair in zip(astuple(gallery), astuple(query), strict=True)))
-    # Whatever the distances are, the same queries are valid.
-    some = np.broadcast_to(np.arange(len(gallery), dtype=np.float32), (len(query), len(gallery)))
+        gallery = joined(query, gallery)
+    if config.evaluation.rerank:
+        from keyreid.embedding.reranking import check_size  # brings scipy
+
+        check_size(len(query) + len(gallery))
     try:
-        return judge(some, query, gallery, config.evaluation.protocol).valid_queries
+        return Answers(side_of(shards, query), side_of(shards, gallery), config.evaluation.protocol).check()
     except DataError as error:
         raise DataError(f"{shards.location}: {error}") from None
 
 
 def _write_all(
     rankings: Mapping[str, Ranking],
+    shown: Shown,
     model: KeyReID | None,
     shards: ShardSet,
     config: Config,
@@ -139,7 +150,7 @@ def _write_all(
     if settings.pictures:
         from keyreid.evaluation.pictures import draw, write_result_page  # matplotlib: trials of a search draw nothing
 
-        pictures = draw(rankings, model, shards, config, out, device)
+        pictures = draw(rankings, shown, model, shards, config, out, device)
         write_result_page(out / PAGE, result, pictures)
     files = [out / SCORES, *pictures, *([out / PAGE] if pictures else [])]
     return {**result, "pictures": list(map(str, pictures)), "files": list(map(str, files))}

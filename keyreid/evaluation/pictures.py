@@ -10,8 +10,7 @@ from PIL import Image
 
 from keyreid.config import Config
 from keyreid.datasets.tracklet import DISTRACTOR_IDENTITY
-from keyreid.embedding.vectors import Vectors
-from keyreid.evaluation.ranking import Ranking
+from keyreid.evaluation.ranking import Ranking, Shown
 from keyreid.evaluation.scores import table
 from keyreid.model import KeyReID
 from keyreid.pages import Section, write_page
@@ -34,6 +33,7 @@ CAPTIONS = {
 
 def draw(
     rankings: Mapping[str, Ranking],
+    shown: Shown,
     model: KeyReID | None,
     shards: ShardSet,
     config: Config,
@@ -42,22 +42,22 @@ def draw(
 ) -> list[Path]:
     """Write all pictures of an evaluation; gives their paths, the ranked lists first.
 
-    Ranked lists are those of the first ranking, CMC curves of all. Guidance, and attention where there is a model,
-    are those of its best and worst queries; the model is shown their cameras as it was when it embedded them.
+    Ranked lists are those of the first ranking (`shown`), CMC curves of all. Guidance, and attention where there is a
+    model, are those of its best and worst queries; the model is shown their cameras as it was when it embedded them.
     """
     first = next(iter(rankings.values()))
-    pictures = {"ranked": ranked_picture(first, shards, config.evaluation.pictures, config.seed)}
+    pictures = {"ranked": ranked_picture(first, shown, shards, config.evaluation.pictures, config.seed)}
     chosen = chosen_queries(first, SHOWN_IN_STRIPS, config.seed)
     rows = np.unique(np.concatenate([chosen["Best queries"], chosen["Worst queries"]]))
-    positions = [shards.position_of(str(key)) for key in first.query.keys[rows]]
+    positions = first.query[rows].tolist()
     pictures["guidance"] = guidance_picture(shards, positions)
     if model is not None and can_draw_attention(model):
-        known = first.query.about.cameras_known is not False
+        known = first.about.cameras_known is not False
         pictures["attention"] = attention_picture(model, shards, positions, config, known, device)
     for name, picture in pictures.items():
         save_picture(picture, out / f"{name}.png")
     scores = {name: ranking.scores.as_dict() for name, ranking in rankings.items()}
-    draw_cmc(scores, first.query.about.dataset, out / "cmc.png")
+    draw_cmc(scores, first.about.dataset, out / "cmc.png")
     return [out / f"{name}.png" for name in CAPTIONS if name == "cmc" or name in pictures]
 
 
@@ -83,7 +83,7 @@ def chosen_queries(ranking: Ranking, count: int, seed: int) -> dict[str, np.ndar
 
 
 def ranked_picture(
-    ranking: Ranking, shards: ShardSet, count: int, seed: int, rows: np.ndarray | None = None
+    ranking: Ranking, shown: Shown, shards: ShardSet, count: int, seed: int, rows: np.ndarray | None = None
 ) -> Image.Image:
     """Ranked lists of best, worst and random queries (or of the given rows), as the ranking's protocol shows them.
 
@@ -91,8 +91,11 @@ def ranked_picture(
     """
     scores = ranking.scores
     chosen = chosen_queries(ranking, count, seed) if rows is None else {"Queries": rows}
-    groups = [(heading, [_row(ranking, shards, int(row)) for row in rows]) for heading, rows in chosen.items()]
-    title = f"{ranking.query.about.dataset} · protocol {scores.protocol}"
+    groups = [
+        (heading, [_row(ranking, shown[int(row)], shards, int(row)) for row in rows])
+        for heading, rows in chosen.items()
+    ]
+    title = f"{ranking.about.dataset} · protocol {scores.protocol}"
     subtitle = (
         f"mAP {scores.mean_ap:.1%} · rank-1 {scores.cmc(1)[0]:.1%} · {scores.valid_queries} valid queries of "
         f"{scores.queries} · gallery {scores.gallery} · blue: query, green: right, red: wrong"
@@ -100,20 +103,16 @@ def ranked_picture(
     return draw_ranked(groups, title, subtitle)
 
 
-def _row(ranking: Ranking, shards: ShardSet, row: int) -> RankedRow:
-    entries, right = ranking.nearest(row, TOP)
-    results = [
-        _tile(ranking.gallery, entry, shards, f"{ranking.distance[row, entry]:.4g}", match)
-        for entry, match in zip(entries.tolist(), right.tolist(), strict=True)
-    ]
+def _row(ranking: Ranking, nearest: list[tuple[int, float, bool]], shards: ShardSet, row: int) -> RankedRow:
+    gallery, query = ranking.gallery, int(ranking.query[row])
+    results = [_tile(shards, int(gallery[entry]), f"{distance:.4g}", match) for entry, distance, match in nearest]
     ap, first = ranking.scores.average_precision[row], ranking.scores.first_match[row]
     verdict = f"AP {ap:.1%} · first match at rank {first}" if first else "no match in the gallery"
-    return RankedRow(f"{ranking.query.keys[row]} · {verdict}", _tile(ranking.query, row, shards, "query"), results)
+    return RankedRow(f"{shards.index.keys([query])[0]} · {verdict}", _tile(shards, query, "query"), results)
 
 
-def _tile(vectors: Vectors, row: int, shards: ShardSet, head: str, right: bool | None = None) -> Tile:
-    position = shards.position_of(str(vectors.keys[row]))
-    picture = shards.picture(position, shards.tracklets[position].frames // 2)
-    identity = int(vectors.identities[row])
+def _tile(shards: ShardSet, position: int, head: str, right: bool | None = None) -> Tile:
+    picture = shards.picture(position, int(shards.index.frames[position]) // 2)
+    identity = int(shards.identities[position])
     who = "distractor" if identity == DISTRACTOR_IDENTITY else f"identity {identity}"
-    return Tile(picture, (head, who, f"camera {vectors.cameras[row]}"), right)
+    return Tile(picture, (head, who, f"camera {shards.cameras[position]}"), right)

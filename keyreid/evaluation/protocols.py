@@ -148,39 +148,84 @@ def judge(distance: np.ndarray, query: Side, gallery: Side, protocol: str) -> Sc
     Raises:
         DataError: shapes do not fit each other, a distance is NaN, or no query has a match.
     """
-    rules = protocol_named(protocol)
     if distance.shape != (len(query), len(gallery)):
         sides = f"{len(query)} queries and {len(gallery)} gallery entries"
         raise DataError(f"distance {distance.shape} does not fit {sides}")
-    if rules.cameras_by_frame:
-        query, gallery = (cameras_as_released(side, name) for side, name in ((query, "query"), (gallery, "gallery")))
-    junk = gallery.identities == JUNK_IDENTITY
-    columns = np.flatnonzero(~junk) if rules.junk_left_out and junk.any() else None
-    if columns is not None:
-        gallery = gallery[columns]
-
-    counts = np.zeros((3, len(query)))  # of each query: AP, INP, first match
-    # Entries of one identity are one run of `by_identity`, in ascending order of their index.
-    by_identity = np.argsort(gallery.identities, kind="stable")
-    start = np.searchsorted(gallery.identities, query.identities, side="left", sorter=by_identity)
-    end = np.searchsorted(gallery.identities, query.identities, side="right", sorter=by_identity)
+    answers = Answers(query, gallery, protocol)
     for row in range(len(query)):
-        same = by_identity[start[row] : end[row]]
-        matches = gallery.cameras[same] != query.cameras[row]
-        ranking = _comparable(distance, row, columns)
-        if matches.any():
-            counts[:, row] = _score(_positions(ranking, same), matches, rules.trapezoid)
+        ranking = _comparable(distance, row, answers.columns)
+        if answers.valid[row]:
+            answers.score(row, _positions(ranking, answers.own(row)))
+    return answers.scores()
 
-    average_precision, inp, first_match = counts
-    valid = first_match > 0
-    if not valid.any():
-        what = f"none of {len(query)} queries has an entry of its identity from another camera"
-        raise DataError(f"no query has a match under protocol {protocol}: {what} among {len(gallery)} gallery entries")
-    average_precision[~valid] = np.nan
-    mean_ap, mean_inp = float(average_precision[valid].mean()), float(inp[valid].mean())
-    entries, distractors = len(gallery), int((gallery.identities == DISTRACTOR_IDENTITY).sum())
-    ranks = first_match.astype(np.int64)
-    return Scores(protocol, average_precision, ranks, mean_ap, mean_inp, entries, int(junk.sum()), distractors)
+
+class Answers:
+    """Which gallery entries a protocol takes for right answers, and the scores that follow from where they stand.
+
+    Attributes:
+        columns: int64, the gallery entries that are ranked; None: all.
+        valid: bool [Q], queries with a match. Known by counting: no distances, no pairs.
+    """
+
+    def __init__(self, query: Side, gallery: Side, protocol: str) -> None:
+        """Raise ConfigError where the protocol is unknown."""
+        self.protocol, self._rules = protocol, protocol_named(protocol)
+        if self._rules.cameras_by_frame:
+            sides = ((query, "query"), (gallery, "gallery"))
+            query, gallery = (cameras_as_released(side, name) for side, name in sides)
+        junk = gallery.identities == JUNK_IDENTITY
+        self._junk = int(junk.sum())
+        self.columns = np.flatnonzero(~junk) if self._rules.junk_left_out and junk.any() else None
+        self._query, self._all = query, gallery
+        self._gallery = gallery if self.columns is None else gallery[self.columns]
+        # Entries of one identity are one run of `_order`, and in it those of one camera.
+        identity, camera = (
+            np.unique(np.concatenate([getattr(query, name), getattr(self._gallery, name)]), return_inverse=True)[1]
+            for name in ("identities", "cameras")
+        )
+        cameras = int(camera.max(initial=0)) + 1
+        asked, there = np.split(identity * cameras + camera, [len(query)])
+        self._order = np.argsort(there, kind="stable")
+        first = asked // cameras * cameras
+        self._start, same, same_end, self._end = (
+            np.searchsorted(there, codes, sorter=self._order) for codes in (first, asked, asked + 1, first + cameras)
+        )
+        self.valid = self._end - self._start > same_end - same
+        self._counts = np.zeros((3, len(query)))  # of each query: AP, INP, first match
+
+    def check(self) -> int:
+        """How many queries are valid; DataError where none is."""
+        if not self.valid.any():
+            what = f"none of {len(self._query)} queries has an entry of its identity from another camera"
+            there = f"among {len(self._gallery)} gallery entries"
+            raise DataError(f"no query has a match under protocol {self.protocol}: {what} {there}")
+        return int(self.valid.sum())
+
+    def own(self, row: int) -> np.ndarray:
+        """int64 [n]: the entries of a query's identity, ascending, among those that are ranked."""
+        return np.sort(self._order[self._start[row] : self._end[row]])
+
+    def score(self, row: int, position: np.ndarray) -> None:
+        """Take down where the entries `own(row)` of a valid query stand, from 0, all ranked entries counted."""
+        matches = self._gallery.cameras[self.own(row)] != self._query.cameras[row]
+        self._counts[:, row] = _score(position, matches, self._rules.trapezoid)
+
+    def scores(self) -> Scores:
+        """Once all valid queries are taken down; DataError where there are none."""
+        self.check()
+        precision, inp, first_match = self._counts
+        average_precision = np.where(self.valid, precision, np.nan)
+        means = float(precision[self.valid].mean()), float(inp[self.valid].mean())
+        entries, distractors = len(self._gallery), int((self._gallery.identities == DISTRACTOR_IDENTITY).sum())
+        ranks = first_match.astype(np.int64)
+        return Scores(self.protocol, average_precision, ranks, *means, entries, self._junk, distractors)
+
+    def judged(self, row: int, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of any gallery entries, what the protocol says for a query: bool, is ranked; bool, is a match."""
+        identities = self._all.identities[entries]
+        same = identities == self._query.identities[row]
+        ranked = ~(same & (self._all.cameras[entries] == self._query.cameras[row]))
+        return (ranked & (identities != JUNK_IDENTITY) if self._rules.junk_left_out else ranked), same
 
 
 def cameras_as_released(side: Side, name: str = "tracklets") -> Side:
@@ -191,7 +236,8 @@ def cameras_as_released(side: Side, name: str = "tracklets") -> Side:
     """
     if side.frames is None:
         raise DataError(f"protocol released needs the number of frames of every tracklet: {name}_frames is missing")
-    return Side(side.identities, np.repeat(side.cameras, released_entries(side.frames))[: len(side)], side.frames)
+    tracklet = np.searchsorted(np.cumsum(released_entries(side.frames)), np.arange(len(side)), side="right")
+    return Side(side.identities, side.cameras[tracklet], side.frames)
 
 
 def released_entries(frames: np.ndarray) -> np.ndarray:
@@ -241,19 +287,3 @@ def _score(position: np.ndarray, matches: np.ndarray, trapezoid: bool) -> tuple[
         before = np.where(rank > 1, (nth - 1) / np.maximum(rank - 1, 1), 1.0)
         precision = (precision + before) / 2
     return np.cumsum(precision)[-1] / len(rank), len(rank) / rank[-1], rank[0]
-
-
-def ranked_list(
-    distance: np.ndarray, row: int, query: Side, gallery: Side, protocol: str, top: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """What a protocol shows a query first: up to `top` gallery entries int64, nearest first, and bool: is a match."""
-    rules = protocol_named(protocol)
-    if rules.cameras_by_frame:
-        query, gallery = cameras_as_released(query), cameras_as_released(gallery)
-    same = gallery.identities == query.identities[row]
-    left_out = same & (gallery.cameras == query.cameras[row])
-    if rules.junk_left_out:
-        left_out |= gallery.identities == JUNK_IDENTITY
-    kept = np.flatnonzero(~left_out)
-    entries = kept[np.argsort(distance[row, kept], kind="stable")[:top]]
-    return entries, same[entries]

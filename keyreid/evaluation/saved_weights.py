@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from keyreid.checkpoints.trained import Trained, open_config, open_trained
 from keyreid.config import Config
 from keyreid.distributed.ranks import Ranks
@@ -15,7 +17,7 @@ from keyreid.embedding.features import extract
 from keyreid.embedding.job import weights_identity
 from keyreid.embedding.vectors import Vectors
 from keyreid.errors import ConfigError
-from keyreid.evaluation.judging import VECTORS, judge_vectors
+from keyreid.evaluation.judging import VECTORS, check_judgeable, judge_vectors
 from keyreid.evaluation.ranking import query_and_gallery
 from keyreid.evaluation.scores import mean_over_splits
 from keyreid.ownership import owned
@@ -102,14 +104,16 @@ class SavedEvaluation:
         with owned(folder, "keyreid evaluate", wait=True) if self.ranks.first else contextlib.nullcontext():
             yield folder
 
-    def _embed(self, trained: Trained | None, shards: ShardSet, splits: Iterable[int], folder: Path) -> Vectors | None:
-        """The vectors of these splits' test tracklets on the first rank, kept in `folder`."""
+    def _embed(self, trained: Trained | None, shards: ShardSet, splits: Iterable[int], folder: Path) -> Vectors:
+        """This rank's vectors of these splits' test tracklets, kept in `folder`."""
         known = trained is not None and trained.knows_cameras(shards)
         if self.vectors is not None:
-            if self.vectors.about.cameras_known is not None:
-                return self.vectors
+            own = np.array_split(np.arange(len(self.vectors)), self.ranks.world_size)[self.ranks.rank]
+            vectors = self.vectors[own[0] : own[-1] + 1] if len(own) else self.vectors[:0]
+            if vectors.about.cameras_known is not None:
+                return vectors
             # Files of the last version do not say.
-            return replace(self.vectors, about=replace(self.vectors.about, cameras_known=known))
+            return replace(vectors, about=replace(vectors.about, cameras_known=known))
         identity = None
         if self.ranks.first:  # what a reader of the scores must know about weights and data
             if not known and trained.network.backbone.camera is not None:
@@ -118,10 +122,11 @@ class SavedEvaluation:
                 if seen := trained.trained_on(shards, query_and_gallery(shards, number)[0]):
                     print(f"note: split {number}: the weights were trained on {len(seen)} of its test identities")
             identity = weights_identity(trained)
-        wanted = {position for number in splits for side in query_and_gallery(shards, number) for position in side}
-        vectors = extract(trained.network, shards, sorted(wanted), trained.config, self.ranks, known, identity)
-        if vectors is not None:
-            vectors.save(folder / VECTORS)
+        if trained.config.evaluation.rerank:
+            check_judgeable(shards, trained.config)  # rather now than after the long work
+        wanted = np.unique(np.concatenate([side for number in splits for side in query_and_gallery(shards, number)]))
+        vectors = extract(trained.network, shards, wanted, trained.config, self.ranks, known, identity)
+        vectors.save(folder / VECTORS, self.ranks)
         return vectors
 
     def _tracked(

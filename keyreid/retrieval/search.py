@@ -22,6 +22,7 @@ from keyreid.retrieval.index import GalleryIndex
 QUERY_BYTES = 256 * 2**20
 SHOWN = list(DESCRIPTION)
 RERANK_CANDIDATES = 200
+RECALL_QUERIES, RECALL_TOP = 100, 10
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,16 @@ def search(
             cameras = pd.Index(names).get_indexer(table["camera_name"].to_pylist()), codes
         distances, found = _nearest(table, gallery, min(wanted, len(gallery)), settings.metric, cameras, index, device)
         yield from _described(table, gallery, distances, found, settings, device)
+
+
+def recall(gallery: VectorFiles, index: GalleryIndex, device: torch.device | str = "cpu") -> float:
+    """The share of the RECALL_TOP nearest that an index finds, over some rows of its gallery, which is read once."""
+    rows = np.unique(np.linspace(0, len(gallery) - 1, RECALL_QUERIES).astype(np.int64))
+    table, k = gallery.take(rows, ["vector", "visibility"]), min(RECALL_TOP + 1, len(gallery))  # one more: itself
+    exact, found = (_nearest(table, gallery, k, index.metric, None, way, device)[1] for way in (None, index))
+    true = [np.setdiff1d(near, [row, -1]) for near, row in zip(exact, rows, strict=True)]
+    hits = sum(np.isin(near, other).sum() for near, other in zip(true, found, strict=True))
+    return float(hits / max(1, sum(map(len, true))))
 
 
 def _nearest(

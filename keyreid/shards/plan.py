@@ -157,6 +157,14 @@ def evaluation_clips(
     return plans
 
 
+def evaluation_clip_counts(
+    totals: np.ndarray, frames: int, clips: int | None = None, mode: Guidance = MODES["aligned"]
+) -> np.ndarray:
+    """How many clips `evaluation_clips` makes of tracklets of so many frames: int64 [N] -> int64 [N]."""
+    most = min(limit for limit in (mode.most_clips, clips, np.iinfo(np.int64).max) if limit is not None)
+    return np.minimum(-(-totals.astype(np.int64) // frames), most)
+
+
 def _restricted_random(random: np.random.Generator, totals: np.ndarray, frames: int) -> np.ndarray:
     """Restricted random sampling: T equal chunks of a tracklet, a random frame of each; int [N, T].
 
