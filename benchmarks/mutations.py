@@ -444,8 +444,8 @@ BREAKS = [
         ("always a chunk's first frame", "(random.random(low.shape) * (high - low))", "(0 * random.random(low.shape))"),
         (
             "ranks take every R-th clip",
-            "yield self._clips(epoch, step, rank * share, (rank + 1) * share)",
-            "yield self.step(epoch, step)[rank::world_size]",
+            "yield self._clips(*divmod(number, length), rank * share, (rank + 1) * share)",
+            "yield self.step(*divmod(number, length))[rank::world_size]",
         ),
         (
             "flips where there should be none",

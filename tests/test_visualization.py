@@ -234,7 +234,7 @@ def test_commands_draw(toy, tmp_path):
             assert f"{image.width} x {image.height} pixels" in run.output
     run = CliRunner().invoke(app, ["visualize", "guidance", shards.location, "--key=nobody"])
     assert isinstance(run.exception, DataError)
-    assert "holds no tracklet nobody" in str(run.exception)
+    assert "no tracklet has the key nobody" in str(run.exception)
     (tmp_path / "scores.json").write_text("{}")
     run = CliRunner().invoke(app, ["visualize", "curves", str(tmp_path / "scores.json")])
     assert "no scores of an evaluation" in str(run.exception)
