@@ -119,14 +119,14 @@ def read_tensors(folder: Path, kind: str, without: Sequence[str] = ()) -> dict[s
 
 
 def read_network(file: Path, without: Sequence[str] = ()) -> dict[str, Tensor]:
-    """The tensors of a weights file; of a checkpoint that several ranks wrote, from all their files of its kind.
+    """The tensors of a weights file but for those named; of a checkpoint of several ranks, from all files of its kind.
 
     Raises:
         CheckpointError: as `read_weights`, or the others' files are not beside it.
     """
     ranks = written_by(file)
     if ranks == 1:
-        return read_weights(file)
+        return {name: value for name, value in read_weights(file).items() if name not in without}
     with suppress(OSError, ValueError, KeyError, TypeError):
         if file.name in read_manifest(file.parent):
             return read_tensors(file.parent, file.name, without)
