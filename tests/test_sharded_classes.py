@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -450,7 +451,7 @@ def test_killed_on_four_ranks_and_resumed_on_two(shards, tmp_path, negatives):
 
 
 def made_shapes(config, folder):
-    """Shapes of all tensors that a rank makes in two steps; draws come in small blocks."""
+    """Shapes of all tensors that a rank makes in two steps, a save and a resume; draws come in small blocks."""
     owned_rows._BLOCK = 16
     ranks = join()
     with Shapes() as shapes:
@@ -458,6 +459,12 @@ def made_shapes(config, folder):
         trainer.engine.train()
         for step in range(2):
             trainer.stepper.step(next(trainer.reader), step)
+        trainer.state = replace(trainer.state, step=2)
+        trainer._save(None)
+        trainer.writer.wait()
+        trainer.reader.close()
+        trainer = Trainer(config, ranks, Tracker(config.tracking, folder, folder, "", enabled=False), StopAfter(99))
+        assert trainer.resumed.name == "step-00000002"
     trainer.reader.close()
     torch.save([trainer.plan.num_identities, *shapes.seen], folder / f"{ranks.rank}.pt")
     leave()
@@ -471,4 +478,5 @@ def test_no_rank_holds_a_table_of_all_classes(tmp_path):
         classes, *shapes = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert classes == 23
         assert [shape for shape in shapes if classes in shape] == []
+        assert not {23 * 192, 6 * 23 * 2 * 192} & {math.prod(shape) for shape in shapes}  # nor one without its shape
         assert any((23 + 1 - rank) // 2 in shape for shape in shapes)

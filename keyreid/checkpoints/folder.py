@@ -98,7 +98,7 @@ def save(root: Path, snapshot: Snapshot, ranks: Ranks = _ALONE) -> Path:
     try:
         _together(ranks, final, lambda: _begin(final, partial) if ranks.first else None)
         of_ranks = _together(ranks, final, lambda: _write_own(partial, snapshot, ranks))
-        files = {name: about for written in of_ranks for name, about in written.items()}
+        files = dict(sorted((name, about) for written in of_ranks for name, about in written.items()))
         _together(ranks, final, lambda: _finish(final, partial, files) if ranks.first else None)
     except CheckpointError:
         if ranks.first:
@@ -133,7 +133,7 @@ def _write_own(partial: Path, snapshot: Snapshot, ranks: Ranks) -> dict[str, dic
     written = {}
     for kind, tensors in ((WEIGHTS, snapshot.weights), (EMA, snapshot.ema), (TRAINING, snapshot.training)):
         parts = snapshot.parts.get(kind, {})
-        if kind == EMA and not tensors and not parts:
+        if kind == EMA and not tensors and EMA not in snapshot.parts:  # the run keeps none
             continue
         path = partial / part_name(kind, ranks.rank, ranks.world_size)
         if ranks.first and kind != TRAINING:
