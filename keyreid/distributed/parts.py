@@ -119,6 +119,11 @@ class Held:
         alike = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         return cls(Part.whole(tensor.shape), tensor.detach, *alike)
 
+    def put(self, values: Tensor) -> None:
+        """Take these numbers of the part, where they are held."""
+        own = self.get()
+        own.copy_(values.view_as(own))
+
 
 def shared_out(held: Iterable[Held]) -> list[Part]:
     """What of each this rank saves, so that all is saved once: ranks that hold the same save equally much of it."""

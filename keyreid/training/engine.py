@@ -184,8 +184,7 @@ class Engine:
             if hasattr(parameter := parameters[name], "ds_id"):
                 safe_set_local_fp32_param(parameter, padded(parameter, values.to(self.device)))
             else:
-                each = held[name].get()
-                each.copy_(values.view_as(each))
+                held[name].put(values)
 
     def restore_optimizer_states(self, read: Read) -> None:
         """Put `held_states` back."""
@@ -200,8 +199,7 @@ class Engine:
             if hasattr(parameter, "ds_id"):
                 safe_set_local_optimizer_state(parameter, padded(parameter, values.to(self.device)), key)
             else:
-                each = held[name].get()
-                each.copy_(values.view_as(each))
+                held[name].put(values)
 
     def _held(self, parameter: nn.Parameter, key: str | None = None) -> Held:
         """Of a parameter, or of a state of it."""

@@ -154,8 +154,7 @@ def _held_tables(criterion: Criterion) -> dict[str, Held]:
 
 def _restore(saved: Saved, kind: str, held: Mapping[str, Held]) -> None:
     for name, values in saved.read(kind, {name: each.part for name, each in held.items()}):
-        own = held[name].get()
-        own.copy_(values.view_as(own))
+        held[name].put(values)
 
 
 def _read_network(saved: Saved, wanted: Mapping[str, Part]) -> Iterator[tuple[str, torch.Tensor]]:
