@@ -275,10 +275,10 @@ BREAKS = [
         ("runs cut within a row", "self.start, self.stop, other.start, other.stop)", "self.start, self.stop)"),
         ("parts that meet are not found", "if not len(self) or not len(other)", "if self.every != other.every"),
         (
-            "all ranks save the same",
+            "the first rank saves all",
             "total[alike] * number // each.of",
             "total[alike] * (number > 0)",
-            f"{PARTS} -k wrote",
+            f"{PARTS} -k evenly",
         ),
     ),
     *room(

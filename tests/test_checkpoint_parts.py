@@ -72,6 +72,16 @@ def test_no_tensor_has_such_a_part(numbers: tuple) -> None:
     assert not Part(*numbers).is_sound
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_what_ranks_hold_alike_is_saved_once_and_shared_out_evenly(ranks: int) -> None:
+    shapes = (3,), (5, 9), (4,), (), (11, 2)
+    own = [shared_out(Held(Part.whole(shape), torch.Tensor, rank, ranks) for shape in shapes) for rank in range(ranks)]
+    for shape, *of_ranks in zip(shapes, *own, strict=True):
+        assert [number for part in of_ranks for number in numbers(part)] == list(range(math.prod(shape)))
+    sizes = [sum(map(len, of_rank)) for of_rank in own]
+    assert max(sizes) - min(sizes) <= 1
+
+
 def state_of(rank: int, ranks: int) -> dict[str, dict[str, Held]]:
     """What a rank holds: tensors that all have, rows of tables in two groups if there are four, and a run."""
     size = 2 if ranks == 4 else ranks
