@@ -95,7 +95,7 @@ def small(shards, output):
 
 def state_of(engine) -> dict[str, torch.Tensor]:
     """Weights, momenta (NAME/momentum_buffer) and centre tables."""
-    momenta = ((name, held.get()) for name, held in engine.held_states().items())
+    momenta = ((name, held.get().view(held.part.shape)) for name, held in engine.held_states().items())
     tables = engine.module.criterion.named_buffers()
     return {name: value.detach().clone() for name, value in (*engine.weights(), *momenta, *tables)}
 
