@@ -57,6 +57,8 @@ BY_CLASSES = f"{CLASSES} -k 'not together_are_one'"  # on one rank
 PROTOCOLS, DISTANCE = "tests/test_evaluation_protocols.py", "tests/test_evaluation_distance.py"
 REMOTE, RANGES, OPEN_FILES = "tests/test_shards_remote.py", "tests/test_shards_ranges.py", "tests/test_open_files.py"
 COUNTING = "tests/test_evaluation_counting.py"
+PARTS = "tests/test_checkpoint_parts.py"
+PARTS_WRITTEN = f"{PARTS} -k 'wrote or written'"
 FEATURES, CHECKPOINTS = "tests/test_evaluation_features.py", "tests/test_training_checkpoints.py"
 
 BREAKS = [
@@ -110,11 +112,11 @@ BREAKS = [
     *room(
         "keyreid/training/snapshot.py",
         ONE_RANK,
-        ("momenta not resumed", "engine.restore_optimizer_states(restored.training)", "pass"),
-        ("the average not resumed", "average.restore(restored.weights | restored.ema)", "pass"),
+        ("momenta not resumed", "engine.restore_optimizer_states(partial(saved.read, TRAINING))", "pass"),
+        ("the average not resumed", "_restore(saved, EMA if known else WEIGHTS, held)", "pass"),
         ("the loss scale not resumed", "engine.restore_loss_scale(restored.state.loss_scale)", "pass"),
-        ("centres not resumed", "for name in criterion.load_tables(tables)", "for name in ()"),
-        ("weights not resumed", "network.load_state_dict(weights)", "pass"),
+        ("centres not resumed", "_restore(restored.saved, TRAINING, same)", "pass"),
+        ("weights not resumed", "_restore(restored.saved, WEIGHTS, held)", "pass"),
     ),
     *room(
         "keyreid/training/step.py",
@@ -258,7 +260,7 @@ BREAKS = [
         ("each step draws the same", "+ key % 2**64", "+ 1"),
         ("classifiers start wide, sharded", "normal_(std=0.001)", "normal_(std=0.01)"),
         ("a group of any size", "if world % size:", "if False:"),
-        ("every group saves", "None if self.group.number else collect", "collect"),
+        ("every group saves", "group.number, group.ranks // place.world_size)", "0, 1)"),
     ),
     *room(
         "keyreid/distributed/owned_rows.py",
@@ -268,7 +270,20 @@ BREAKS = [
             "torch.empty(tables, len(range(ranks.rank, rows, ranks.world_size)), width, device=device)",
             "torch.empty(tables, rows, width)[:, ranks.rank :: ranks.world_size].clone()",
         ),
-        ("rows of another rank are collected", "torch.stack(parts, 1)", "torch.stack(parts[::-1], 1)"),
+    ),
+    *room(
+        "keyreid/distributed/parts.py",
+        f"{PARTS} -k common",
+        ("rows of another rank", "row % self.every == self.first", "row % self.every >= self.first"),
+        ("a table begins where the last ends", "table * self.shape[-2] + self.first", "table * self.shape[-2]"),
+        ("runs cut within a row", "self.start, self.stop, other.start, other.stop)", "self.start, self.stop)"),
+        ("parts that meet are not found", "if not len(self) or not len(other)", "if self.every != other.every"),
+        (
+            "the first rank saves all",
+            "total[alike] * number // each.of",
+            "total[alike] * (number > 0)",
+            f"{PARTS} -k evenly",
+        ),
     ),
     *room(
         "keyreid/training/class_optimizer.py",
@@ -279,7 +294,7 @@ BREAKS = [
         ("classes at the first rate", "= self._of_engine.param_groups[0]", "= self._of_engine.defaults"),
         ("classes at a rate of their own", 'group["lr"] = self', "_ = self"),
         ("gradients of classes add up", "        self._optimizer.zero_grad()", "        pass"),
-        ("momenta of classes are not resumed", ".copy_(self._classes.own(states[name]))", ".zero_()"),
+        ("momenta of classes are of another name", "network.{name}/{key}", "network.{name}/{key}s"),
     ),
     *room(
         "keyreid/training/engine.py",
@@ -303,10 +318,10 @@ BREAKS = [
         BY_CLASSES,
         (
             "classes are not resumed",
-            "network.classes.load({name: weights.pop(name) for name in CLASSIFIERS})",
-            "[weights.pop(n) for n in CLASSIFIERS]",
+            "_restore(restored.saved, WEIGHTS, held)",
+            "_restore(restored.saved, WEIGHTS, _held_network(network))",
         ),
-        ("classes have to have an average", "restored.weights | restored.ema", "restored.ema"),
+        ("classes have to have an average", "if (name in averages) == known}", "if known}"),
     ),
     *room(
         "keyreid/checkpoints/start.py",
@@ -818,7 +833,6 @@ BREAKS = [
     *room(
         "keyreid/checkpoints/folder.py",
         CHECKPOINTS,
-        ("hashes not compared", "elif (size, sha256(path)) not in either:", "elif False:"),
         (
             "the best is the worst",
             "score > self.best_score",
@@ -831,10 +845,35 @@ BREAKS = [
             '(("latest", state.step),)',
             "tests/test_checkpoint_kills.py",
         ),
-        ("latest never moved", 'replace_text(root / "latest", final.name)', "pass"),
+        ("latest never moved", 'replace_text(final.with_name("latest"), final.name)', "pass"),
+        (
+            "only the first rank's files are named",
+            "for written in of_ranks for name",
+            "for written in of_ranks[:1] for name",
+            PARTS_WRITTEN,
+        ),
+        (
+            "the others do not hear of a failure",
+            "of_ranks = ranks.from_all(found)",
+            "of_ranks = [found]",
+            PARTS_WRITTEN,
+        ),
         ("the best is pruned", "kept.add(root / folder_name(best_step))", "pass"),
         ("those kept for ever are pruned", "if state.keep:", "if False:"),
         ("one fewer is kept", "set(folders[-keep:])", "set(folders[1 - keep :])"),
+    ),
+    *room(
+        "keyreid/checkpoints/manifest.py",
+        CHECKPOINTS,
+        ("hashes not compared", "elif (size, sha256(path)) not in either:", "elif False:"),
+        ("every rank reads every file", "return int(number[1]) % ranks", "return 0", f"{PARTS} -k wrote"),
+    ),
+    *room(
+        "keyreid/checkpoints/saved.py",
+        f"{PARTS} -k 'wrote or travels or forged'",
+        ("all travels", "p.reader != rank and p.part.meets(wanted[name])", "True"),
+        ("parts may be missing", "if sum(len(piece.part) for piece in pieces) !=", "if False and"),
+        ("forged parts are taken", "if not (part.is_sound and isinstance(dtype, torch.dtype))", "if False"),
     ),
     *room(
         "keyreid/checkpoints/run_folder.py",

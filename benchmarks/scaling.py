@@ -29,7 +29,7 @@ PASSES = 30  # times that heads and losses read or write all features of own row
 PLAN_ALL, PLAN_OWN = 14e-6, 60e-6
 CONTROL = "how many centres", "which centres"  # between processors, while the GPU computes the step before; assumed
 START = 7.9, 10.0  # seconds: imports (measured, 2 cores), processes and NCCL; assumed
-HOST_BYTES = 10e9  # a second, from the first GPU to its host's memory; assumed
+HOST_BYTES = 10e9  # a second, from a GPU to its host's memory; assumed
 
 
 class Network(NamedTuple):
@@ -117,9 +117,8 @@ def _seconds(of: costs.Message, clips: int, rate: float) -> float:
 
 
 def checkpoint(network: Network, gpus: int) -> float:
-    """Seconds that training waits: weights and momentum, gathered by name, copied by the first rank."""
-    size, nodes = 2 * 4 * network.parameters, max(1, gpus // GPUS_A_NODE)
-    return 2 * size * (gpus - 1) / gpus / _rate(gpus, 1) + 2 * 400 * LATENCY * nodes + size / HOST_BYTES
+    """Seconds that training waits: each rank copies its part of weights and momentum."""
+    return 2 * 4 * network.parameters / gpus / HOST_BYTES
 
 
 def table(clips: list[int], gradient_bytes: int) -> None:
@@ -148,7 +147,7 @@ def main() -> None:
             cells = " | ".join(f"{1e3 * seconds:.1f}" for seconds in of)
             print(f"| {network.name}, {form}, {rails} | {cells} | {of.efficiency:.0%} |")
     for network in NETWORKS:
-        waits = " and ".join(f"{checkpoint(network, gpus):.1f} s on {gpus}" for gpus in (8, 512))
+        waits = " and ".join(f"{1e3 * checkpoint(network, gpus):.1f} ms on {gpus}" for gpus in (8, 512))
         print(f"\n{network.name}: start {sum(START):.0f} s; each checkpoint holds training for {waits} GPUs")
         held = [
             (gpus, sum(costs.memory(recipe(gpus, 64, lanes), network.width, IDENTITIES, gpus).values()) / 1e9)

@@ -11,7 +11,7 @@ R ranks of b clips minimise what one rank of R*b clips would: see `Share`. A los
 has a form of its own for scopes that lie on several ranks, whose cost does not grow with them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keyreid.config import LossConfig
-from keyreid.distributed.owned_rows import Exchange, collect, own_rows
+from keyreid.distributed.owned_rows import Exchange, own_rows
+from keyreid.distributed.parts import Held, Part
 from keyreid.distributed.ranks import Ranks, gather
 from keyreid.distributed.share import WHOLE, Compared, Share
 from keyreid.errors import DataError
@@ -282,18 +283,10 @@ class Criterion(nn.Module):
             weight = 2 * rate / (len(places) * self.owners.world_size) if released else rate / (1 + found[:, -1:])
             table[self._exchange.owned] += weight * found[:, :-1]
 
-    def load_tables(self, tables: Mapping[str, Tensor]) -> list[str]:
-        """Take back what `tables` gave; says of which the shapes are others, which stay as they are."""
-        ranks = self.owners or Ranks.alone()
-        own = {name: tables[name][..., ranks.rank :: ranks.world_size, :] for name, _ in self.named_buffers()}
-        others = [name for name, table in self.named_buffers() if table.shape != own[name].shape]
-        self.load_state_dict(own | {name: getattr(self, name) for name in others})
-        return others
-
-    def tables(self) -> dict[str, Tensor] | None:
-        """The whole tables on the CPU; where they are shared out a collective, and None but on the first rank."""
-        if self.owners is None:
-            return {name: table.detach().cpu().clone() for name, table in self.named_buffers()}
-        whole = collect(self.global_centres[None], self.num_identities, self.owners)
-        parts = collect(self.part_centres, self.num_identities, self.owners)
-        return {"global_centres": whole[0], "part_centres": parts} if self.owners.first else None
+    def held_tables(self) -> dict[str, Held]:
+        """This rank's part of each table."""
+        place, held = self.owners or Ranks.alone(), {}
+        for name, table in self.named_buffers():
+            part = Part.rows((*table.shape[:-2], self.num_identities, table.shape[-1]), place.rank, place.world_size)
+            held[name] = Held(part, table.detach) if self.owners else Held.by_all(table)
+        return held

@@ -9,7 +9,8 @@ from evaluation_toys import toy_config, toy_model, toy_shards
 from typer.testing import CliRunner
 
 from keyreid.checkpoints import folder as checkpoints
-from keyreid.checkpoints.folder import EMA, MANIFEST, STATE, TRAINING, WEIGHTS, Snapshot, TrainingState
+from keyreid.checkpoints.folder import Snapshot, TrainingState
+from keyreid.checkpoints.manifest import EMA, MANIFEST, STATE, TRAINING, WEIGHTS
 from keyreid.checkpoints.run_folder import RunFolder
 from keyreid.checkpoints.trained import load_state, load_trained, open_trained
 from keyreid.checkpoints.weights_file import WeightsHeader

@@ -15,6 +15,7 @@ import torch
 from kills import Killer, in_child
 
 from keyreid.checkpoints import folder as checkpoints
+from keyreid.checkpoints import manifest
 from keyreid.checkpoints.folder import BackgroundWriter, Snapshot, TrainingState
 from keyreid.checkpoints.weights_file import WeightsHeader
 from keyreid.config import ClipConfig, ModelConfig
@@ -60,7 +61,7 @@ def ending(run: Path) -> dict[str, object]:
     root = run / "checkpoints"
     for leftover in (run / "evaluation").rglob(".scores.json.*.partial"):  # never taken for anything
         leftover.unlink()
-    assert all(checkpoints.verify(folder) == [] for folder in root.glob("step-*"))
+    assert all(manifest.verify(folder) == [] for folder in root.glob("step-*"))
     found = {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
     manifests = {name: json.loads(text)["files"] for name, text in found.items() if name.endswith("manifest.json")}
     for files in manifests.values():
@@ -147,7 +148,7 @@ def test_at_any_moment_of_a_late_evaluation_every_checkpoint_is_whole(tmp_path: 
                 root, Snapshot(TrainingState(step=step, best_score=0.1, best_step=1), HEADER, value, {}, value)
             )
         status = in_child(judge_late, root, at)
-        assert all(checkpoints.verify(folder) == [] for folder in checkpoints.checkpoints(root)), f"operation {at}"
+        assert all(manifest.verify(folder) == [] for folder in checkpoints.checkpoints(root)), f"operation {at}"
         state = checkpoints.read_state(root / "step-00000002")
         assert (state.best_score, state.best_step) in ((0.1, 1), (0.9, 2))
         if at and status == 0:

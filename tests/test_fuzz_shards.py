@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from packed import make_dataset, pack_dataset
 
 from keyreid.checkpoints import folder as checkpoints
-from keyreid.checkpoints.folder import MANIFEST, STATE, TRAINING, WEIGHTS, Snapshot, TrainingState
+from keyreid.checkpoints import manifest
+from keyreid.checkpoints.folder import Snapshot, TrainingState
+from keyreid.checkpoints.manifest import MANIFEST, STATE, TRAINING, WEIGHTS
 from keyreid.checkpoints.weights_file import WeightsHeader, check_sha256, read_header, read_weights
 from keyreid.config import ClipConfig, ModelConfig
 from keyreid.errors import CheckpointError, DataError, KeyreidError
@@ -197,7 +199,7 @@ def test_any_member(folder, member):
 
 
 CHECKPOINTS = {
-    MANIFEST: lambda path: checkpoints.verify(path.parent),
+    MANIFEST: lambda path: manifest.verify(path.parent),
     STATE: lambda path: checkpoints.read_state(path.parent),
     TRAINING: read_weights,
     WEIGHTS: lambda path: (read_header(path), check_sha256(path), read_weights(path)),
@@ -228,7 +230,7 @@ def test_nesting_without_end(folder, tmp_path, name):
         with pytest.raises(DataError, match=name):
             ShardSet.open(tmp_path / "copy")
     else:
-        assert name in checkpoints.verify(tmp_path / "copy")[0]
+        assert name in manifest.verify(tmp_path / "copy")[0]
         if name == STATE:
             with pytest.raises(CheckpointError, match=name):
                 checkpoints.read_state(tmp_path / "copy")
@@ -255,7 +257,7 @@ def test_random_damages_are_all_found(folder, tmp_path, count):
 def found(copied: Path, shards: bool) -> list[str]:
     """What verifying says."""
     if not shards:
-        return checkpoints.verify(copied)
+        return manifest.verify(copied)
     try:
         return [str(problem) for _, problems in verify(copied) for problem in problems]
     except DataError as error:

@@ -95,8 +95,9 @@ def small(shards, output):
 
 def state_of(engine) -> dict[str, torch.Tensor]:
     """Weights, momenta (NAME/momentum_buffer) and centre tables."""
+    momenta = ((name, held.get().view(held.part.shape)) for name, held in engine.held_states().items())
     tables = engine.module.criterion.named_buffers()
-    return {name: value.detach().clone() for name, value in (*engine.weights(), *engine.optimizer_states(), *tables)}
+    return {name: value.detach().clone() for name, value in (*engine.weights(), *momenta, *tables)}
 
 
 def rates(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, float]:

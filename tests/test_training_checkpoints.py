@@ -9,8 +9,10 @@ import torch
 from typer.testing import CliRunner
 
 from keyreid.checkpoints import folder as checkpoints
+from keyreid.checkpoints import manifest
 from keyreid.checkpoints.folder import BackgroundWriter, Snapshot, TrainingState
 from keyreid.checkpoints.run_folder import find_weights
+from keyreid.checkpoints.saved import read_tensors
 from keyreid.checkpoints.weights_file import WeightsHeader, read_header, read_weights
 from keyreid.cli import app
 from keyreid.config import ClipConfig, ModelConfig
@@ -35,9 +37,9 @@ def test_what_is_read_is_what_was_saved(tmp_path):
     folder = checkpoints.save(tmp_path, snapshot(7, best_score=0.5, loss_scale={"cur_scale": 4.0}))
     assert checkpoints.newest_whole(tmp_path) == folder == checkpoints.named(tmp_path, "latest")
     assert checkpoints.read_state(folder) == snapshot(7, best_score=0.5, loss_scale={"cur_scale": 4.0}).state
-    assert torch.equal(checkpoints.read_tensors(folder, checkpoints.EMA)["w"], torch.full((3, 2), 3.5))
-    assert read_header(folder / checkpoints.WEIGHTS) == HEADER
-    assert torch.equal(read_weights(folder / checkpoints.WEIGHTS)["w"], torch.full((3, 2), 7.0))
+    assert torch.equal(read_tensors(folder, manifest.EMA)["w"], torch.full((3, 2), 3.5))
+    assert read_header(folder / manifest.WEIGHTS) == HEADER
+    assert torch.equal(read_weights(folder / manifest.WEIGHTS)["w"], torch.full((3, 2), 7.0))
 
 
 def test_newest_best_and_marked_ones_are_kept(tmp_path):
@@ -64,22 +66,22 @@ def test_every_single_flipped_byte_is_found_and_named(tmp_path):
             damaged = bytearray(content)
             damaged[place] ^= 1 << draw.randrange(8)
             path.write_bytes(damaged)
-            assert any(path.name in fault for fault in checkpoints.verify(folder)), (path.name, place)
+            assert any(path.name in fault for fault in manifest.verify(folder)), (path.name, place)
         warnings = []
         assert checkpoints.newest_whole(tmp_path, warnings.append) == checkpoints.checkpoints(tmp_path)[0]
         assert path.name in warnings[0]
         path.write_bytes(content[:-1])
-        assert checkpoints.verify(folder)
+        assert manifest.verify(folder)
         path.unlink()
-        assert checkpoints.verify(folder)
+        assert manifest.verify(folder)
         path.write_bytes(content)
-    assert checkpoints.verify(folder) == []
+    assert manifest.verify(folder) == []
 
 
 def test_no_whole_checkpoint_is_an_error_not_a_new_start(tmp_path):
     assert checkpoints.newest_whole(tmp_path) is None
     folder = checkpoints.save(tmp_path, snapshot(1))
-    (folder / checkpoints.STATE).write_text("{}")
+    (folder / manifest.STATE).write_text("{}")
     with pytest.raises(CheckpointError, match="no checkpoint is whole"):
         checkpoints.newest_whole(tmp_path)
 
@@ -87,9 +89,9 @@ def test_no_whole_checkpoint_is_an_error_not_a_new_start(tmp_path):
 def test_a_manifest_cannot_point_out_of_its_folder(tmp_path):
     folder = checkpoints.save(tmp_path, snapshot(1))
     (tmp_path / "outside").write_text("secret")
-    text = (folder / checkpoints.MANIFEST).read_text().replace(checkpoints.STATE, "../outside")
-    (folder / checkpoints.MANIFEST).write_text(text)
-    assert checkpoints.verify(folder)
+    text = (folder / manifest.MANIFEST).read_text().replace(manifest.STATE, "../outside")
+    (folder / manifest.MANIFEST).write_text(text)
+    assert manifest.verify(folder)
 
 
 @pytest.mark.parametrize("text", ["../..", "step-00000001/..", "/tmp", ".", "", "step-1.partial", "\0", "latest"])
@@ -112,7 +114,7 @@ def test_a_best_that_is_not_there_is_said(tmp_path, caplog):
     (tmp_path / "best").write_text("step-00000007")
     assert checkpoints.named(tmp_path, "best") is None
     assert "best names step-00000007, which is not there" in caplog.text
-    assert find_weights(tmp_path) == tmp_path / "step-00000002" / checkpoints.EMA
+    assert find_weights(tmp_path) == tmp_path / "step-00000002" / manifest.EMA
 
 
 def test_a_write_that_fails_leaves_the_one_before(tmp_path):

@@ -10,6 +10,7 @@ from kills import Killer
 from training_runs import StopAfter, printed, run, start, toy_config, toy_shards, train
 
 from keyreid.checkpoints import folder as checkpoints
+from keyreid.checkpoints import manifest
 from keyreid.config import Config
 
 pytestmark = pytest.mark.slow
@@ -34,10 +35,10 @@ def killed(config: Config, at: int | None, stop_at: int | None) -> None:
 def ending(config: Config) -> dict[str, object]:
     root = config.run_dir / "checkpoints"
     folders = checkpoints.checkpoints(root)
-    assert [checkpoints.verify(folder) for folder in folders] == [[]] * len(folders)
+    assert [manifest.verify(folder) for folder in folders] == [[]] * len(folders)
     scores = {path.parent.name: path.read_bytes() for path in config.run_dir.rglob("scores.json")}
     names = {name: (root / name).read_bytes() for name in ("best", "latest")}
-    weights = {folder.name: (folder / checkpoints.WEIGHTS).read_bytes() for folder in folders}
+    weights = {folder.name: (folder / manifest.WEIGHTS).read_bytes() for folder in folders}
     states = {folder.name: checkpoints.read_state(folder) for folder in folders}
     return names | weights | {"states": states, "scores": scores, "result": (config.run_dir / "result.json").exists()}
 

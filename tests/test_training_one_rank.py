@@ -50,6 +50,10 @@ def weights_of(trainer):
     return {name: value.clone() for name, value in trainer.engine.weights()}
 
 
+def momenta_of(trainer):
+    return {name: held.get().clone() for name, held in trainer.engine.held_states().items()}
+
+
 def one_step(config, ranks, scale=None):
     """Loss, gradient norm and gradients of the first step; `scale`: as fp16 would scale the loss."""
     trainer = trainer_of(config, ranks)
@@ -57,7 +61,7 @@ def one_step(config, ranks, scale=None):
         trainer.engine._deepspeed.torch_autocast_z0_gradscaler = torch.amp.GradScaler("cpu", init_scale=scale)
     trainer.engine.train()
     outcome = trainer.stepper.step(next(trainer.reader), 0)
-    gradients = {name: value.clone() for name, value in trainer.engine.optimizer_states()}
+    gradients = momenta_of(trainer)
     trainer.reader.close()
     return {"loss": outcome.loss, "norm": outcome.gradient_norm, "gradients": gradients}
 
@@ -67,9 +71,10 @@ def scale_after_a_resume(trainer):
     engine = trainer.engine
     engine._deepspeed.torch_autocast_z0_gradscaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
     state = replace(trainer.state, loss_scale=engine.loss_scale_state())
-    taken = snapshot.take(engine, None, state, trainer.header, True)
+    folder = checkpoints.save(trainer.root / "scaled", snapshot.take(engine, None, state, trainer.header))
     engine._deepspeed.torch_autocast_z0_gradscaler = torch.amp.GradScaler("cpu")
-    snapshot.restore_after(taken, engine, None, same_optimizer=True)
+    restored = snapshot.read(folder, trainer.config, trainer.header, trainer.ranks)
+    snapshot.restore_after(restored, engine, None, same_optimizer=True)
     return engine.loss_scale
 
 
@@ -119,7 +124,7 @@ def record(configs, file):
     except KeyreidError as error:
         seen["said"] = str(error)
     seen["after"] = dict(trainer.network.named_buffers())
-    seen["momenta"] = dict(trainer.engine.optimizer_states())
+    seen["momenta"] = momenta_of(trainer)
     torch.save(seen, file)
     leave()
 

@@ -8,6 +8,8 @@ import torch
 from training_runs import logged, printed, run, toy_config, toy_shards, train
 
 from keyreid.checkpoints import folder as checkpoints
+from keyreid.checkpoints import manifest
+from keyreid.checkpoints.saved import read_tensors
 from keyreid.checkpoints.trained import load_trained
 from keyreid.cli import app
 
@@ -26,10 +28,7 @@ def test_the_average_is_that_of_the_weights_and_is_judged_and_exported(shards, t
     run(train, config, 2)
     folders = checkpoints.checkpoints(config.run_dir / "checkpoints")
     assert len(folders) == 5
-    saved = [
-        [checkpoints.read_tensors(folder, file) for file in (checkpoints.WEIGHTS, checkpoints.EMA)]
-        for folder in sorted(folders)
-    ]
+    saved = [[read_tensors(folder, file) for file in (manifest.WEIGHTS, manifest.EMA)] for folder in sorted(folders)]
     trained = [name for name in saved[0][0] if "running" not in name and "tracked" not in name]
     for (_, before), (weights, average) in itertools.pairwise(saved):
         for name in trained:

@@ -9,6 +9,7 @@ import pytest
 from training_runs import toy_config
 
 from keyreid.checkpoints import folder as checkpoints
+from keyreid.checkpoints import manifest
 from keyreid.checkpoints.folder import TrainingState
 from keyreid.checkpoints.weights_file import WeightsHeader
 from keyreid.config import ClipConfig, Config, ModelConfig
@@ -72,12 +73,12 @@ def test_the_name_of_nothing_is_refused() -> None:
 def test_a_state_of_a_newer_version_says_so(tmp_path: Path) -> None:
     header = WeightsHeader(ModelConfig(parts=3), ClipConfig(frames=2), identities=[3], cameras=[1], about={})
     folder = checkpoints.save(tmp_path, checkpoints.Snapshot(TrainingState(step=1), header, {}, {}, {}))
-    values = json.loads((folder / checkpoints.STATE).read_text())
-    (folder / checkpoints.STATE).write_text(json.dumps(values | {"phase": 2}))
+    values = json.loads((folder / manifest.STATE).read_text())
+    (folder / manifest.STATE).write_text(json.dumps(values | {"phase": 2}))
     with pytest.raises(CheckpointError, match="phase: of a newer version of keyreid"):
         checkpoints.read_state(folder)
     del values["recipe"]  # as keyreid 0.1 wrote it
-    (folder / checkpoints.STATE).write_text(json.dumps(values))
+    (folder / manifest.STATE).write_text(json.dumps(values))
     assert checkpoints.read_state(folder) == TrainingState(step=1)
 
 

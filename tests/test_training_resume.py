@@ -10,6 +10,7 @@ import torch
 from training_runs import logged, newest_tensors, printed, run, start, toy_config, toy_shards, train
 
 from keyreid.checkpoints import folder as checkpoints
+from keyreid.checkpoints import manifest
 
 pytestmark = pytest.mark.slow
 SETTINGS = {"checkpoint_every_steps": 1, "ema_decay": 0.9, "zero_stage": 1}
@@ -102,12 +103,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(shards, undist
     run(train, config, 1)
     (config.run_dir / "completed").unlink()
     newest = checkpoints.checkpoints(config.run_dir / "checkpoints")[-1]
-    content = bytearray((newest / checkpoints.TRAINING).read_bytes())
+    content = bytearray((newest / manifest.TRAINING).read_bytes())
     content[len(content) // 2] ^= 1
-    (newest / checkpoints.TRAINING).write_bytes(content)
+    (newest / manifest.TRAINING).write_bytes(content)
     run(train, config, 1)
     text = printed(config)
-    assert f"{newest / checkpoints.TRAINING}: SHA-256 does not fit" in text
+    assert f"{newest / manifest.TRAINING}: SHA-256 does not fit" in text
     assert "resuming from" in text and checkpoints.folder_name(9) in text.split("resuming from")[-1].splitlines()[0]
 
 

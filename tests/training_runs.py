@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,10 @@ import torch
 from packed import make_dataset, pack_dataset
 
 from keyreid.checkpoints import folder as checkpoints
+from keyreid.checkpoints import manifest
+from keyreid.checkpoints.saved import read_tensors
 from keyreid.config import Config, check_config
+from keyreid.distributed.parts import Part
 from keyreid.distributed.preemption import StopRequest
 from keyreid.distributed.ranks import join, leave
 
@@ -106,15 +110,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def together(target, ranks: int, *arguments) -> None:
-    """`target(*arguments)` on each rank of a gloo group, without a configuration."""
+def together(target, ranks: int, *arguments, ending: Sequence[int] = ()) -> None:
+    """`target(*arguments)` on each rank of a gloo group, without a configuration; `ending`: exit codes, default 0."""
     arguments = ranks, free_port(), target, *arguments
     processes = [SERVER.Process(target=_in_group, args=(rank, *arguments)) for rank in range(ranks)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-        assert process.exitcode == 0
+    assert [process.exitcode for process in processes] == list(ending or [0] * ranks)
 
 
 def _in_group(rank: int, ranks: int, port: int, target, *arguments) -> None:
@@ -149,8 +153,21 @@ def state_of(trainer) -> dict[str, torch.Tensor]:
     """All that a checkpoint would hold, on the first rank; a collective."""
     from keyreid.training import snapshot
 
-    taken = snapshot.take(trainer.engine, None, trainer.state, trainer.header, trainer.ranks.first)
-    return {**taken.weights, **taken.training} if taken else {}
+    taken = snapshot.take(trainer.engine, None, trainer.state, trainer.header)
+    of_ranks = [None] * trainer.ranks.world_size if trainer.ranks.first else None
+    torch.distributed.gather_object(taken, of_ranks)
+    return {name: value for each in ("weights", "training") for name, value in joined(of_ranks or [], each).items()}
+
+
+def joined(of_ranks: list, kind: str) -> dict[str, torch.Tensor]:
+    """The whole tensors of what each rank has taken."""
+    whole = {}
+    for taken in of_ranks:
+        for name, value in getattr(taken, kind).items():
+            part = taken.parts[f"{kind}.safetensors"].get(name) or Part.whole(value.shape)
+            to = whole.setdefault(name, torch.full(part.shape, torch.nan).to(value.dtype))
+            Part.whole(part.shape).fill(to.view(-1), part, value.flatten())
+    return whole
 
 
 def train(config: Config) -> None:
@@ -187,8 +204,8 @@ def newest_tensors(config: Config) -> dict[str, torch.Tensor]:
     folder = checkpoints.newest_whole(config.run_dir / "checkpoints")
     return {
         f"{file}:{name}": tensor
-        for file in (checkpoints.WEIGHTS, checkpoints.EMA, checkpoints.TRAINING)
-        for name, tensor in checkpoints.read_tensors(folder, file).items()
+        for file in (manifest.WEIGHTS, manifest.EMA, manifest.TRAINING)
+        for name, tensor in read_tensors(folder, file).items()
     }
 
 

@@ -1,12 +1,12 @@
 """Checkpoints on disk: folders that exist whole or not at all, verified before they are used.
 
-    RUN/checkpoints/step-00000120/    weights.safetensors, ema.safetensors, training.safetensors, state.json,
-                                      manifest.json (size and SHA-256 of each of the others)
+    RUN/checkpoints/step-00000120/    weights.safetensors, ema.safetensors, training.safetensors and the parts of other
+                                      ranks, state.json, manifest.json (size and SHA-256 of each of the others)
     RUN/checkpoints/latest, best      names of such folders
 
-A folder is written under another name, synced to disk and renamed; then `latest` and `best` follow. The newest whole
-folder's state decides what these two name: after a kill at any moment, `settle` puts them right. What a folder holds
-fits any number of ranks and any ZeRO stage (see keyreid/training/snapshot.py).
+A folder is written under another name, synced to disk and renamed, when all ranks have written their files; then
+`latest` and `best` follow. The newest whole folder's state decides what these two name: after a kill at any moment,
+`settle` puts them right. What a folder holds fits any number of ranks and any ZeRO stage (saved.py).
 """
 
 import contextlib
@@ -15,23 +15,34 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from keyreid.checkpoints.weights_file import WeightsHeader, read_weights, write_weights
+from keyreid.checkpoints.manifest import (
+    EMA,
+    MANIFEST,
+    STATE,
+    TRAINING,
+    WEIGHTS,
+    manifest_text,
+    part_name,
+    verify,
+)
+from keyreid.checkpoints.weights_file import WeightsHeader, write_weights
+from keyreid.distributed.parts import Part
+from keyreid.distributed.ranks import Ranks
 from keyreid.errors import CheckpointError
 from keyreid.files import replace_bytes, replace_text, sha256, sync
 
-WEIGHTS, EMA, TRAINING = "weights.safetensors", "ema.safetensors", "training.safetensors"
-STATE, MANIFEST = "state.json", "manifest.json"
 PARTIAL = ".partial"
+T = TypeVar("T")
+_ALONE = Ranks.alone()
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +70,14 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All of a run at one step, on the CPU of the first rank."""
+    """A rank's part of a run at one step, on the CPU."""
 
     state: TrainingState
     header: WeightsHeader
     weights: dict[str, torch.Tensor]  # parameters and buffers
     ema: dict[str, torch.Tensor]  # averaged, if the run keeps them
     training: dict[str, torch.Tensor]  # optimizer states and centre tables
+    parts: Mapping[str, Mapping[str, Part]] = field(default_factory=dict)  # by kind and name, where one is not whole
 
 
 def folder_name(step: int) -> str:
@@ -73,35 +85,81 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save(root: Path, snapshot: Snapshot) -> Path:
-    """Write one checkpoint; what was there before stays as it was if a full disk or the like raises CheckpointError.
+def save(root: Path, snapshot: Snapshot, ranks: Ranks = _ALONE) -> Path:
+    """Write one checkpoint, each rank its files; a collective. What was there before stays as it was if that fails.
 
     No folder is written over: one of this step can only be another run's.
+
+    Raises:
+        CheckpointError: on all ranks, whichever could not write (a full disk, or the like).
     """
     final = root / folder_name(snapshot.state.step)
     partial = final.with_name(final.name + PARTIAL)
+    try:
+        _together(ranks, final, lambda: _begin(final, partial) if ranks.first else None)
+        of_ranks = _together(ranks, final, lambda: _write_own(partial, snapshot, ranks))
+        files = dict(sorted((name, about) for written in of_ranks for name, about in written.items()))
+        _together(ranks, final, lambda: _finish(final, partial, files) if ranks.first else None)
+    except CheckpointError:
+        if ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def _together(ranks: Ranks, final: Path, work: Callable[[], T]) -> list[T]:
+    """What each rank's work gives, or the same error on all; a collective."""
+    try:
+        found = work()
+    except CheckpointError as error:
+        found = error
+    except Exception as error:  # also what is unforeseen: the others wait for this rank
+        found = CheckpointError(f"{final}: cannot be saved: {error}; the checkpoint before it is whole")
+    of_ranks = ranks.from_all(found)
+    if failed := [each for each in of_ranks if isinstance(each, CheckpointError)]:
+        raise failed[0]
+    return of_ranks
+
+
+def _begin(final: Path, partial: Path) -> None:
     if final.exists():
         raise CheckpointError(f"{final}: is there, and not of this run: move it away, or give the run another name")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_weights(partial / WEIGHTS, snapshot.weights, snapshot.header)
-        if snapshot.ema:
-            write_weights(partial / EMA, snapshot.ema, snapshot.header)
-        save_file(snapshot.training, str(partial / TRAINING))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _write_own(partial: Path, snapshot: Snapshot, ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """This rank's files; gives what the manifest says of them."""
+    written = {}
+    for kind, tensors in ((WEIGHTS, snapshot.weights), (EMA, snapshot.ema), (TRAINING, snapshot.training)):
+        parts = snapshot.parts.get(kind, {})
+        if kind == EMA and not tensors and EMA not in snapshot.parts:  # the run keeps none
+            continue
+        path = partial / part_name(kind, ranks.rank, ranks.world_size)
+        if ranks.first and kind != TRAINING:
+            write_weights(path, tensors, snapshot.header, ranks.world_size)
+        else:
+            save_file(tensors, str(path))
+        written[path] = {}
+        if ranks.world_size > 1:
+            own = {name: (value.dtype, parts.get(name) or Part.whole(value.shape)) for name, value in tensors.items()}
+            listed = {name: [str(dtype).removeprefix("torch."), *astuple(part)] for name, (dtype, part) in own.items()}
+            written[path]["tensors"] = listed
+    if ranks.first:
         (partial / STATE).write_bytes(_encoded(snapshot.state))
-        files = {}
-        for path in sorted(partial.iterdir()):
-            sync(path)
-            files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
-        replace_text(partial / MANIFEST, _manifest_text(files))
-        partial.rename(final)
-        sync(root)
-        replace_text(root / "latest", final.name)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{final}: cannot be saved: {error}; the checkpoint before it is whole") from error
-    return final
+        written[partial / STATE] = {}
+    for path, about in written.items():
+        sync(path)
+        about |= {"size": path.stat().st_size, "sha256": sha256(path)}
+    return {path.name: about for path, about in written.items()}
+
+
+def _finish(final: Path, partial: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """All is written: make it the newest checkpoint."""
+    replace_text(partial / MANIFEST, manifest_text(files))
+    partial.rename(final)
+    sync(final.parent)
+    replace_text(final.with_name("latest"), final.name)
 
 
 def put_state(root: Path, state: TrainingState) -> None:
@@ -110,9 +168,9 @@ def put_state(root: Path, state: TrainingState) -> None:
     before, after = (folder / STATE).read_bytes(), _encoded(state)
     old, new = ({"size": len(text), "sha256": hashlib.sha256(text).hexdigest()} for text in (before, after))
     files = json.loads((folder / MANIFEST).read_text())["files"]
-    replace_text(folder / MANIFEST, _manifest_text(files | {STATE: new | {"before": old}}))
+    replace_text(folder / MANIFEST, manifest_text(files | {STATE: new | {"before": old}}))
     replace_bytes(folder / STATE, after)
-    replace_text(folder / MANIFEST, _manifest_text(files | {STATE: new}))
+    replace_text(folder / MANIFEST, manifest_text(files | {STATE: new}))
 
 
 def settle(root: Path, state: TrainingState, keep: int) -> None:
@@ -148,43 +206,19 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir())
 
 
-def verify(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, one line for each file; empty when it is whole."""
-    try:
-        text = (folder / MANIFEST).read_text()
-        files = json.loads(text)["files"]
-        pairs = {name: (entry, entry.get("before", entry)) for name, entry in files.items()}  # see put_state
-        expected = {name: [(each["size"], each["sha256"]) for each in pair] for name, pair in pairs.items()}
-        if text != _manifest_text(files):
-            return [f"{folder / MANIFEST}: its own SHA-256 does not fit, the file was changed or damaged"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return [f"{folder / MANIFEST}: {error}"]
-    faults = []
-    for name, either in expected.items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            faults.append(f"{path}: missing")
-        elif (size := path.stat().st_size) not in dict(either):
-            faults.append(f"{path}: {size} bytes, expected {either[0][0]}")
-        elif (size, sha256(path)) not in either:
-            faults.append(f"{path}: SHA-256 does not fit, the file was changed or damaged")
-    strange = sorted(path for path in folder.glob("*.safetensors") if path.name not in expected)
-    return faults + [f"{path}: not of this checkpoint, its manifest does not name it" for path in strange]
-
-
-def newest_whole(root: Path, warn=print) -> Path | None:
-    """The newest checkpoint that verifies; those that do not are named through `warn`.
+def newest_whole(root: Path, warn=print, ranks: Ranks = _ALONE) -> Path | None:
+    """The newest checkpoint of which each rank finds its files whole; others are named through `warn`; a collective.
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole.
     """
     faults = []
-    for folder in reversed(checkpoints(root)):
-        found = verify(folder)
+    for name in ranks.from_first([folder.name for folder in reversed(checkpoints(root))]):
+        found = [fault for of_rank in ranks.from_all(verify(root / name, ranks)) for fault in of_rank]
         if not found:
-            return folder
-        faults += found
-        warn(f"checkpoint {folder.name} is damaged ({'; '.join(found)}): trying the one before")
+            return root / name
+        faults += (found := list(dict.fromkeys(found)))
+        warn(f"checkpoint {name} is damaged ({'; '.join(found)}): trying the one before")
     if faults:
         raise CheckpointError(f"{root}: no checkpoint is whole: {'; '.join(faults)}")
     return None
@@ -199,11 +233,6 @@ def read_state(folder: Path) -> TrainingState:
         return TrainingState(**values)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder / STATE}: {error}") from None
-
-
-def read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """WEIGHTS, EMA or TRAINING of a checkpoint; empty where it has none."""
-    return read_weights(folder / name) if (folder / name).exists() else {}
 
 
 def prune(root: Path, keep: int) -> list[Path]:
@@ -236,10 +265,14 @@ def prune(root: Path, keep: int) -> list[Path]:
 
 
 class BackgroundWriter:
-    """Writes checkpoints in a thread while training goes on, one at a time; after a failure nothing more is written."""
+    """Writes checkpoints in a thread while training goes on, one at a time; after a failure nothing more is written.
 
-    def __init__(self, root: Path, keep: int) -> None:
-        self.root, self.keep = root, keep
+    Args:
+        ranks: that write together; all make one of these, a collective.
+    """
+
+    def __init__(self, root: Path, keep: int, ranks: Ranks = _ALONE) -> None:
+        self.root, self.keep, self._ranks = root, keep, ranks.apart()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._last: Future[None] | None = None
 
@@ -252,21 +285,32 @@ class BackgroundWriter:
         """Wait for the one before, then start; a failure shows in `error`.
 
         Args:
-            new: a checkpoint; or the state alone of one that was saved before it was evaluated.
+            new: a checkpoint, on all ranks; or, on the first, the state alone of one that was saved before it was
+                evaluated.
         """
-        if self._last is None or self._last.exception() is None:
-            self._last = self._thread.submit(self._write, new)
+        self._last = self._thread.submit(self._write, new, self._last and self._last.exception())
 
     def wait(self) -> None:
         """Until what was begun is on disk; a CheckpointError says why it could not be written."""
         if self._last is not None:
             self._last.result()
 
-    def _write(self, new: Snapshot | TrainingState) -> None:
-        state = new.state if isinstance(new, Snapshot) else new
+    def close(self) -> None:
+        """Wait, without a word of failures, before the ranks part: they write together."""
+        self._thread.shutdown()
+
+    def _write(self, new: Snapshot | TrainingState, failed: CheckpointError | None) -> None:
         try:
-            save(self.root, new) if isinstance(new, Snapshot) else put_state(self.root, new)
-            settle(self.root, state, self.keep)
+            if isinstance(new, Snapshot):
+                if failed := next(filter(None, self._ranks.from_all(failed)), None):
+                    raise failed
+                save(self.root, new, self._ranks)
+            elif failed:
+                raise failed
+            else:
+                put_state(self.root, new)
+            if self._ranks.first:
+                settle(self.root, new.state if isinstance(new, Snapshot) else new, self.keep)
         except CheckpointError:
             raise
         except Exception as error:  # of pruning, or unforeseen: training must hear of it
@@ -275,9 +319,3 @@ class BackgroundWriter:
 
 def _encoded(state: TrainingState) -> bytes:
     return json.dumps(asdict(state), indent=1).encode()
-
-
-def _manifest_text(files: object) -> str:
-    """The only text that a manifest of these files can have, so that a change of any byte shows."""
-    own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    return json.dumps({"files": files, "sha256": own}, indent=1)

@@ -11,7 +11,8 @@ RUN/tracking/, RUN/logs/          the event log and MLflow's run id; what each r
 from dataclasses import dataclass
 from pathlib import Path
 
-from keyreid.checkpoints.folder import EMA, MANIFEST, WEIGHTS, checkpoints, named, verify
+from keyreid.checkpoints.folder import checkpoints, named
+from keyreid.checkpoints.manifest import EMA, MANIFEST, WEIGHTS, verify
 from keyreid.checkpoints.weights_file import check_sha256
 from keyreid.errors import CheckpointError
 from keyreid.tracking import TRACKING

@@ -11,7 +11,8 @@ from keyreid.backbones.backbone import Source, fill
 from keyreid.checkpoints.released import from_released, is_released, released_grid
 from keyreid.checkpoints.run_folder import check_whole
 from keyreid.checkpoints.same_data import keep_known
-from keyreid.checkpoints.weights_file import read_header, read_weights
+from keyreid.checkpoints.saved import read_network
+from keyreid.checkpoints.weights_file import read_header
 from keyreid.config import ClipConfig, ModelConfig
 from keyreid.errors import CheckpointError
 from keyreid.model import KeyReID, build_model
@@ -70,7 +71,7 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], tuple[int, int] | None]:
     """A file's tensors, a whole network's in our names, and the grid of its positions where the file tells it."""
     if file.is_file():
         check_whole(file)
-    state = read_weights(file)
+    state = read_network(file)
     if is_released(state):
         state = from_released(state)
         return state, released_grid(state)

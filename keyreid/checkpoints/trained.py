@@ -11,8 +11,9 @@ from keyreid.backbones.backbone import Source
 from keyreid.checkpoints.released import from_released, is_released, released_model
 from keyreid.checkpoints.run_folder import RunFolder, check_whole, find_weights
 from keyreid.checkpoints.same_data import same_data
+from keyreid.checkpoints.saved import read_network
 from keyreid.checkpoints.start import load_network
-from keyreid.checkpoints.weights_file import WeightsHeader, read_header, read_weights
+from keyreid.checkpoints.weights_file import WeightsHeader, read_header
 from keyreid.config import ClipConfig, Config, ModelConfig, check_config, load_config, merge_overrides
 from keyreid.errors import CheckpointError, ConfigError
 from keyreid.model import KeyReID, build_model
@@ -94,7 +95,7 @@ def load_trained(location: str | Path, verify: bool = True) -> tuple[KeyReID, We
     Raises:
         CheckpointError: there are no weights, or they are damaged or of an unknown kind.
     """
-    file, tensors, header = _load(location, verify)
+    file, tensors, header = _load(location, verify, classes=False)
     if header is None:
         if not is_released(tensors):
             raise CheckpointError(f"{file}: not a published KeyRe-ID checkpoint, nor a keyreid .safetensors")
@@ -127,10 +128,17 @@ def load_state(location: str | Path, verify: bool = True) -> tuple[dict[str, tor
     return tensors, header
 
 
-def _load(location: str | Path, verify: bool) -> tuple[Path, dict[str, torch.Tensor], WeightsHeader | None]:
-    """The one way in for weights: the file, its tensors as they are named there, and its header if it is ours."""
+def _load(
+    location: str | Path, verify: bool, classes: bool = True
+) -> tuple[Path, dict[str, torch.Tensor], WeightsHeader | None]:
+    """The one way in for weights: the file, its tensors as they are named there, and its header if it is ours.
+
+    Args:
+        classes: False leaves out classifiers that ranks share out, where a process alone has no network for them.
+    """
     file = find_weights(location)
     if verify:
         check_whole(file)
     header = read_header(file) if file.suffix == ".safetensors" else None
-    return file, read_weights(file), header
+    shared_out = not classes and header is not None and header.model.classifiers == "sharded"
+    return file, read_network(file, CLASSIFIERS if shared_out else ()), header

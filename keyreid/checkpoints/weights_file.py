@@ -39,9 +39,10 @@ class WeightsHeader:
 HEADER = TypeAdapter(WeightsHeader)
 
 
-def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], header: WeightsHeader) -> None:
-    """Write tensors (names as in `KeyReID.state_dict()`) and header."""
-    text = json.dumps({"sha256": UNSIGNED, **HEADER.dump_python(header, mode="json")})
+def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], header: WeightsHeader, ranks: int = 1) -> None:
+    """Write tensors (names as in `KeyReID.state_dict()`) and header; of several ranks, the part of the first."""
+    several = {"ranks": ranks} if ranks > 1 else {}
+    text = json.dumps({"sha256": UNSIGNED, **several, **HEADER.dump_python(header, mode="json")})
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {FORMAT: text})
     with path.open("r+b") as file:
         file.seek(file.read(4096).index(UNSIGNED.encode()))
@@ -92,6 +93,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not state:
         raise CheckpointError(f"{path}: holds no named tensors")
     return state
+
+
+def written_by(path: Path) -> int:
+    """How many ranks wrote a weights file, with others beside it that have the rest; 1: it is whole."""
+    fields = _fields(path) if path.suffix == ".safetensors" else None
+    return int((fields or {}).get("ranks", 1))
 
 
 def check_sha256(path: Path) -> None:

@@ -18,6 +18,7 @@ def checkpoints(
     from rich.table import Table
 
     from keyreid.checkpoints import folder as store
+    from keyreid.checkpoints import manifest
     from keyreid.checkpoints.run_folder import checkpoints_of
     from keyreid.errors import CheckpointError
     from keyreid.ownership import owned
@@ -38,7 +39,7 @@ def checkpoints(
         except CheckpointError as error:
             faults.append(str(error))
     for folder in folders:
-        found = store.verify(folder) if verify else []
+        found = manifest.verify(folder) if verify else []
         faults += found
         try:
             state = store.read_state(folder)

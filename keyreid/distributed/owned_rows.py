@@ -76,30 +76,3 @@ def own_rows(
             first = len(range(ranks.rank, start, ranks.world_size))
             table[first : first + len(block)] = block
     return own
-
-
-def collect(own: Tensor, rows: int, ranks: Ranks, group: dist.ProcessGroup | None = None) -> Tensor | None:
-    """The whole tables, [tables, rows, W], on the CPU of the first rank, None on the others; a collective.
-
-    Args:
-        own: this rank's rows of them, [tables, own rows, W].
-        group: of these ranks; None: all.
-    """
-    whole = torch.empty(len(own), rows, own.shape[-1]) if ranks.first else [None] * len(own)
-    for table, part in zip(whole, own.detach(), strict=True):
-        found = _collect(part, rows, ranks, group)
-        if table is not None:
-            table.copy_(found)
-    return whole if ranks.first else None
-
-
-def _collect(part: Tensor, rows: int, ranks: Ranks, group: dist.ProcessGroup | None) -> Tensor | None:
-    """One of them, where its rows are."""
-    if ranks.world_size == 1:
-        return part
-    longest = -(-rows // ranks.world_size)
-    padded = part.new_zeros(longest, *part.shape[1:])
-    padded[: len(part)] = part
-    parts = [torch.empty_like(padded) for _ in range(ranks.world_size)] if ranks.first else None
-    dist.gather(padded, parts, group=group)
-    return torch.stack(parts, 1).flatten(0, 1)[:rows] if parts else None

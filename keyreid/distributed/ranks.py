@@ -8,7 +8,7 @@ import re
 import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,10 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is the process that prints, logs and writes."""
         return self.rank == 0
+
+    def apart(self) -> "Ranks":
+        """The same for the collectives of another thread; a collective."""
+        return self if self.control is None else replace(self, control=dist.new_group(backend="gloo"))
 
     def agree(self, *flags: bool) -> list[bool]:
         """Whether each flag is set on any rank; a collective."""

@@ -12,7 +12,8 @@ import jinja2
 import yaml
 
 import keyreid
-from keyreid.checkpoints.folder import EMA, folder_name
+from keyreid.checkpoints.folder import folder_name
+from keyreid.checkpoints.manifest import EMA
 from keyreid.checkpoints.run_folder import RunFolder, find_weights
 from keyreid.checkpoints.trained import header_of, load_trained
 from keyreid.checkpoints.weights_file import WeightsHeader, write_weights

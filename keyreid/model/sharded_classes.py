@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from keyreid.distributed.owned_rows import collect, own_rows
+from keyreid.distributed.owned_rows import own_rows
+from keyreid.distributed.parts import Held, Part
 from keyreid.distributed.ranks import Ranks, gather
 from keyreid.distributed.share import Share
 from keyreid.errors import ConfigError
@@ -81,15 +82,13 @@ class ShardedClasses:
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Take this rank's classes of the whole weights."""
         for name, own in self.weights.items():
-            own.data.copy_(self.own(weights[name]))
+            own.data.copy_(weights[name][:, self.group.place.rank :: self.group.place.world_size])
 
-    def own(self, whole: Tensor) -> Tensor:
-        """This rank's rows of a value as large as a whole weight, [branches, C, W]."""
-        return whole[:, self.group.place.rank :: self.group.place.world_size]
-
-    def whole(self, own: Tensor) -> Tensor | None:
-        """The whole of which each rank has its rows, on the run's first rank, on the CPU; a collective."""
-        return None if self.group.number else collect(own, self.classes, self.group.place, self.group.peers)
+    def held(self, own: Tensor) -> Held:
+        """Which part this rank's rows are of a value as large as a whole weight, [branches, C, W]."""
+        place, group = self.group.place, self.group
+        part = Part.rows((len(own), self.classes, own.shape[-1]), place.rank, place.world_size)
+        return Held(part, own.detach, group.number, group.ranks // place.world_size)
 
     def choose(self, labels: Tensor, negatives: float, key: int) -> None:
         """Draw the classes that a step sees: those of all ranks' labels [n], and a share of the others; a collective.

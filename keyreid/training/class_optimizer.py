@@ -2,9 +2,9 @@
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from keyreid.config import OptimizerConfig
+from keyreid.distributed.parts import Held
 from keyreid.model.sharded_classes import ShardedClasses
 from keyreid.training.schedule import OPTIMIZER_STATES, build_optimizer, create_states
 
@@ -54,23 +54,15 @@ class ClassOptimizer:
         """Forget the gradients."""
         self._optimizer.zero_grad()
 
-    def weights(self) -> dict[str, Tensor]:
-        """The whole weights on the CPU of the first rank, nothing on the others; a collective."""
-        return self._whole(self._classes.weights)
+    def held_weights(self) -> dict[str, Held]:
+        """This rank's part of each weight, by the network's names."""
+        return {name: self._classes.held(weight) for name, weight in self._classes.weights.items()}
 
-    def states(self) -> dict[str, Tensor]:
+    def held_states(self) -> dict[str, Held]:
         """The same of the optimizer's states, as the engine would name them."""
-        return self._whole({name: self._optimizer.state[p][key] for name, p, key in self._named_states()})
-
-    def restore_states(self, states: dict[str, Tensor]) -> None:
-        """Put back what `states` gave."""
-        for name, parameter, key in self._named_states():
-            self._optimizer.state[parameter][key].copy_(self._classes.own(states[name]))
-
-    def _named_states(self) -> list[tuple[str, torch.nn.Parameter, str]]:
         keys = OPTIMIZER_STATES[type(self._optimizer)]
-        return [(f"network.{name}/{key}", p, key) for name, p in self._classes.weights.items() for key in keys]
-
-    def _whole(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        found = {name: self._classes.whole(part) for name, part in parts.items()}
-        return {name: whole for name, whole in found.items() if whole is not None}
+        return {
+            f"network.{name}/{key}": self._classes.held(self._optimizer.state[weight][key])
+            for name, weight in self._classes.weights.items()
+            for key in keys
+        }

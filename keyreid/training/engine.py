@@ -1,15 +1,15 @@
 """The engine that trains: DeepSpeed behind the few words that training needs. Nothing else touches DeepSpeed.
 
-DeepSpeed's own checkpoint files hold the shards of one world size and one ZeRO stage. Here every weight and optimizer
-state is gathered by name through its public accessors (deepspeed.utils.safe_get_full_*), so that what is saved fits any
-number of ranks and any stage. Weights are put back before the engine is built, optimizer states through the accessors.
+DeepSpeed's own checkpoint files hold the shards of one world size and one ZeRO stage. Here the engine says which part
+of each weight and optimizer state a rank holds (distributed/parts.py), so that what is saved fits any number of ranks
+and any stage. Weights are put back before the engine is built, optimizer states afterwards, where they are held.
 """
 
 import importlib.abc
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -17,12 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from keyreid.config import Config
+from keyreid.distributed.parts import Held, Part
 from keyreid.training.class_optimizer import ClassOptimizer
 from keyreid.training.engine_config import deepspeed_config
 from keyreid.training.schedule import OPTIMIZER_STATES, create_states
 
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # DeepSpeed's dynamic scaler
 T = TypeVar("T")
+Read = Callable[[Mapping[str, Part]], Iterable[tuple[str, Tensor]]]  # the parts that are asked for, from a checkpoint
 
 
 class Engine:
@@ -163,39 +165,60 @@ class Engine:
                     whole = parameter.detach().clone()
             yield name, whole.detach()
 
-    def restore_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Put `weights` into the float32 copies of an engine that computes in lower precision."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+    def held_weights(self) -> dict[str, Held]:
+        """What this rank holds of each parameter, float32 where it is trained."""
+        return {name: self._held(parameter) for name, parameter in self.module.named_parameters()}
 
-        for name, parameter in self._trained():
-            put = safe_set_local_fp32_param if hasattr(parameter, "ds_id") else safe_set_full_fp32_param
-            put(parameter, own_part_of(parameter, weights[name].to(self.device)))
+    def held_states(self) -> dict[str, Held]:
+        """`NAME/STATE` and what this rank holds of it, for each trained parameter."""
+        keys = OPTIMIZER_STATES[type(self._optimizer)]
+        return {f"{name}/{key}": self._held(parameter, key) for name, parameter in self._trained() for key in keys}
 
-    def optimizer_states(self) -> Iterator[tuple[str, Tensor]]:
-        """`NAME/STATE` and its tensor for each parameter; a collective for each, so all ranks iterate to the end."""
-        from deepspeed.utils import safe_get_full_optimizer_state
+    def restore_weights(self, read: Read) -> None:
+        """Put what was `held_weights` into the float32 copies of an engine that computes in lower precision."""
+        from deepspeed.utils import safe_set_local_fp32_param
 
-        states = self._optimizer.state
-        for name, parameter in self._trained():
-            sharded = _is_sharded(parameter)
-            for key in OPTIMIZER_STATES[type(self._optimizer)]:
-                whole = safe_get_full_optimizer_state(parameter, key) if sharded else states[parameter][key]
-                yield f"{name}/{key}", whole.detach()
+        parameters = dict(self._trained())
+        held = {name: self._held(parameter) for name, parameter in parameters.items()}
+        for name, values in read({name: each.part for name, each in held.items()}):
+            if hasattr(parameter := parameters[name], "ds_id"):
+                safe_set_local_fp32_param(parameter, padded(parameter, values.to(self.device)))
+            else:
+                held[name].put(values)
 
-    def restore_optimizer_states(self, states: Mapping[str, Tensor]) -> None:
-        """Put `optimizer_states` back."""
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+    def restore_optimizer_states(self, read: Read) -> None:
+        """Put `held_states` back."""
+        from deepspeed.utils import safe_set_local_optimizer_state
 
-        for name, parameter in self._trained():
-            for key in OPTIMIZER_STATES[type(self._optimizer)]:
-                value = own_part_of(parameter, states[f"{name}/{key}"].to(self.device))
-                if _is_sharded(parameter):
-                    local = hasattr(parameter, "ds_id")
-                    (safe_set_local_optimizer_state if local else safe_set_full_optimizer_state)(parameter, value, key)
-                else:
-                    self._optimizer.state[parameter][key].copy_(value)
+        parameters, held = dict(self._trained()), self.held_states()
         if self.classes is not None:
-            self.classes.restore_states(states)
+            held |= self.classes.held_states()
+        for name, values in read({name: each.part for name, each in held.items()}):
+            of, _, key = name.rpartition("/")
+            parameter = parameters.get(of)  # None: of sharded classes
+            if hasattr(parameter, "ds_id"):
+                safe_set_local_optimizer_state(parameter, padded(parameter, values.to(self.device)), key)
+            else:
+                held[name].put(values)
+
+    def _held(self, parameter: nn.Parameter, key: str | None = None) -> Held:
+        """Of a parameter, or of a state of it."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        if hasattr(parameter, "ds_id"):
+            part = own_part_of(parameter)
+            if key is not None:
+                return Held(part, lambda: safe_get_local_optimizer_state(parameter, key)[: len(part)])
+            if parameter.requires_grad:
+                return Held(part, lambda: safe_get_local_fp32_param(parameter)[: len(part)])
+            return Held(part, lambda: parameter.ds_tensor[: len(part)])
+        if not hasattr(parameter, "_hp_mapping"):
+            return Held.by_all(parameter if key is None else self._optimizer.state[parameter][key])
+        if (fragment := parameter._hp_mapping) is None:  # all of it is other ranks'
+            return Held(Part.whole(parameter.shape).cut(0, 0), lambda: parameter.new_empty(0))
+        start, numbers = fragment.lp_fragment_address.start, fragment.lp_fragment_address.numel
+        part = Part.whole(parameter.shape).cut(start, start + numbers)
+        return Held(part, lambda: fragment.get_hp_fragment(key))
 
     def loss_scale_state(self) -> dict[str, float]:
         """State of the fp16 loss scaler, wherever DeepSpeed keeps it; empty without one."""
@@ -246,20 +269,27 @@ class WeightAverage:
         """The whole averages by name; a collective under ZeRO 3."""
         return {name: joined(self._parameters[name], average) for name, average in self._averages.items()}
 
-    @torch.no_grad()
-    def restore(self, averages: Mapping[str, Tensor]) -> None:
-        """Put back what `full` gave."""
-        for name, average in self._averages.items():
-            average.copy_(own_part_of(self._parameters[name], averages[name].to(average.device)))
+    def held(self) -> dict[str, Held]:
+        """What this rank holds of each average."""
+        return {name: self._held(self._parameters[name], average) for name, average in self._averages.items()}
+
+    @staticmethod
+    def _held(parameter: nn.Parameter, average: Tensor) -> Held:
+        if not hasattr(parameter, "ds_tensor"):
+            return Held.by_all(average)
+        part = own_part_of(parameter)
+        return Held(part, lambda: average[: len(part)])
 
 
-def own_part_of(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-    """This rank's part of a value as large as the parameter; a shard is padded at its end."""
-    if not hasattr(parameter, "ds_tensor"):
-        return whole
-    size = parameter.ds_tensor.numel()  # padding is ours to do: DeepSpeed's own setter forgets it
-    flat = torch.nn.functional.pad(whole.flatten(), (0, size * dist.get_world_size() - whole.numel()))
-    return flat.narrow(0, size * dist.get_rank(), size)
+def own_part_of(parameter: nn.Parameter) -> Part:
+    """This rank's part of a parameter that ZeRO 3 shards."""
+    size = parameter.ds_tensor.numel()
+    return Part.whole(parameter.ds_shape).cut(size * dist.get_rank(), size * (dist.get_rank() + 1))
+
+
+def padded(parameter: nn.Parameter, values: Tensor) -> Tensor:
+    """The values of this rank's part, as long as its shard: DeepSpeed's own setter forgets the padding."""
+    return torch.nn.functional.pad(values, (0, parameter.ds_tensor.numel() - len(values)))
 
 
 def joined(parameter: nn.Parameter, part: Tensor) -> Tensor:
@@ -274,11 +304,6 @@ def joined(parameter: nn.Parameter, part: Tensor) -> Tensor:
 def count_parameters(module: nn.Module) -> int:
     """Numbers in a module's parameters, whatever this rank holds of them."""
     return sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in module.parameters())
-
-
-def _is_sharded(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO 3 (ds_id) or ZeRO 1 and 2 (_hp_mapping) hold the parameter's float32 state."""
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
 class _NoMlflow(importlib.abc.MetaPathFinder):

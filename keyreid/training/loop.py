@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from keyreid.checkpoints import folder as checkpoints
-from keyreid.checkpoints.folder import BackgroundWriter, Snapshot, TrainingState
+from keyreid.checkpoints.folder import BackgroundWriter, TrainingState
 from keyreid.checkpoints.run_folder import RunFolder
 from keyreid.checkpoints.same_data import data_about
 from keyreid.checkpoints.start import start_network
@@ -35,6 +35,7 @@ from keyreid.training.engine_config import check_classes, check_precision
 from keyreid.training.recipe import changes, recipe
 from keyreid.training.reports import Meter, line, mfu_factor, profiled
 from keyreid.training.schedule import build_optimizer, build_schedule
+from keyreid.training.snapshot import Restored
 from keyreid.training.step import Stepper, StepResult, TrainedModule
 
 log = logging.getLogger(__name__)
@@ -96,25 +97,19 @@ class Trainer:
         self._build(self._read(self.resumed) if self.resumed else None)
 
     def _find_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint; the first rank chooses."""
-        try:
-            found = checkpoints.newest_whole(self.root, log.warning) if self.ranks.first else None
-        except CheckpointError as error:
-            found = error
-        if isinstance(found := self.ranks.from_first(found), CheckpointError):
-            raise found
-        return found
+        """The newest whole checkpoint."""
+        return checkpoints.newest_whole(self.root, log.warning, self.ranks)
 
-    def _read(self, folder: Path) -> Snapshot:
+    def _read(self, folder: Path) -> Restored:
         """A checkpoint, once it is known to be of this recipe or one that may become it."""
-        restored = snapshot.read(folder, self.config, self.header, self.allowed)
+        restored = snapshot.read(folder, self.config, self.header, self.ranks, self.allowed)
         self.changes = changes(folder, restored.state.recipe, self.recipe, self.allowed)
         log.info("resuming from %s", folder)
         for key, (old, new) in self.changes.items():
             log.warning("%s: %r from here on, before %r (--change)", key, new, old)
         return replace(restored, state=replace(restored.state, recipe=self.recipe))
 
-    def _build(self, restored: Snapshot | None) -> None:
+    def _build(self, restored: Restored | None) -> None:
         """Network, losses, engine, average and reader, as new or as restored."""
         config, ranks = self.config, self.ranks
         torch.manual_seed(config.seed)  # the same initial weights on every rank
@@ -147,7 +142,7 @@ class Trainer:
             snapshot.restore_after(restored, self.engine, self.average, same_optimizer)
 
         self.stepper = Stepper(self.engine, config, ranks, paths)
-        self.writer = BackgroundWriter(self.root, config.training.keep_checkpoints)
+        self.writer = BackgroundWriter(self.root, config.training.keep_checkpoints, ranks)
         epoch, step = divmod(self.state.step, self.steps_per_epoch)
         batches = self.plan.batches(epoch, step, ranks.rank, ranks.world_size, self.steps_per_epoch, self.shards.files)
         # One reader and one iterator for the life of the run: see shards/dali.py.
@@ -171,6 +166,7 @@ class Trainer:
             self.writer.wait()
             return result or self._evaluate()
         finally:
+            self.writer.close()
             self.reader.close()
 
     def _introduce(self) -> None:
@@ -225,7 +221,7 @@ class Trainer:
                     self._log(meter, epoch - (left == 0))
                 stopping, failed = self._vote(step + 1)
                 if failed:
-                    raise self.writer.error or CheckpointError("the first rank could not write a checkpoint")
+                    raise self.writer.error or CheckpointError("another rank could not write its part of a checkpoint")
                 if not stopping and self._evaluation_is_due():
                     result = self._evaluate()
                 if stopping or self._saves_after(step + 1, epoch if left == 0 else None):
@@ -321,13 +317,11 @@ class Trainer:
         return by_steps or by_epochs or step in (self.total_steps, self.state.best_step)
 
     def _save(self, epoch: int | None) -> None:
-        """Gather the state (training waits) and write it (training does not)."""
+        """Copy this rank's part of the state (training waits) and write it (training does not)."""
         start = time.monotonic()
         every = self.config.training.keep_every_epochs
         keep = bool(every and epoch and epoch % every == 0)
         current = replace(self.state, loss_scale=self.engine.loss_scale_state(), keep=keep)
         about = {**self.header.about, "step": current.step}  # no score: a stopped run knows it later
-        taken = snapshot.take(self.engine, self.average, current, replace(self.header, about=about), self.ranks.first)
-        if taken is not None:
-            self.writer.write(taken)
+        self.writer.write(snapshot.take(self.engine, self.average, current, replace(self.header, about=about)))
         self.tracker.metrics({"checkpoint/stall_seconds": time.monotonic() - start}, current.step)
