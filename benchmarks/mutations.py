@@ -577,8 +577,8 @@ BREAKS = [
         ("a shard's end joins the next one's start", "joined[-1][0][0] != number or ", ""),
         (
             "each rank checks the set",
-            'if stamp.get("state") != _state(folder, card):',
-            "if True:",
+            'return card if stamp["state"] == _state(folder, card) else None',
+            "return None",
             f"{REMOTE} -k later",
         ),
         ("whole shards for ever", 'if "ranges" not in stamp:', "stamp['ranges'] = False\n        if False:"),

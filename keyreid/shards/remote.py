@@ -58,12 +58,15 @@ def open_remote(
     cache = Path(cache_dir or DEFAULT_CACHE).expanduser()
     folder = cache / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
+    card = _known(folder)  # without the lock: the ranks of a machine do not wait for each other
+    if card is None:
+        with FileLock(folder / "card.lock"):
+            card = _known(folder) or _fetch_indices(url, folder)
+    total = sum(shard["bytes"] for shard in card["shards"]) / 1e9
+    if remote == "shards" or (remote == "auto" and (cache_gigabytes is None or total <= cache_gigabytes)):
+        return folder, CachedShardFiles(url, folder, card["shards"], cache_gigabytes)
     with FileLock(folder / "card.lock"):
-        card, stamp = _verified(url, folder)
-        total = sum(shard["bytes"] for shard in card["shards"]) / 1e9
-        fits = cache_gigabytes is None or total <= cache_gigabytes
-        if remote == "shards" or (remote == "auto" and fits):
-            return folder, CachedShardFiles(url, folder, card["shards"], cache_gigabytes)
+        stamp = _read_stamp(folder)
         if "ranges" not in stamp:
             stamp["ranges"] = _gives_ranges(url, folder, card)
             replace_text(folder / _STAMP, json.dumps(stamp))
@@ -180,26 +183,33 @@ class StreamedShardFiles(ShardFiles):
         return bytes(self._kept[offset - self._start :][:size])
 
 
-def _verified(url: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The card, and what is known of it and its indices, once they are here and right."""
-    path = folder / _STAMP
+def _read_stamp(folder: Path) -> dict[str, Any]:
+    """What is known of the card and the indices here, or nothing."""
     try:
-        stamp = json.loads(path.read_text())
+        return json.loads((folder / _STAMP).read_text())
     except (OSError, ValueError):
-        stamp = {}
-    asked = stamp.get("asked", 0)
-    if not 0 <= time.time() - asked < CARD_SECONDS or not (folder / CARD_NAME).is_file():
-        fetch(f"{url}/{CARD_NAME}", folder / CARD_NAME, LARGEST_CARD)
-        asked = time.time()
+        return {}
+
+
+def _known(folder: Path) -> dict[str, Any] | None:
+    """The card, if it and its indices were checked just now and are still the same; the stamp is read first."""
+    stamp = _read_stamp(folder)
+    if not 0 <= time.time() - stamp.get("asked", 0) < CARD_SECONDS or not (folder / CARD_NAME).is_file():
+        return None
     card = read_card(folder)
+    return card if stamp["state"] == _state(folder, card) else None
+
+
+def _fetch_indices(url: str, folder: Path) -> dict[str, Any]:
+    """The card, asked for anew, once the indices are here and right."""
+    fetch(f"{url}/{CARD_NAME}", folder / CARD_NAME, LARGEST_CARD)
+    asked, stamp, card = time.time(), _read_stamp(folder), read_card(folder)
     if stamp.get("state") != _state(folder, card):
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(lambda shard: _fetch_index(url, folder, shard), card["shards"]))
         stamp = {"state": _state(folder, card)}
-    if stamp.get("asked") != asked:
-        stamp["asked"] = asked
-        replace_text(path, json.dumps(stamp))
-    return card, stamp
+    replace_text(folder / _STAMP, json.dumps(stamp | {"asked": asked}))
+    return card
 
 
 def _state(folder: Path, card: dict[str, Any]) -> str:
