@@ -4,8 +4,8 @@ FAISS, because it is the library made for this: plain files, no server, memory-m
 search (the camera). Vectors are kept in half precision: distances are right to three digits, so nothing needs to be
 compared again, and only the share of true neighbours found depends on how far is looked. Two kinds:
 
-- `graph` (`HNSW32,SQfp16`): a graph of neighbours, for up to GRAPH_MOST rows. It answers 20 times faster than lists,
-  and takes 10 times longer to build; its 256 bytes a row are small beside the vectors.
+- `graph` (`HNSW32,SQfp16`): a graph of neighbours, for up to GRAPH_MOST rows. It answers 20 times faster than lists
+  and takes 13 times longer to build (benchmarks/README.md); its 256 bytes a row are small beside the vectors.
 - `lists` (`IVF,SQfp16`): about sqrt(N) inverted lists, for more rows.
 
 A search maps the file and reads what it needs. An index grows when its gallery does: what is new is added at its end.
@@ -27,7 +27,7 @@ from keyreid.progress import track
 
 FORMAT = "keyreid-gallery-index/1"
 Kind = Literal["graph", "lists"]
-GRAPH_MOST = 100_000  # rows whose graph two cores build in about a minute
+GRAPH_MOST = 100_000  # rows; of 768 numbers their graph takes 77 CPU-seconds
 NEIGHBOURS, LOOKED_AT = 32, 64  # of a row in the graph; candidates that a search keeps, at least twice what it gives
 TRAINING_ROWS_A_LIST, MAX_LISTS = 64, 8192
 PROBED_SHARE, MIN_PROBES = 16, 16  # one list of so many is searched, and at least so many lists
