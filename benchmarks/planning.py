@@ -12,30 +12,31 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from types import SimpleNamespace
+from dataclasses import fields
 
 import numpy as np
 
 from keyreid.config import ClipConfig, DataConfig
 from keyreid.shards.plan import TrainingPlan
+from keyreid.shards.set_index import SetIndex
+from keyreid.shards.shard_set import ShardSet
 
 CLIPS = 16
 BLOCK = 64  # steps whose frames a plan draws together
 
 
-def shards(tracklets: int) -> SimpleNamespace:
-    """What a plan asks of a set of shards."""
+def shards(tracklets: int) -> ShardSet:
+    """A set of which only those columns are there that a plan asks for."""
     rng = np.random.default_rng(0)
     people = tracklets // 8
-    identities = np.repeat(np.arange(people), 1 + rng.binomial(19, 7 / 19, people))
-    total = len(identities)
-    return SimpleNamespace(
-        location="nowhere",
-        select=lambda *_: np.arange(total),
-        identities=identities,
-        cameras=rng.integers(1, 50, total),
-        index=SimpleNamespace(frames=rng.integers(8, 200, total)),
-    )
+    count = 1 + rng.binomial(19, 7 / 19, people)
+    total, person = int(count.sum()), np.repeat(np.arange(people, dtype=np.int32), count)
+    columns = {"identity": person.astype(np.int64), "person": person, "identities": np.arange(people)}
+    columns |= {"by_identity": np.arange(total), "identity_start": np.r_[0, np.cumsum(count)]}
+    columns |= {"camera": rng.integers(1, 50, total), "frames": rng.integers(8, 200, total)}
+    columns |= {"split": np.zeros(total, np.uint8), "common": np.zeros(4, np.int64)}
+    index = SetIndex(**dict.fromkeys((field.name for field in fields(SetIndex)), None) | columns)
+    return ShardSet("nowhere", {"cameras": list(range(50)), "splits": []}, index, None)
 
 
 def waits(plan: TrainingPlan, ranks: int, seconds: float) -> tuple[float, float]:
