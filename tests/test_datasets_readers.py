@@ -2,12 +2,14 @@
 
 import importlib
 import inspect
+import pickle
 
 import pytest
 from typer.testing import CliRunner
 
 from keyreid.cli import app
 from keyreid.datasets import READERS, parse_options
+from keyreid.datasets.tracklet import Frame, Pictures, Tracklet
 from keyreid.errors import ConfigError
 
 
@@ -31,3 +33,20 @@ def test_options_are_yaml():
         parse_options(["speed"])
     with pytest.raises(ConfigError, match=r"--option size=\[1: the value is not YAML"):
         parse_options(["size=[1"])
+
+
+def test_pictures_of_a_folder_are_the_frames_that_a_tuple_would_be(tmp_path):
+    names = ["a.jpg", "b 1.png", "c.jpg"]
+    frames, plain = Pictures(tmp_path, names), tuple(Frame(tmp_path / name) for name in names)
+    assert (len(frames), frames[1], frames[-1], frames[::2], list(frames)) == (
+        3,
+        plain[1],
+        plain[2],
+        plain[::2],
+        [*plain],
+    )
+    assert frames == plain and hash(frames) == hash(plain) and pickle.loads(pickle.dumps(frames)) == plain
+    assert not Pictures(tmp_path, []) and list(Pictures(tmp_path, [])) == []
+    with pytest.raises(IndexError):
+        frames[3]
+    assert Tracklet("k", 1, 1, "all", frames) == Tracklet("k", 1, 1, "all", plain)

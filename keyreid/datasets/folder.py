@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 
 from keyreid.datasets.listing import RESERVED, folders, inside, keys_of, numbered, pictures, plain_name, plain_names
 from keyreid.datasets.table import read_table
-from keyreid.datasets.tracklet import JUNK_IDENTITY, Dataset, Frame, Tracklet
+from keyreid.datasets.tracklet import JUNK_IDENTITY, Dataset, Frame, Pictures, Tracklet
 from keyreid.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def open_folder(
     return _dataset(records, origin, test_share, seed, card)
 
 
-Record = tuple[dict[str, str], list[Path]]  # names of LEVELS -> frames of one tracklet
+Record = tuple[dict[str, str], Sequence[Frame]]  # names of LEVELS -> frames of one tracklet
 
 
 def _walk(place: Path, levels: Sequence[str], names: dict[str, str], root: Path) -> list[Record]:
@@ -100,7 +100,7 @@ def _walk(place: Path, levels: Sequence[str], names: dict[str, str], root: Path)
         ]
     if deeper := [folder for folder in folders(place) if any(folder.iterdir())]:
         raise DataError(f"{deeper[0]}: a folder where the layout expects pictures; set layout=... with a level for it")
-    if not (frames := pictures(place)):
+    if not (frames := Pictures(place, (path.name for path in pictures(place)))):
         log.warning("%s: no pictures in it; left out", place)
     return [(names, frames)] if frames else []
 
@@ -128,7 +128,8 @@ def _read_table(path: Path) -> list[Record]:
     for frames in groups.values():
         if not frames[0].is_file():
             raise DataError(f"{frames[0]}: no such file, named by {path}")
-    return [({n: v for n, v in zip(levels, values, strict=True) if v}, frames) for values, frames in groups.items()]
+    own = ({name: value for name, value in zip(levels, values, strict=True) if value} for values in groups)
+    return [(names, tuple(map(Frame, frames))) for names, frames in zip(own, groups.values(), strict=True)]
 
 
 def _picture(table: Path, name: str) -> Path:
@@ -167,7 +168,7 @@ def _dataset(records: list[Record], origin: str, test_share: float, seed: int, c
     for at, (_, frames) in enumerate(records):
         split = splits[at] if splits[at] != "test" else "query" if at in asking else "gallery"
         split = "junk" if people[at] == JUNK_IDENTITY else split
-        tracklets.append(Tracklet(keys[at], people[at], places[at], split, tuple(map(Frame, frames))))
+        tracklets.append(Tracklet(keys[at], people[at], places[at], split, frames))
     numbers = {"identity": identities, "camera": cameras}
     return Dataset("folder", tuple(tracklets), names=numbers, frames_per_second=card.frames_per_second)
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from keyreid.datasets.mat import read_mat
-from keyreid.datasets.tracklet import JUNK_IDENTITY, Dataset, Frame, Tracklet
+from keyreid.datasets.tracklet import JUNK_IDENTITY, Dataset, Pictures, Tracklet
 from keyreid.errors import DataError
 
 KEY = re.compile(r"(?P<folder>[0-9]{1,9}|00-1)C(?P<camera>[0-9])T[0-9]+")
@@ -107,7 +107,7 @@ def _tracklets(folder: Path, names: list[str], rows: np.ndarray, queries: set[in
             said, shown = f"identity {identity}, camera {camera}", f"{own[0]} .. {(strays or own)[-1]}"
             raise DataError(f"{folder}: row {row + 1} of the index says {said}, but its pictures are {shown}")
         tested = "junk" if identity == JUNK_IDENTITY else "query" if row in (queries or ()) else "gallery"
-        frames = tuple(Frame(folder / match["folder"] / name) for name in own)
+        frames = Pictures(folder / match["folder"], own)
         tracklets.append(Tracklet(key, identity, camera, "train" if queries is None else tested, frames))
     places = {tracklet.frames[0].path.parent for tracklet in tracklets}
     missing = sorted(str(place) for place in places if not place.is_dir())

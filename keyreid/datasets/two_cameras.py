@@ -21,7 +21,7 @@ import numpy as np
 
 from keyreid.datasets.listing import folders, pictures
 from keyreid.datasets.mat import read_mat
-from keyreid.datasets.tracklet import Dataset, Frame, Tracklet
+from keyreid.datasets.tracklet import Dataset, Pictures, Tracklet
 from keyreid.errors import DataError
 
 SPLITS_MAT = Path("train-test people splits") / "train_test_splits_ilidsvid.mat"
@@ -88,7 +88,7 @@ def _read_people(root: Path, inner: tuple[str, ...], cameras: tuple[str, str], d
     tracklets = []
     for name in both:
         for camera, people in enumerate(seen, start=1):
-            if not (frames := tuple(map(Frame, pictures(people[name])))):
+            if not (frames := Pictures(people[name], (path.name for path in pictures(people[name])))):
                 raise DataError(f"{people[name]}: no pictures in it")
             tracklets.append(Tracklet(f"{name}_cam{camera}", _person_number(name), camera, "all", frames))
     return tracklets
