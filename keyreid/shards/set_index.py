@@ -4,6 +4,7 @@ It is made once, when the set was packed or is opened first, from the indices be
 SHA-256, and then serves every process of the machine. No process holds an object a tracklet.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -13,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from keyreid.errors import DataError
 from keyreid.files import replacing, sha256, writing
+from keyreid.ownership import owned
 from keyreid.progress import track
 from keyreid.shards import columns
 from keyreid.shards.card import CARD_NAME
@@ -75,7 +76,7 @@ class SetIndex:
         if not os.access(folder, os.W_OK):
             place = otherwise / hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
         if (index := cls._read(place / FILE, made_of)) is None:
-            with writing(place / FILE), FileLock(place / ".columns.lock"):
+            with writing(place / FILE), owned(place, "the making of a set's columns", FILE, wait=True):
                 if (index := cls._read(place / FILE, made_of)) is None:  # or somebody else has made it
                     with replacing(place / FILE, alone=True) as partial:
                         _make(folder, card, partial, made_of)
@@ -95,15 +96,11 @@ class SetIndex:
 
     @classmethod
     def _read(cls, path: Path, made_of: str) -> "SetIndex | None":
-        try:
+        with contextlib.suppress(ValueError, TypeError):
             arrays, about = columns.read(path)
-            return (
-                cls(**_trimmed(arrays), path=path, made_of=made_of)
-                if _about(made_of).items() <= about.items()
-                else None
-            )
-        except (ValueError, TypeError):
-            return None
+            if _about(made_of).items() <= about.items():
+                return cls(**_trimmed(arrays), path=path, made_of=made_of)
+        return None
 
     @classmethod
     def fault(cls, folder: Path) -> str:

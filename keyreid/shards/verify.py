@@ -20,7 +20,6 @@ from keyreid.datasets.frames import read_frame
 from keyreid.datasets.tracklet import Dataset, Tracklet
 from keyreid.errors import DataError
 from keyreid.files import sha256
-from keyreid.ownership import OWNER
 from keyreid.shards import members
 from keyreid.shards.card import CARD_NAME, encode_card, read_card
 from keyreid.shards.index_file import TAR_BLOCK, ShardIndex, read_index, stranger
@@ -32,6 +31,7 @@ from keyreid.shards.shard_set import ShardSet
 from keyreid.shards.writer import PackSettings, index_facts, load_keypoints
 
 _LONGEST_END = 2 * TAR_BLOCK + 10_240  # a tar ends with two empty blocks, and with more up to a multiple of 10,240
+_CLAIMS = (".lock", ".owner")  # of files that say who has the folder, or what they left
 _COMPARED = ("identity", "camera", "split", "number of frames")
 
 
@@ -110,8 +110,8 @@ def _all_of(file: str, problems: Iterator[Problem]) -> list[Problem]:
 
 def _verify_folder(folder: Path, card: dict[str, Any], whole: bool) -> Iterator[Problem]:
     """What is wrong beside the shards; `whole`: nothing was found in them."""
-    known = {name for shard in card["shards"] for name in (shard["file"], shard["index"])} | {CARD_NAME, OWNER, COLUMNS}
-    for name in sorted(path.name for path in folder.iterdir() if path.name not in known and path.suffix != ".lock"):
+    known = {name for shard in card["shards"] for name in (shard["file"], shard["index"])} | {CARD_NAME, COLUMNS}
+    for name in sorted(path.name for path in folder.iterdir() if path.name not in known and path.suffix not in _CLAIMS):
         yield Problem(name, "", "is no part of the dataset; an older packing left it: delete it")
     if what := SetIndex.fault(folder):
         yield Problem(COLUMNS, "", f"{what}; delete it, it is made anew")
