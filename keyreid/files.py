@@ -16,12 +16,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_whole(path: Path, most: int) -> bytes:
-    """A file's content; OSError where it is missing, no plain file, or larger than `most` bytes."""
+def check_plain(path: Path, most: int) -> Path:
+    """The same path; OSError where it is missing, larger than `most` bytes, or no plain file: opening might wait."""
     about = path.stat()
     if not stat.S_ISREG(about.st_mode) or about.st_size > most:
         raise OSError("no plain file" if about.st_size <= most else f"{about.st_size} bytes, more than {most}")
-    return path.read_bytes()
+    return path
+
+
+def read_whole(path: Path, most: int) -> bytes:
+    """A file's content; OSError as for `check_plain`."""
+    return check_plain(path, most).read_bytes()
 
 
 @contextlib.contextmanager

@@ -110,19 +110,24 @@ def test_many_processes_that_open_it_first_make_one(folder):
     assert not [path for path in folder.iterdir() if path.suffix == ".partial"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "header", "garbage", "empty", "folder of another"])
+@pytest.mark.parametrize("damage", ["cut", "header", "garbage", "empty", "of another version", "a pipe"])
 def test_a_file_that_cannot_be_it_is_made_anew(folder, damage, monkeypatch):
     whole = ShardSet.open(folder).index.keys().tolist()
     path = folder / FILE
     content = path.read_bytes()
     other = content.replace(b"keyreid-columns/1", b"keyreid-columns/0")
+    if damage == "a pipe":
+        path.unlink()
+        os.mkfifo(path)
+        assert ShardSet.open(folder).index.keys().tolist() == whole
+        return
     path.write_bytes(
         {
             "cut": content[:-9],
             "header": b"\xff" * 8 + content[8:],
             "garbage": b"none",
             "empty": b"",
-            "folder of another": other,
+            "of another version": other,
         }[damage]
     )
     assert ShardSet.open(folder).index.keys().tolist() == whole

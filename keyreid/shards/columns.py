@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from keyreid.files import check_plain
 from keyreid.shards.members import refusing
 
 _NAMES = {"I64": "<i8", "I32": "<i4", "U32": "<u4", "U16": "<u2", "U8": "|u1"}  # from the widest to the narrowest
-_LARGEST_HEADER = 1 << 20  # bytes
+_LARGEST, _LARGEST_HEADER = 1 << 44, 1 << 20  # bytes
 _UNSEALED = "0" * 64
 
 
@@ -63,9 +64,9 @@ def content_sha256(path: Path) -> str:
 def read(path: Path, writable: bool = False) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The arrays of a file, and what it says about them; OSError or ValueError where it cannot be such a file."""
     try:
-        raw = np.memmap(path, mode="r+" if writable else "r").view(np.ndarray)
+        raw = np.memmap(check_plain(path, _LARGEST), mode="r+" if writable else "r").view(np.ndarray)
     except OSError as error:
-        raise ValueError(error.strerror) from None
+        raise ValueError(str(error)) from None
     start = 8 + struct.unpack("<Q", raw[:8])[0]
     if start > 8 + _LARGEST_HEADER:
         raise ValueError("its header is too long")

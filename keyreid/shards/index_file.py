@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from keyreid.errors import DataError, KeyreidError
-from keyreid.files import read_whole
+from keyreid.files import check_plain, read_whole
 from keyreid.pose.parts import part_names
 from keyreid.shards import members, schema
 from keyreid.shards.members import members_of
@@ -99,7 +99,7 @@ def read_index(path: Path) -> ShardIndex:
 def index_shape(path: Path) -> tuple[int, int, int]:
     """How many tracklets and frames an index says it has, and the width of its keys; DataError as for `read_index`."""
     with _naming(path):
-        key, picture = _arrays(path, ("key", "picture")).values()
+        key, picture = _arrays(check_plain(path, LARGEST_INDEX), ("key", "picture")).values()
         return key.size, picture.size, max(1, key.dtype.itemsize // 4)
 
 
