@@ -521,11 +521,6 @@ BREAKS = [
             '["sha256"] == columns.content_sha256(folder / FILE)',
             '["sha256"] != ""',
         ),
-        (
-            "always made anew",
-            "if (index := cls._read(place / FILE, made_of)) is None:\n            with",
-            "if True:\n            with",
-        ),
     ),
     *room(
         "keyreid/config.py",

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile(
     "quick", max_examples=100, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
-settings.register_profile("ci", settings.get_profile("quick"), max_examples=1000)
+settings.register_profile("ci", settings.get_profile("quick"), max_examples=500)
 settings.register_profile("thorough", settings.get_profile("quick"), max_examples=10_000)
 settings.load_profile("quick")
 
