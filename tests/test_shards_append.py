@@ -18,7 +18,7 @@ from keyreid.datasets.tracklet import Dataset
 from keyreid.errors import DataError
 from keyreid.shards import layout as layouts
 from keyreid.shards.layout import plan_append, plan_shards
-from keyreid.shards.pack import finish, pack
+from keyreid.shards.pack import finish, missing, pack
 from keyreid.shards.shard_set import ShardSet
 from keyreid.shards.verify import compare, verify
 from keyreid.shards.writer import PackSettings
@@ -218,3 +218,16 @@ def test_a_share_of_checking_checks_its_shards_alone(source, tmp_path):
     result = CliRunner().invoke(app, ["inspect", str(tmp_path), "--verify", "--share", "2/3"])
     assert result.exit_code == 0 and f"{len(names[2::3])} shards are whole" in result.output
     assert CliRunner().invoke(app, ["inspect", str(tmp_path), "--verify", "--share", "1/3"]).exit_code == 1
+
+
+def test_what_an_earlier_packing_noted_does_not_count(source, tmp_path):
+    """The dataset changed between two tries: what was packed of the old one is missing."""
+    dataset, root = source
+    pack(plan_shards(dataset, PackSettings(root), 150_000), tmp_path, share=(0, 2), quiet=True)
+    first = replace(dataset.tracklets[0], frames=dataset.tracklets[0].frames[:1], keypoints=None)
+    changed = replace(dataset, tracklets=(first, *dataset.tracklets[1:]))
+    layout = plan_shards(changed, PackSettings(root), 150_000)
+    pack(layout, tmp_path, share=(1, 2), quiet=True)
+    assert missing(layout, tmp_path) == [name for name, _ in layout.shards][::2]
+    with pytest.raises(DataError, match="run their shares again"):
+        finish(layout, tmp_path)
