@@ -368,7 +368,7 @@ def test_closing_ends_threads_and_processes_in_the_middle_of_an_endless_plan(pac
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("keyreid")]
         started = set(own.children(recursive=True)) - before
         workers = [process for process in started if process.ppid() != own.pid]  # of the server, which stays
-        assert not psutil.wait_procs(workers, timeout=10)[1]
+        assert not psutil.wait_procs(workers, timeout=300)[1]
 
 
 def test_parts_that_were_not_packed_are_refused(tmp_path):
