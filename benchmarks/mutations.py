@@ -492,7 +492,12 @@ BREAKS = [
         ("a light lane repeats its steps", "epoch + turn * _AGAIN", "epoch"),
         ("light lanes may be the longest", "if start > self.steps_per_epoch:", "if False:"),
         ("the heaviest lane is an average one", "[:, :2].ravel()", "[:, self._lanes :][:, :2].ravel()"),
-        ("a lane's windows in one order", "WINDOWS, epoch, number)", "WINDOWS, 0, number)", WINDOWS),
+        (
+            "windows of shards of one size",
+            "random_numbers(self._seed, WINDOWS, epoch, number).permutation(parts[0])",
+            "parts[0]",
+            WINDOWS,
+        ),
         ("windows begin too early", "start += windows[-1].sampler.steps_per_epoch", "start += 1", WINDOWS),
     ),
     *room(
@@ -534,6 +539,13 @@ BREAKS = [
             "those held out are trained on",
             "away[self.index.person[chosen]] == held_out",
             "away[self.index.person[chosen]] >= held_out",
+            f"{PLAN} -k holdout",
+        ),
+        (
+            "those held out are planned",
+            "np.where(self._held_out(counts, self.holdout if holdout is None else holdout), 0, counts)",
+            "counts",
+            f"{PLAN} -k holdout",
         ),
         (
             "bytes are not checked",

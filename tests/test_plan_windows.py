@@ -101,6 +101,8 @@ def test_lanes_and_windows_change_from_epoch_to_epoch_and_with_the_seed():
     order = plan(2)
     walks = [tuple(order.places(epoch, 0, 0, 2)[0]) for epoch in range(6)]
     assert len(set(walks)) == 6
+    alone = [frozenset(plan(1).places(epoch, 0)[0]) for epoch in range(6)]  # shards of any size, also with one lane
+    assert len(set(alone)) == 6
     config = make_config("x", data__identities=P, data__tracklets=K, data__lanes=2, data__window=12)
     assert TrainingPlan(made_set(), config.data, config.clip, 6).places(0, 0)[0] != order.places(0, 0)[0]
 
