@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -15,14 +16,15 @@ from keyreid.shards.shard_set import ShardSet
 pytest.importorskip("aiohttp", reason="keyreid[remote] is not installed")
 from shard_server import Server
 
-SHARDS = 60  # of about three identities each, half of them of the training set
+SHARDS = 60  # about, of one or two identities of six tracklets each, all of the training set
 
 
 @pytest.fixture(scope="module")
 def far(tmp_path_factory):
     root = tmp_path_factory.mktemp("far")
-    dataset = make_dataset(root / "source", identities=SHARDS * 3, tracklets=2, frames=(2, 3))
-    pack_dataset(dataset, root / "source", root / "shards", 48_000, order=1)
+    dataset = make_dataset(root / "source", identities=SHARDS * 2, tracklets=6, frames=(1, 2))
+    dataset = replace(dataset, tracklets=tuple(replace(tracklet, split="train") for tracklet in dataset.tracklets))
+    pack_dataset(dataset, root / "source", root / "shards", 65_000, order=1)
     server = Server(root / "shards")
     yield server
     server.close()
@@ -30,7 +32,7 @@ def far(tmp_path_factory):
 
 def settings(far, cache, **data):
     size = sum(shard["bytes"] for shard in ShardSet.open(far.folder).card["shards"])
-    own = {"identities": 4, "tracklets": 2, "lanes": 1, "window": 6, "cache_dir": str(cache), "workers": 1, **data}
+    own = {"identities": 2, "tracklets": 2, "window": 2, "cache_dir": str(cache), "workers": 1, "prefetch": 1, **data}
     own["cache_gigabytes"] = size / 10 / 1e9
     return make_config(far.url, **{f"data__{name}": value for name, value in own.items()}), size
 

@@ -9,7 +9,8 @@ weigh nearly the same, and any two identities meet: in one of about L epochs, wi
 
 `data.window` = W gives a lane a place in each epoch: whole shards are shared out, in the same way, instead of
 identities, and the lane walks through its shards in an order of its own, so many at a time that they hold about W
-identities, a sampler for each such window. Whoever reads for the lane then needs two windows: this one and the next.
+identities, a sampler for each such window. Whoever reads for the lane then needs this window, the next, and for some
+batches the one before.
 """
 
 import functools

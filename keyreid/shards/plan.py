@@ -6,6 +6,7 @@ before it, and every rank and worker that plans it gets the same. Readers only c
 
 import functools
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -92,7 +93,7 @@ class TrainingPlan:
 
         Args:
             steps_per_epoch: shorter epochs leave out the rest of the plan's; longer ones take in the next.
-            files: told what to fetch ahead and to let go, once readers are over the beginning of a window.
+            files: told what to fetch when a window begins, and what to let go when readers are over its beginning.
 
         Raises:
             ConfigError: the ranks do not divide the batch.
@@ -104,11 +105,13 @@ class TrainingPlan:
         length = steps_per_epoch or self.steps_per_epoch
         if length > self.steps_per_epoch:  # what is called an epoch has no meaning to the order then
             epoch, step = divmod(epoch * length + step, length := self.steps_per_epoch)
-        first, fetched = epoch * length + step, []
-        for number in itertools.count(first):
+        fetched: list[int] = []
+        recent: deque[list[int]] = deque(maxlen=self._ahead)  # what readers that are behind still read
+        for number in itertools.count(epoch * length + step):
             if files is not None and self._ahead:
-                now, then = self.places(*divmod(max(first, number - self._ahead), length), rank, world_size)
-                if (needed := [*now, *then]) != fetched:
+                now, then = self.places(*divmod(number, length), rank, world_size)
+                recent.append(now)
+                if (needed := list(dict.fromkeys(itertools.chain(*recent, then)))) != fetched:
                     files.drop(sorted(set(fetched) - set(needed)))
                     files.prefetch(needed)
                     fetched = needed
