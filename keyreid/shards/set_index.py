@@ -6,7 +6,6 @@ SHA-256, and then serves every process of the machine. No process holds an objec
 
 import contextlib
 import hashlib
-import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -23,11 +22,11 @@ from keyreid.shards import columns
 from keyreid.shards.card import CARD_NAME
 from keyreid.shards.index_file import OF_FRAMES, OF_TRACKLETS, TAR_BLOCK, ShardIndex, index_shape, read_index, stranger
 from keyreid.shards.members import PICTURES, frame_of, member_name, members_of
+from keyreid.shards.sampling import number_within
 
 FILE = "dataset.columns"
 _FORMAT = "keyreid-columns/1"
 _LONG = 1000  # shards, from which on the making shows its progress
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,13 +131,13 @@ class SetIndex:
 
     def keys(self, rows: Any = slice(None)) -> np.ndarray:
         """The keys of tracklets, str [n]."""
-        return self.key.view(f"S{self.key.shape[1]}")[rows, 0].astype(np.str_)
+        return _texts(self.key)[rows].astype(np.str_)
 
     def find(self, keys: Sequence[str]) -> np.ndarray:
         """The position of each key, int64 [n]; -1 where no tracklet has it."""
         width = self.key.shape[1]
         wanted = np.array([key.encode("ascii", "replace")[:width] for key in keys], f"S{width}")
-        row = np.searchsorted(self.key.view(f"S{width}")[:, 0], wanted, sorter=self.by_key)
+        row = np.searchsorted(_texts(self.key), wanted, sorter=self.by_key)
         row = self.by_key[np.minimum(row, len(self.by_key) - 1)]
         return np.where(self.keys(row) == np.array(keys, np.str_), row, -1)
 
@@ -149,7 +148,7 @@ class SetIndex:
     def of_identities(self, rows: np.ndarray) -> np.ndarray:
         """The tracklets of some of the `identities`, one after the other: int64 [n]."""
         first, count = self.identity_start[rows], self.identity_start[rows + 1] - self.identity_start[rows]
-        return self.by_identity[np.repeat(first - (np.cumsum(count) - count), count) + np.arange(count.sum())]
+        return self.by_identity[np.repeat(first, count) + number_within(count)]
 
     def sizes(self, frames: Any) -> np.ndarray:
         """Width and height of frames, uint16 [n, 2]."""
@@ -235,6 +234,11 @@ def _forms(shapes: Sequence[tuple[int, int]], key_width: int) -> dict[str, colum
     return forms | {name: (kind, (frames,)) for name, kind in OF_FRAMES.items()}
 
 
+def _texts(key: np.ndarray) -> np.ndarray:
+    """Keys as bytes, [N], in the same memory."""
+    return key.view(f"S{key.shape[1]}")[:, 0]
+
+
 def _first_member(tracklets: int, frames: int) -> int:
     """Members of so many tracklets, which have so many frames."""
     return members_of(0) * (tracklets - 1) + members_of(frames)
@@ -245,8 +249,7 @@ def _fill(arrays: dict[str, np.ndarray], indices: Iterable[ShardIndex]) -> None:
     tracklet = member = frame = 0
     for number, index in enumerate(indices):
         own, frames = slice(tracklet, tracklet + len(index.key)), slice(frame, frame + len(index.picture))
-        width = arrays["key"].shape[1]
-        arrays["key"].view(f"S{width}")[own, 0] = index.key.astype(f"S{width}")
+        _texts(arrays["key"])[own] = index.key.astype(np.bytes_)
         for name in OF_TRACKLETS:
             arrays[name][own] = getattr(index, name)
         arrays["first_frame"][own] = frame + index.first_frame
@@ -258,7 +261,7 @@ def _fill(arrays: dict[str, np.ndarray], indices: Iterable[ShardIndex]) -> None:
         tracklet, member, frame = own.stop, member + len(index.size), frames.stop
         arrays["shard_start"][number + 1] = tracklet
         arrays["common"][1] = index.header["parts"]
-    key, width, height = arrays["key"].view(f"S{arrays['key'].shape[1]}")[:, 0], arrays["width"], arrays["height"]
+    key, width, height = _texts(arrays["key"]), arrays["width"], arrays["height"]
     if (width == width[0]).all() and (height == height[0]).all():
         arrays["common"][2:] = width[0], height[0]
     arrays["by_key"][:] = by_key = np.argsort(key, kind="stable")

@@ -228,9 +228,9 @@ class ShardSet:
 
         def ranges() -> Iterator[tuple[int, int, int]]:
             for position, frame in frames:
-                yield self._range(position, members.picture_member(frame), 2)
+                yield self._span(position, self.index.members(position, members.picture_member(frame), 2))
                 if keypoints:
-                    yield self._range(position, members.KEYPOINTS, 1)
+                    yield self._span(position, self.index.members(position, members.KEYPOINTS, 1))
 
         self.files.ahead(ranges())
 
@@ -269,15 +269,14 @@ class ShardSet:
         except ValueError as error:
             raise self.fault(position, member, str(error)) from None
 
-    def _range(self, position: int, member: int, count: int) -> tuple[int, int, int]:
-        """Where members that follow each other are: number of the shard, bytes, offset."""
-        rows = self.index.members(position, member, count)
+    def _span(self, position: int, rows: list[tuple[int, int, int]]) -> tuple[int, int, int]:
+        """Where members of a tracklet (`SetIndex.members`) are: number of the shard, bytes, offset."""
         return int(self.index.shard(position)), rows[-1][0] + rows[-1][1] - rows[0][0], rows[0][0]
 
     def _read(self, position: int, member: int, count: int) -> list[bytes]:
         """Members that follow each other, in one read, each checked."""
         rows = self.index.members(position, member, count)
-        shard, total, start = self._range(position, member, count)
+        shard, total, start = self._span(position, rows)
 
         def right(content: bytes) -> bool:
             return all(zlib.crc32(content[at - start :][:size]) == crc for at, size, crc in rows)
